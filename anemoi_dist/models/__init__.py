@@ -1,0 +1,1 @@
+"""Models that the examples train. A model maps normalised states to a normalised tendency."""

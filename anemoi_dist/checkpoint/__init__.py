@@ -1,0 +1,1 @@
+"""Checkpoints: safetensors ranges and JSON, committed by one rename."""

@@ -1,0 +1,1 @@
+"""Datasets, the order of their samples, and the batches that a rank reads."""

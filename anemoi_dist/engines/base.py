@@ -1,0 +1,130 @@
+"""The seam between the trainer and whatever moves parameters, gradients and states between ranks.
+
+Nothing outside ``engines/`` knows DeepSpeed or FSDP2; every engine passes the one conformance suite in
+``tests/engines``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from anemoi_dist.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did. Every value is global: the same on all ranks.
+
+    Attributes
+    ----------
+    loss : float
+        Mean over the global batch.
+    grad_norm : float
+        L2 norm of the global gradient before clipping.
+    lr : float
+        Learning rate of the first parameter group in this update.
+    skipped : bool
+        The loss or the gradient was not finite on some rank; no parameter and no state was touched.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes that this rank holds.
+
+    Attributes
+    ----------
+    parameters : int
+        Working parameters (bf16 or fp32), as they lie between two steps.
+    master : int
+        fp32 masters, where they are another tensor than the working parameters.
+    states : Mapping[str, int]
+        Bytes of each optimizer state, by its name (``exp_avg_fast``, ...), padding included.
+    """
+
+    parameters: int
+    master: int
+    states: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A contiguous range of one flattened parameter, optimizer state or buffer.
+
+    Attributes
+    ----------
+    fqn : str
+        Fully qualified name of the parameter or buffer in the module.
+    kind : str
+        ``param`` (the fp32 master), ``buffer``, or the name of the optimizer state.
+    global_shape : tuple[int, ...]
+        Shape of the whole tensor.
+    start : int
+        First element of the range in the flattened whole.
+    tensor : torch.Tensor
+        1-D and contiguous.
+    """
+
+    fqn: str
+    kind: str
+    global_shape: tuple[int, ...]
+    start: int
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and type of one whole tensor in a :class:`ShardSource`."""
+
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class ShardSource(Protocol):
+    """Where an engine loads from: a checkpoint, read by ranges, whoever wrote it."""
+
+    def tensors(self) -> Mapping[tuple[str, str], TensorInfo]:
+        """Return what there is, by ``(fqn, kind)``."""
+
+    def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
+        """Fill the 1-D ``out`` with the elements from ``start`` on."""
+
+
+class Engine(Protocol):
+    """One rank's share of the training state and the collective operations on it."""
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> StepReport:
+        """Do one optimizer step on this rank's micro-batches, then advance the learning rate. Collective."""
+
+    def predict(self, batch: Batch, *, rollout: int) -> torch.Tensor:
+        """Forecast without gradient. Collective: every rank calls it equally often.
+
+        Returns
+        -------
+        torch.Tensor
+            Physical units, float32, shape (batch, rollout, ensemble, grid, prognostic variable).
+        """
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield the ranges that this rank has to save; over all ranks each element comes once."""
+
+    def load(self, source: ShardSource, *, num_updates: int) -> None:
+        """Take parameters, states and buffers from ``source`` and set the rate for update ``num_updates``."""
+
+    def memory(self) -> MemoryReport:
+        """Count the bytes that this rank holds."""
+
+    def schedule_values(self) -> dict[str, Any]:
+        """Return step-dependent values of the optimizer worth showing, such as ``alpha`` and ``beta3``."""
+
+    def close(self) -> None:
+        """Release what the engine started."""

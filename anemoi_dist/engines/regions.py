@@ -1,0 +1,266 @@
+"""What every engine does alike: the optimizer step around its own collectives, and saving and loading by ranges.
+
+An engine says where each parameter's elements lie on this rank (:class:`Region`); from that follow the shards to save,
+the ranges to load and the bytes to report.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from anemoi_dist.config import Config
+from anemoi_dist.data.batch import Batch
+from anemoi_dist.engines.base import MemoryReport, Shard, ShardSource, StepReport
+from anemoi_dist.errors import CheckpointError, ConfigError
+from anemoi_dist.module import BaseGraphModule
+from anemoi_dist.optimizers.ademamix import schedule_values
+from anemoi_dist.schedulers.factory import set_num_updates
+from anemoi_dist.world import World
+
+
+@dataclass(frozen=True)
+class Region:
+    """A contiguous range of one parameter, where it lies on this rank.
+
+    Attributes
+    ----------
+    fqn : str
+        Name of the parameter in the module.
+    global_shape : tuple[int, ...]
+        Shape of the whole parameter.
+    start, numel : int
+        The range in the flattened parameter.
+    owner : torch.Tensor
+        The tensor that the optimizer steps and keys its state by: the parameter, or the flat partition it lies in.
+    offset : int
+        Where the range begins in the flattened ``owner``.
+    replicated : bool
+        Every rank holds the whole parameter: each saves only its share.
+    """
+
+    fqn: str
+    global_shape: tuple[int, ...]
+    start: int
+    numel: int
+    owner: torch.Tensor
+    offset: int
+    replicated: bool = False
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the range as a 1-D view of ``tensor``, which is the owner or laid out like it."""
+        return local(tensor).view(-1)[self.offset : self.offset + self.numel]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a DTensor, any other tensor as it is; never with gradient."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class RegionEngine(ABC):
+    """Base of all engines.
+
+    Parameters
+    ----------
+    module : BaseGraphModule
+        Model and loss, on this rank's device, the same values on every rank.
+    config : Config
+        The run's configuration.
+    world : World
+        This rank's place.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, module: BaseGraphModule, *, config: Config, world: World) -> None:
+        self.module, self.config, self.world = module, config, world
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._num_updates = 0
+        self._wrap()
+        set_num_updates(self._scheduler, 0)
+
+    # What an engine fills in
+
+    @abstractmethod
+    def _wrap(self) -> None:
+        """Spread ``self.module`` over the ranks; set ``self.optimizer`` and ``self._scheduler``."""
+
+    @abstractmethod
+    def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
+        """Run the module; normalised forecast."""
+
+    @abstractmethod
+    def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        """Add the gradient of ``loss`` (already divided by the number of micro-batches)."""
+
+    @abstractmethod
+    def _update(self) -> tuple[float, bool]:
+        """Clip, step and clear the gradients. Return the global norm and whether the update was skipped."""
+
+    @abstractmethod
+    def regions(self) -> Iterator[Region]:
+        """Yield this rank's part of every parameter, trained or frozen, in the module's order."""
+
+    def _after_load(self) -> None:
+        """Rebuild what follows from the masters."""
+
+    def _working_bytes(self) -> tuple[int, int]:
+        """Return bytes of working parameters and of fp32 masters that are stored apart from them."""
+        return sum(local(parameter).nbytes for parameter in self.module.parameters()), 0
+
+    # What all engines do
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> StepReport:
+        """Do one optimizer step on this rank's micro-batches, then advance the learning rate. Collective."""
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        total = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(micro_batches):
+            prediction = self._forward(batch, rollout=self.config.training.rollout)
+            loss = self.module.loss(prediction, batch) / len(micro_batches)
+            total += loss.detach()
+            is_last = index == len(micro_batches) - 1
+            if is_last:
+                dist.all_reduce(total)
+                total /= self.world.world_size
+                # A loss that is not finite on one rank may leave finite gradients there and elsewhere. Poisoned, the
+                # global norm tells every rank, and all skip together without a further collective.
+                loss = loss * torch.where(total.isfinite(), 1.0, math.nan)
+            self._backward(loss, is_last=is_last)
+        grad_norm, skipped = self._update()
+        self._num_updates += 1
+        set_num_updates(self._scheduler, self._num_updates)
+        return StepReport(loss=float(total), grad_norm=grad_norm, lr=lr, skipped=skipped)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, *, rollout: int) -> torch.Tensor:
+        """Forecast without gradient, in physical units. Collective."""
+        self.module.eval()
+        prediction = self._forward(batch, rollout=rollout)
+        self.module.train()
+        return self.module.denormalise(prediction)
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield the ranges that this rank has to save; over all ranks each element comes once."""
+        for region in self.regions():
+            low, high = self._share(region)
+            for kind, tensor in self._tensors(region):
+                if tensor.dim() == 0 and region.owner.dim() > 0:  # a counter: saved by whoever holds element 0
+                    if region.start + low == 0 and high > low:
+                        yield Shard(region.fqn, kind, (), 0, tensor.view(1))
+                elif high > low:
+                    piece = region.view(tensor)[low:high]
+                    yield Shard(region.fqn, kind, region.global_shape, region.start + low, piece)
+        if self.world.is_main:
+            for name, buffer in self._persistent_buffers():
+                yield Shard(name, "buffer", tuple(buffer.shape), 0, buffer.detach().reshape(-1))
+
+    @torch.no_grad()
+    def load(self, source: ShardSource, *, num_updates: int) -> None:
+        """Take parameters, states and buffers from ``source`` and set the rate for update ``num_updates``."""
+        available = source.tensors()
+        regions = list(self.regions())
+        missing = [region.fqn for region in regions if (region.fqn, "param") not in available]
+        missing += [name for name, _ in self._persistent_buffers() if (name, "buffer") not in available]
+        if missing:
+            raise CheckpointError(f"the checkpoint has no {', '.join(missing)}: it belongs to another model")
+        kinds = sorted({kind for _, kind in available} - {"param", "buffer"})
+        counters = {kind for kind in kinds if all(not i.global_shape for (_, k), i in available.items() if k == kind)}
+        for region in regions:
+            self._check_shape(region, available[region.fqn, "param"].global_shape)
+            source.read(region.fqn, "param", start=region.start, out=region.view(region.owner))
+            for kind in kinds:
+                if (region.fqn, kind) in available:
+                    self._load_state(source, region, kind, is_counter=kind in counters)
+        for name, buffer in self._persistent_buffers():
+            flat = torch.empty(buffer.numel(), dtype=buffer.dtype)
+            source.read(name, "buffer", start=0, out=flat)
+            buffer.copy_(flat.view(buffer.shape))
+        self._after_load()
+        self._num_updates = num_updates
+        set_num_updates(self._scheduler, num_updates)
+
+    def memory(self) -> MemoryReport:
+        """Count the bytes that this rank holds."""
+        states: dict[str, int] = {}
+        for state in self.optimizer.state.values():
+            for kind, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    states[kind] = states.get(kind, 0) + local(value).nbytes
+        parameters, master = self._working_bytes()
+        return MemoryReport(parameters=parameters, master=master, states=states)
+
+    def schedule_values(self) -> dict[str, Any]:
+        """Return step-dependent values of the optimizer worth showing, such as ``alpha`` and ``beta3``."""
+        return schedule_values(self.optimizer)
+
+    def close(self) -> None:
+        """Release what the engine started."""
+
+    # Helpers
+
+    def _create_optimizer(self) -> None:
+        created = self.module.configure_optimizers()
+        self.optimizer = created["optimizer"]
+        self._scheduler = created["lr_scheduler"]["scheduler"] if "lr_scheduler" in created else None
+
+    def _share(self, region: Region) -> tuple[int, int]:
+        if not region.replicated:
+            return 0, region.numel
+        rank, size = self.world.rank, self.world.world_size
+        return region.numel * rank // size, region.numel * (rank + 1) // size
+
+    def _tensors(self, region: Region) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "param", region.owner
+        for kind, value in sorted(self.optimizer.state.get(region.owner, {}).items()):
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.dim() > 0 and local(value).numel() != local(region.owner).numel():
+                raise ConfigError(
+                    "training.optimizer",
+                    kind,
+                    f"this optimizer state has shape {tuple(value.shape)} for a parameter of shape "
+                    f"{region.global_shape}; only states of the parameter's shape and counters can be saved",
+                    fix="use an element-wise optimizer (AdEMAMix, AdamW, SGD, ...)",
+                )
+            yield kind, value
+
+    def _load_state(self, source: ShardSource, region: Region, kind: str, *, is_counter: bool) -> None:
+        state = self.optimizer.state[region.owner]
+        info = source.tensors()[region.fqn, kind]
+        if is_counter:
+            value = torch.empty(1, dtype=info.dtype)
+            source.read(region.fqn, kind, start=0, out=value)
+            on_device = any(group.get("capturable") or group.get("fused") for group in self.optimizer.param_groups)
+            state[kind] = value.view(()).to(region.owner.device if on_device else "cpu")
+            return
+        self._check_shape(region, info.global_shape)
+        if kind not in state:
+            state[kind] = torch.zeros_like(region.owner, dtype=info.dtype, requires_grad=False)
+        source.read(region.fqn, kind, start=region.start, out=region.view(state[kind]))
+
+    def _check_shape(self, region: Region, shape: tuple[int, ...]) -> None:
+        if tuple(shape) != region.global_shape:
+            raise CheckpointError(
+                f"{region.fqn} has shape {tuple(shape)} in the checkpoint and {region.global_shape} in the model"
+            )
+
+    def _persistent_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        persistent = self.module.state_dict(keep_vars=True).keys()
+        for name, buffer in self.module.named_buffers():
+            if name in persistent:
+                yield name, buffer
+
+
+def clip_coefficient(norm: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """Return the factor that brings a gradient of L2 ``norm`` down to ``limit``; 1 where it is within."""
+    if limit is None:
+        return torch.ones_like(norm)
+    return (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,60 @@
+"""``engine=ddp``: parameters and states whole on every rank, for comparison with the sharded engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from anemoi_dist.data.batch import Batch
+from anemoi_dist.engines.regions import Region, RegionEngine, clip_coefficient
+
+
+class DdpEngine(RegionEngine):
+    """torch's DistributedDataParallel around fp32 parameters; ``bf16`` computes under autocast."""
+
+    def _wrap(self) -> None:
+        if self.config.training.precision == "bf16":
+            self.module.autocast_dtype = torch.bfloat16
+        self._ddp = DistributedDataParallel(
+            self.module, device_ids=[self.world.device] if self.world.device.type == "cuda" else None
+        )
+        self._create_optimizer()
+
+    def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
+        return self._ddp(batch, rollout=rollout)
+
+    def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        with nullcontext() if is_last else self._ddp.no_sync():
+            loss.backward()
+
+    def _update(self) -> tuple[float, bool]:
+        return step_replicated(self.optimizer, self.module, limit=self.config.training.clip_grad_norm)
+
+    def regions(self) -> Iterator[Region]:
+        """Yield every parameter whole."""
+        yield from replicated_regions(self.module)
+
+
+def replicated_regions(module: torch.nn.Module) -> Iterator[Region]:
+    """Yield the parameters of a module that every rank holds whole."""
+    for name, parameter in module.named_parameters():
+        yield Region(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, replicated=True)
+
+
+def step_replicated(
+    optimizer: torch.optim.Optimizer, module: torch.nn.Module, *, limit: float | None
+) -> tuple[float, bool]:
+    """Clip and step gradients that are already the same on every rank; skip where they are not finite."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    value = float(norm)
+    skipped = not norm.isfinite()
+    if not skipped:
+        if limit is not None and value > limit:
+            torch._foreach_mul_(gradients, clip_coefficient(norm, limit))
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return value, bool(skipped)

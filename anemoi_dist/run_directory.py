@@ -1,0 +1,157 @@
+"""Every path and file name of a run, and how its small files are written. No torch: both sides use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anemoi_dist.errors import ConfigError
+
+RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+STATES = ("planned", "submitted", "running", "preempted", "finished", "failed", "cancelled")
+
+
+def check_run_id(run_id: str) -> str:
+    """Return ``run_id``, or raise :class:`ConfigError` where it could not be a directory name everywhere."""
+    if not RUN_ID_PATTERN.fullmatch(run_id):
+        raise ConfigError(
+            "run.id",
+            run_id,
+            f"must match {RUN_ID_PATTERN.pattern} (it names a directory)",
+            fix="use letters, digits, '.', '_' and '-', at most 64, starting with a letter or digit",
+        )
+    return run_id
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the directory's own entries durable: a renamed file can vanish in a power cut without it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` so that a reader sees the old or the new content, also after a power cut."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The layout of ``<run.root>/<run.id>/``.
+
+    Parameters
+    ----------
+    path : Path
+        The run's directory. It need not exist yet.
+    """
+
+    path: Path
+
+    @classmethod
+    def locate(cls, root: str | Path, run_id: str) -> RunDirectory:
+        """Name the directory of ``run_id`` below ``root``; creates nothing."""
+        return cls(Path(root).expanduser().absolute() / check_run_id(run_id))
+
+    @property
+    def run_id(self) -> str:  # noqa: D102
+        return self.path.name
+
+    @property
+    def config_file(self) -> Path:
+        """The frozen configuration that every rank reads."""
+        return self.path / "config.yaml"
+
+    @property
+    def state_file(self) -> Path:
+        """``run.json``: state, attempts, owner."""
+        return self.path / "run.json"
+
+    @property
+    def events_file(self) -> Path:
+        """One JSON object a line, appended to by rank 0."""
+        return self.path / "events.jsonl"
+
+    @property
+    def control_dir(self) -> Path:
+        """Stop requests are files in here."""
+        return self.path / "control"
+
+    @property
+    def stop_file(self) -> Path:
+        """Its existence asks the run to save and stop."""
+        return self.control_dir / "stop"
+
+    @property
+    def heartbeats_dir(self) -> Path:
+        """One small file a rank."""
+        return self.path / "heartbeats"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Committed checkpoints, and ``.tmp`` directories of those that are not."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_dir(self) -> Path:
+        """TensorBoard and other back ends."""
+        return self.path / "metrics"
+
+    @property
+    def report_dir(self) -> Path:
+        """The HTML report and the arrays it draws."""
+        return self.path / "report"
+
+    def logs_dir(self, attempt: int) -> Path:
+        """Return the directory of the log files of one attempt, counted from 1."""
+        return self.path / "logs" / f"attempt-{attempt:02d}"
+
+    def log_file(self, attempt: int, rank: int) -> Path:
+        """Return the log file of one rank in one attempt."""
+        return self.logs_dir(attempt) / f"rank-{rank:05d}.log"
+
+    def heartbeat_file(self, rank: int) -> Path:
+        """Return the heartbeat file of one rank."""
+        return self.heartbeats_dir / f"rank-{rank:05d}.json"
+
+    def create(self) -> None:
+        """Create the directory and its folders, private to the user (mode 0700); an existing one is kept."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (
+            self.path,
+            self.control_dir,
+            self.heartbeats_dir,
+            self.checkpoints_dir,
+            self.metrics_dir,
+            self.report_dir,
+        ):
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+    def read_state(self) -> dict[str, Any]:
+        """Return ``run.json``, or the state of a run that was never started."""
+        try:
+            return json.loads(self.state_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {"state": "planned", "attempts": []}
+
+    def write_state(self, state: dict[str, Any]) -> None:
+        """Write ``run.json`` atomically."""
+        if state["state"] not in STATES:
+            raise ValueError(f"state {state['state']!r} is not one of {', '.join(STATES)}")
+        write_atomically(self.state_file, json.dumps(state, indent=2) + "\n")

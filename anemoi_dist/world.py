@@ -1,0 +1,128 @@
+"""Ranks, devices, process groups and seeds: everything a rank knows about the others."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from anemoi_dist.errors import PreflightError
+
+_PR_SET_PDEATHSIG = 1
+
+
+class World:
+    """This rank's place among all ranks, and the groups it talks through.
+
+    Attributes
+    ----------
+    rank, world_size, local_rank : int
+        From the environment that torchrun, SLURM or MPI sets.
+    device : torch.device
+        ``cuda:<local_rank>`` where there are GPUs, else the CPU.
+    control_group : dist.ProcessGroup
+        gloo on the CPU, for the trainer's control word: it neither waits for nor delays the GPU.
+    """
+
+    def __init__(self, *, rank: int, world_size: int, local_rank: int, device: torch.device) -> None:
+        self.rank, self.world_size, self.local_rank, self.device = rank, world_size, local_rank, device
+        self.control_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes what is written once."""
+        return self.rank == 0
+
+    @classmethod
+    def join(cls, *, timeout_s: float = 1800.0) -> World:
+        """Join the process group that the environment describes; alone where it describes none.
+
+        Raises
+        ------
+        PreflightError
+            More ranks than GPUs on this machine.
+        """
+        alone = "RANK" not in os.environ
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            if local_rank >= torch.cuda.device_count():
+                raise PreflightError(
+                    f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}. "
+                    "Start at most one rank a GPU (--nproc-per-node)."
+                )
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        options = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        if alone:  # DeepSpeed reads these even where the process group exists
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s), **options
+        )
+        return cls(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+
+    def broadcast_text(self, text: str | None) -> str:
+        """Return rank 0's ``text`` on every rank. JSON goes through here; nothing is pickled."""
+        length = torch.zeros(1, dtype=torch.int64)
+        payload = torch.empty(0, dtype=torch.uint8)
+        if self.is_main:
+            assert text is not None, "rank 0 has the text"
+            payload = torch.frombuffer(bytearray(text.encode("utf-8")) or bytearray(1), dtype=torch.uint8)
+            length[0] = len(text.encode("utf-8"))
+        dist.broadcast(length, src=0, group=self.control_group)
+        if not self.is_main:
+            payload = torch.empty(max(int(length), 1), dtype=torch.uint8)
+        dist.broadcast(payload, src=0, group=self.control_group)
+        return bytes(payload[: int(length)].tolist()).decode("utf-8")
+
+    def gather_text(self, text: str) -> list[str]:
+        """Return every rank's ``text`` on rank 0, an empty list elsewhere."""
+        payload = torch.frombuffer(bytearray(text.encode("utf-8")) or bytearray(1), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        own = torch.tensor([len(text.encode("utf-8"))])
+        dist.all_gather(lengths, own, group=self.control_group)
+        longest = max(1, *(int(length) for length in lengths))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(payload)] = payload
+        texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)] if self.is_main else None
+        dist.gather(padded, texts, dst=0, group=self.control_group)
+        if texts is None:
+            return []
+        return [bytes(t[: int(n)].tolist()).decode("utf-8") for t, n in zip(texts, lengths, strict=True)]
+
+    def leave(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def seed_step(seed: int, *, step: int, rank: int) -> None:
+    """Seed torch for one optimizer step on one rank.
+
+    Random draws (dropout, noise) are then a function of (seed, step, rank), like the sample order and the learning
+    rate: a resumed run needs no saved random state.
+    """
+    digest = hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends (Linux).
+
+    A torchrun agent that is killed with SIGKILL leaves its workers behind, holding GPUs and ports.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getppid()
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:  # it ended between the two calls
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""SLURM batch template and cluster profiles."""

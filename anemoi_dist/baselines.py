@@ -1,0 +1,197 @@
+"""Forecasts that need no training, which a model has to beat: persistence, climatology, tide and damped tendency."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anemoi_dist.data.anemoi import WeatherDataset, evenly_spaced
+from anemoi_dist.data.batch import Batch, DataSpec
+
+PERSISTENCE = "persistence"
+CLIMATOLOGY = "climatology"
+TIDE_TENDENCY = "tide_tendency"
+BASELINES = (PERSISTENCE, CLIMATOLOGY, TIDE_TENDENCY)
+DAY_S = 86400
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What the training block says without a model.
+
+    ``tide_tendency`` is, from the last state on: the mean change at that time of day and place (the tide), plus the
+    last change's departure from it, damped by a factor per variable at every step.
+
+    Attributes
+    ----------
+    spec : DataSpec
+        Variables and grid.
+    climatology : torch.Tensor
+        float32, shape (ensemble, grid, prognostic): mean over the training block, physical units.
+    tide : torch.Tensor
+        float32, shape (time of day, ensemble, grid, prognostic): mean change over one step that starts then.
+    damping : torch.Tensor
+        float32, shape (prognostic,): share of the last change's departure that returns in the next, from -1 to 1.
+    """
+
+    spec: DataSpec
+    climatology: Tensor
+    tide: Tensor
+    damping: Tensor
+
+    @classmethod
+    def fit(
+        cls,
+        train: WeatherDataset,
+        *,
+        max_samples: int | None = 256,
+        rank: int = 0,
+        world_size: int = 1,
+        group: Any = None,
+    ) -> Baselines:
+        """Fit to the training block. Collective: each rank reads its share, all get the same.
+
+        Parameters
+        ----------
+        train : WeatherDataset
+            The training block.
+        max_samples : int or None
+            Samples read at most over all ranks, evenly spaced over the block and over the times of day; None: all.
+        rank, world_size : int
+            Which share is read here.
+        group : ProcessGroup, optional
+            One for CPU tensors, where the default group has none.
+        """
+        spec = train.spec()
+        sums = _Sums.empty(train, spec)
+        day = DAY_S // np.gcd(DAY_S, spec.frequency_s)
+        for index in evenly_spaced(len(train), at_most=max_samples, day=int(day))[rank::world_size]:
+            sums.add(train[int(index)], spec)
+        for total in (sums.state, sums.now, sums.before, sums.product, sums.square, sums.count):
+            all_reduce(total, group=group)
+        return sums.baselines(spec)
+
+    def forecast(self, name: str, batch: Batch, *, rollout: int) -> Tensor:
+        """Forecast ``rollout`` steps.
+
+        Parameters
+        ----------
+        name : str
+            One of :data:`BASELINES`.
+        batch : Batch
+            On the CPU; only its input states are read.
+
+        Returns
+        -------
+        torch.Tensor
+            float32, physical units, shape (batch, rollout, ensemble, grid, prognostic).
+        """
+        inputs = batch.fields[:, : self.spec.multistep_input][..., self.spec.prognostic_indices]
+        last = inputs[:, -1]
+        if name == PERSISTENCE:
+            return last.unsqueeze(1).expand(-1, rollout, *last.shape[1:])
+        if name == CLIMATOLOGY:
+            return self.climatology.expand(len(last), rollout, *last.shape[1:])
+        if name == TIDE_TENDENCY:
+            return self._tide_tendency(inputs, batch.dates, rollout=rollout)
+        raise ValueError(f"name={name!r}: must be one of {', '.join(BASELINES)}")
+
+    def _tide_tendency(self, inputs: Tensor, dates: Tensor, *, rollout: int) -> Tensor:
+        state, step_s = inputs[:, -1], self.spec.frequency_s
+        departure = torch.zeros_like(state)
+        if inputs.shape[1] > 1:
+            departure = state - inputs[:, -2] - self.tide[time_of_day(dates - step_s, frequency_s=step_s)]
+        states = []
+        for step in range(rollout):
+            departure = departure * self.damping
+            state = state + self.tide[time_of_day(dates + step * step_s, frequency_s=step_s)] + departure
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+@dataclass
+class _Sums:
+    """Sums over samples, float64, of states and of the changes from (``now``) and up to (``before``) the last input.
+
+    ``product`` and ``square`` are area means, shape (prognostic,); the others keep the place.
+    """
+
+    state: Tensor
+    now: Tensor
+    before: Tensor
+    product: Tensor
+    square: Tensor
+    count: Tensor
+    weights: Tensor
+
+    @classmethod
+    def empty(cls, train: WeatherDataset, spec: DataSpec) -> _Sums:
+        num_times = DAY_S // int(np.gcd(DAY_S, spec.frequency_s))
+        place = (train.fields.shape[2], len(spec.latitudes), len(spec.prognostic))
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
+        weights = latitude_weights(spec.latitudes)
+        return cls(
+            zeros(*place),
+            zeros(num_times, *place),
+            zeros(num_times, *place),
+            zeros(place[-1]),
+            zeros(place[-1]),
+            zeros(num_times),
+            weights,
+        )
+
+    def add(self, sample: Batch, spec: DataSpec) -> None:
+        states = sample.fields[..., spec.prognostic_indices].double()
+        last = spec.multistep_input - 1
+        now = states[last + 1] - states[last]
+        before = states[last] - states[last - 1] if last else torch.zeros_like(now)
+        time = int(time_of_day(sample.dates, frequency_s=spec.frequency_s))
+        self.state += states[last]
+        self.now[time] += now
+        self.before[time] += before
+        self.product += self._mean(now * before)
+        self.square += self._mean(before * before)
+        self.count[time] += 1
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Return the area and ensemble mean of shape (..., ensemble, grid, prognostic)."""
+        return torch.einsum("...egv,g->...v", values, self.weights) / values.shape[-3]
+
+    def baselines(self, spec: DataSpec) -> Baselines:
+        count = self.count.clamp(min=1)
+        each = count.reshape(-1, 1, 1, 1)
+        # Least squares of `now` on `before`, both as departures from their mean at that time of day and place.
+        product = self.product - self._mean(self.now * self.before / each).sum(0)
+        square = self.square - self._mean(self.before.square() / each).sum(0)
+        damping = torch.where(square > 1e-9 * self.square, product / square, torch.zeros_like(square))
+        return Baselines(
+            spec=spec,
+            climatology=(self.state / self.count.sum()).float(),
+            tide=(self.now / each).float(),
+            damping=damping.clamp(-1, 1).float(),
+        )
+
+
+def latitude_weights(latitudes: np.ndarray) -> Tensor:
+    """Return cos(latitude) scaled to a sum of 1, float64, shape (grid,)."""
+    weights = np.cos(np.deg2rad(latitudes)).clip(min=0)
+    return torch.from_numpy(weights / weights.sum())
+
+
+def time_of_day(dates: Tensor, *, frequency_s: int) -> Tensor:
+    """Return which of the day's distinct state times each date has, for dates in seconds since 1970."""
+    return dates.remainder(DAY_S).div(int(np.gcd(DAY_S, frequency_s)), rounding_mode="floor")
+
+
+def all_reduce(total: Tensor, *, group: Any = None) -> None:
+    """Add ``total`` over all ranks, in place; alone, do nothing."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total, group=group)

@@ -1,0 +1,129 @@
+"""The event log of a run: one JSON object a line, appended by rank 0, read by reports and the control side."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+
+class EventLog:
+    """Appends events to a file, each with a single write, so that a line is whole or the last one.
+
+    Parameters
+    ----------
+    path : Path
+        ``events.jsonl`` of a run. A torn last line, left by a killed process, is closed with a newline: the first new
+        event would otherwise become part of it.
+    clock : Callable[[], float], optional
+        Seconds since 1970-01-01 UTC.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+            os.write(self._descriptor, b"\n")
+
+    def write(self, name: str, *, step: int, **fields: Any) -> Event:
+        """Append one event and return it as written.
+
+        Parameters
+        ----------
+        name : str
+            ``start``, ``step``, ``validation``, ...
+        step : int
+            Optimizer steps done.
+        **fields : Any
+            Numbers, strings, lists and dictionaries; NumPy scalars and 0-d tensors become numbers. NaN and infinity
+            are no JSON and become null.
+        """
+        event = {"event": name, "time": round(self._clock(), 3), "step": step, **plain(fields)}
+        line = json.dumps(event, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        written = os.write(self._descriptor, line)
+        if written != len(line):
+            raise OSError(f"only {written} of {len(line)} bytes of an event were written; is the disk full?")
+        return event
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def plain(value: Any) -> Any:
+    """Turn ``value`` into what JSON can hold; a number that is not finite becomes None.
+
+    Raises
+    ------
+    TypeError
+        ``value`` is, or holds, an object that is none of the kinds named in :meth:`EventLog.write`.
+    """
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):
+        return plain(value.item())
+    raise TypeError(f"an event cannot hold a {type(value).__name__}: {value!r}")
+
+
+def read_events(path: Path) -> list[Event]:
+    """Return the events of a file in the order they were written; none where there is no file.
+
+    A line that is not a whole event is passed over: a process killed while writing leaves one, and the events around it
+    are still true.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in text.split(b"\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("step"), int):
+            events.append(event)
+    return events
+
+
+def latest_by_step(events: Iterable[Event], name: str, **fields: Any) -> dict[int, Event]:
+    """Return the events called ``name``, by step in ascending order, as the run stands now.
+
+    A run that resumed went back to a checkpoint and repeats some steps: the last event of a step wins, and what an
+    earlier attempt recorded beyond the step it resumed from counts no more, even where the new attempt is not there
+    yet.
+
+    Parameters
+    ----------
+    events : Iterable[Event]
+        In the order they were written, ``start`` events included.
+    name : str
+        Name of the events wanted.
+    **fields : Any
+        Values that an event must have, such as ``split="test"``.
+    """
+    found: dict[int, Event] = {}
+    for event in events:
+        if event["event"] == "start":
+            resumed_from = event.get("resumed_from_step") or 0
+            found = {step: old for step, old in found.items() if step <= resumed_from}
+        if event["event"] == name and all(event.get(key) == value for key, value in fields.items()):
+            found[event["step"]] = event
+    return dict(sorted(found.items()))

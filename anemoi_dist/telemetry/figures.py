@@ -1,0 +1,344 @@
+"""The figures of a report, as SVG that takes its colours from the style of the HTML page it stands in. No torch.
+
+Matplotlib draws them through its Figure interface: no display, no global state of ``pyplot``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+# Drawn with these colours and then replaced by the page's variables, so that a dark page gets its own.
+INK, MUTED, GRID, BAD = "#101114", "#101115", "#101116", "#101117"
+SERIES = ("#101120", "#101121", "#101122", "#101123", "#101124")
+VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--line)",
+    BAD: "var(--bad)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)},
+}
+MARKERS = ("o", "s", "^", "D", "v")
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (2, 1)))
+
+RC: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 8,
+    "text.color": INK,
+    # A variable's name may hold a dollar sign.
+    "text.parse_math": False,
+    "axes.edgecolor": GRID,
+    "axes.facecolor": "none",
+    "axes.labelcolor": MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.unicode_minus": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.4,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.labelcolor": INK,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart: ``y`` against ``x``, with gaps where ``y`` is NaN; ``style`` picks colour and marker."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: int = 0
+    markers: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of curves.
+
+    Attributes
+    ----------
+    name : str
+        Unique on its page.
+    alt : str
+        What it shows, in words.
+    curves : Sequence[Curve]
+        A single one needs no legend.
+    x_label : str
+        What stands below.
+    scale : str
+        ``linear``, ``log``, or ``decay`` for a decay rate such as 0.9999, drawn by how far it is from 1.
+    smooth : bool
+        Draw the single curve faintly, and a running mean over it.
+    restarts, skipped : Sequence[int]
+        Steps that are marked.
+    x_ticks : Sequence[float]
+        Where to put ticks; empty: anywhere.
+    """
+
+    name: str
+    alt: str
+    curves: Sequence[Curve]
+    x_label: str = "optimizer step"
+    scale: str = "linear"
+    smooth: bool = False
+    restarts: Sequence[int] = field(default=())
+    skipped: Sequence[int] = field(default=())
+    x_ticks: Sequence[float] = field(default=())
+
+
+def draw_chart(chart: Chart) -> str:
+    """Return a chart as SVG."""
+    with matplotlib.rc_context({**RC, "svg.hashsalt": chart.name}):
+        figure = Figure(figsize=(5.4, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        for curve in chart.curves:
+            if chart.scale == "decay":
+                curve = replace(curve, y=[1 - value for value in curve.y])
+            _draw_curve(axes, curve, faint=chart.smooth, alone=len(chart.curves) == 1)
+        if chart.smooth:
+            _draw_running_mean(axes, chart.curves[0])
+        _scale_y(axes, chart)
+        _mark_steps(axes, chart)
+        axes.set_xlabel(chart.x_label, loc="right")
+        axes.grid(visible=False, axis="x")
+        axes.xaxis.set_major_locator(
+            FixedLocator(list(chart.x_ticks)) if len(chart.x_ticks) else MaxNLocator(6, integer=True)
+        )
+        axes.xaxis.set_major_formatter(FuncFormatter(_plain_number))
+        if axes.get_legend_handles_labels()[1]:
+            columns = min(len(axes.get_legend_handles_labels()[1]), 4)
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, handlelength=1.8, columnspacing=1.4
+            )
+        return _to_svg(figure, alt=chart.alt)
+
+
+def _draw_curve(axes: Axes, curve: Curve, *, faint: bool, alone: bool) -> None:
+    colour = SERIES[curve.style % len(SERIES)]
+    axes.plot(
+        curve.x,
+        curve.y,
+        color=colour,
+        alpha=0.35 if faint else 1,
+        linewidth=0.9 if faint else 1.6 if curve.style == 0 else 1.2,
+        linestyle=DASHES[curve.style % len(DASHES)],
+        # A single point would not be seen as a line.
+        marker=MARKERS[curve.style % len(MARKERS)] if curve.markers or len(curve.x) == 1 else None,
+        markersize=3.5,
+        label=None if alone else curve.label,
+    )
+
+
+def _draw_running_mean(axes: Axes, curve: Curve) -> None:
+    values = np.asarray(curve.y, dtype=float)
+    width = max(len(values) // 25, 1)
+    known = np.isfinite(values)
+    kernel = np.ones(2 * width + 1)
+    total = np.convolve(np.where(known, values, 0.0), kernel)[width:-width]
+    count = np.convolve(known.astype(float), kernel)[width:-width]
+    mean = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    axes.plot(curve.x, mean, color=SERIES[curve.style], linewidth=1.6, label="running mean")
+
+
+def _scale_y(axes: Axes, chart: Chart) -> None:
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()])
+    values = values[np.isfinite(values)]
+    if chart.scale == "linear" or not values.size or values.min() <= 0:
+        return
+    low, high = values.min(), values.max()
+    margin = max((high / low) ** 0.06, 1.05)
+    axes.set_yscale("log")
+    axes.set_ylim(low / margin, high * margin)
+    # Over few decades powers of ten alone would leave an axis with one number.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,), numticks=12))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
+    if chart.scale == "decay":
+        axes.invert_yaxis()
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 - value:.7g}"))
+
+
+def _mark_steps(axes: Axes, chart: Chart) -> None:
+    for i, step in enumerate(chart.restarts):
+        axes.axvline(step, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), label=None if i else "resumed")
+    if chart.skipped:
+        axes.plot(
+            chart.skipped,
+            [0.03] * len(chart.skipped),
+            transform=axes.get_xaxis_transform(),
+            color=BAD,
+            linestyle="none",
+            marker="x",
+            markersize=5,
+            clip_on=False,
+            label="update skipped",
+        )
+
+
+def _plain_number(value: float, _: object = None) -> str:
+    """Return 0.001, 250, 1.5e-05: short, with no offset and no mathematics to typeset."""
+    if value and not 1e-4 <= abs(value) < 1e6:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.6g}"
+
+
+def _to_svg(figure: Figure, *, alt: str) -> str:
+    stream = io.StringIO()
+    # No metadata: the date would make two reports of one run differ.
+    figure.savefig(stream, format="svg", dpi=160, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"), None))
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    # The page's own font; and no size: it takes the room that its card gives it.
+    svg = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field on a latitude-longitude grid, to be drawn as a map.
+
+    Attributes
+    ----------
+    name : str
+        Unique on its page.
+    alt, title : str
+        What it shows, in words, and the text above it.
+    values : np.ndarray
+        Shape (latitude, longitude).
+    latitudes, longitudes : np.ndarray
+        Degrees, shapes (latitude,) and (longitude,).
+    limits : tuple[float, float]
+        Values at the two ends of the colour scale.
+    unit : str
+        Text below the colour bar.
+    diverging : bool
+        The scale has a middle that means zero.
+    """
+
+    name: str
+    alt: str
+    title: str
+    values: np.ndarray
+    latitudes: np.ndarray
+    longitudes: np.ndarray
+    limits: tuple[float, float]
+    unit: str
+    diverging: bool = False
+
+
+def draw_map(field: Field) -> str:
+    """Return a map as SVG: the whole globe in the Equal Earth projection, a region in plain degrees."""
+    # West to east from the date line on: the projection has its edge there.
+    longitudes = (field.longitudes + 180) % 360 - 180
+    order = np.argsort(longitudes)
+    longitudes, values = longitudes[order], field.values[:, order]
+    is_global = np.ptp(longitudes) > 300 and np.ptp(field.longitudes % 360) > 300
+    project: Projection = equal_earth if is_global else _plain_degrees
+    with matplotlib.rc_context({**RC, "svg.hashsalt": field.name, "axes.grid": False}):
+        figure = Figure(figsize=(4.4, 2.75), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_axis_off()
+        x, y = project(*np.meshgrid(_edges(longitudes, 180), _edges(field.latitudes, 90)))
+        colours = axes.pcolormesh(
+            x,
+            y,
+            values,
+            cmap="RdBu_r" if field.diverging else "viridis",
+            norm=Normalize(*field.limits),
+            # Ten thousand cells would be a megabyte of vectors.
+            rasterized=True,
+        )
+        axes.set_xlim(x.min(), x.max())
+        axes.set_ylim(y.min(), y.max())
+        _draw_coast(axes, project)
+        if is_global:
+            axes.set_aspect("equal")
+            _draw_globe_edge(axes)
+        axes.set_title(field.title, fontsize=9, color=INK)
+        bar = figure.colorbar(
+            colours, ax=axes, orientation="horizontal", aspect=38, shrink=0.86, pad=0.03, extend="both"
+        )
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.ax.xaxis.set_major_locator(MaxNLocator(7, symmetric=field.diverging))
+        bar.ax.xaxis.set_major_formatter(FuncFormatter(_plain_number))
+        bar.set_label(field.unit, color=MUTED)
+        return _to_svg(figure, alt=field.alt)
+
+
+Projection = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def equal_earth(longitudes: np.ndarray, latitudes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Project degrees to the plane; equal areas stay equal.
+
+    Source: Savric, Patterson and Jenny (2019), doi:10.1080/13658816.2018.1504949, equations 1 and 2.
+    """
+    a1, a2, a3, a4 = 1.340264, -0.081106, 0.000893, 0.003796
+    theta = np.arcsin(np.sqrt(3) / 2 * np.sin(np.radians(latitudes)))
+    slope = 9 * a4 * theta**8 + 7 * a3 * theta**6 + 3 * a2 * theta**2 + a1
+    x = 2 * np.sqrt(3) * np.radians(longitudes) * np.cos(theta) / (3 * slope)
+    return x, a4 * theta**9 + a3 * theta**7 + a2 * theta**3 + a1 * theta
+
+
+def _plain_degrees(longitudes: np.ndarray, latitudes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return longitudes, latitudes
+
+
+def _edges(centres: np.ndarray, limit: float) -> np.ndarray:
+    middle = (centres[1:] + centres[:-1]) / 2
+    ends = (centres[0] - (middle[0] - centres[0]), centres[-1] + (centres[-1] - middle[-1]))
+    return np.clip(np.concatenate(([ends[0]], middle, [ends[1]])), -limit, limit)
+
+
+def _draw_coast(axes: Axes, project: Projection) -> None:
+    document = json.loads((Path(__file__).parent / "coastlines.geojson").read_text(encoding="utf-8"))
+    lines = []
+    for feature in document["features"]:
+        for line in feature["geometry"]["coordinates"]:
+            longitudes, latitudes = np.asarray(line, dtype=float).T
+            lines.append(np.column_stack(project(longitudes, latitudes)))
+    axes.add_collection(LineCollection(lines, colors="black", linewidths=0.5, alpha=0.75, rasterized=True))
+
+
+def _draw_globe_edge(axes: Axes) -> None:
+    latitudes = np.linspace(-90, 90, 91)
+    for longitude in (-180.0, 180.0):
+        axes.plot(*equal_earth(np.full(91, longitude), latitudes), color=MUTED, linewidth=0.7)
+    for latitude in (-90.0, 90.0):
+        axes.plot(*equal_earth(np.array([-180.0, 180.0]), np.full(2, latitude)), color=MUTED, linewidth=0.7)

@@ -1,0 +1,45 @@
+"""Metrics back ends: where curves go beside the event log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from anemoi_dist.errors import PreflightError
+
+
+class TensorBoardMetrics:
+    """Writes scalars for TensorBoard.
+
+    Parameters
+    ----------
+    directory : Path
+        ``metrics`` of a run; ``tensorboard --logdir`` takes it.
+    first_step : int
+        Optimizer steps done before. What an earlier attempt wrote beyond them is hidden: this attempt repeats it.
+
+    Raises
+    ------
+    PreflightError
+        The package ``tensorboard`` is not installed.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise PreflightError(
+                f"telemetry.tensorboard=true needs the package tensorboard, which cannot be imported here ({error})\n"
+                "  fix: pip install 'anemoi-dist[tensorboard]', or telemetry.tensorboard=false"
+            ) from error
+        purge_step = first_step + 1 if first_step else None
+        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
+
+    def write(self, values: Mapping[str, float], *, step: int) -> None:
+        """Write one point of every curve in ``values``, by its tag."""
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, global_step=step)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        self._writer.close()

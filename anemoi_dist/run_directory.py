@@ -84,6 +84,11 @@ class RunDirectory:
         return self.path / "run.json"
 
     @property
+    def lock_file(self) -> Path:
+        """Locked by the process that holds the run."""
+        return self.path / "lock"
+
+    @property
     def events_file(self) -> Path:
         """One JSON object a line, appended to by rank 0."""
         return self.path / "events.jsonl"

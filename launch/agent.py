@@ -1,0 +1,53 @@
+"""torchrun for the local launcher: the same program, which dies with its launcher and is quiet where ranks have spoken.
+
+The only file in this package that imports torch; nothing else here imports it, it is started as a process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+
+from anemoi_dist.errors import ExitCode
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Run torchrun with this process's arguments; return the code of the first rank that failed, where it is ours."""
+    _die_with_parent()
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    # It reports every rank that ends with a code, also with those that mean "saved" or "your configuration is wrong".
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        torchrun(sys.argv[1:])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode in set(ExitCode):
+            return failure.exitcode
+        how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"code {failure.exitcode}"
+        print(f"rank {rank} (pid {failure.pid}) ended with {how}", file=sys.stderr)  # noqa: T201
+        return 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the launcher dies, or ranks would train on with nobody watching."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

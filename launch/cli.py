@@ -1,0 +1,159 @@
+"""The command ``anemoi-dist``. Import-light: ``--help`` answers in a fraction of a second, torch is never imported."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anemoi_dist import __version__
+from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
+
+if TYPE_CHECKING:
+    from anemoi_dist.compose import Composed
+    from anemoi_dist.run_directory import RunDirectory
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (``anemoi_dist.errors.ExitCode``).
+
+    Parameters
+    ----------
+    arguments : Sequence[str], optional
+        Command-line arguments; those of this process where left out.
+    """
+    options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        return int(options.command(options))
+    except AnemoiDistError as error:
+        print(f"anemoi-dist: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return int(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        # Output was piped into something that stopped reading, such as head: nobody is left to tell.
+        sys.stderr.close()
+        return int(ExitCode.FINISHED)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one piece; overrides may stand on both sides of an option.
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized argument: {(unknown or rest)[0]} (see anemoi-dist {options.name} --help)")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="anemoi-dist", description="Distributed training of data-driven weather models.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"anemoi-dist {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="name", required=True)
+
+    train = _add(commands, "train", _train, "compose a configuration and train it on this machine", groups=True)
+    train.add_argument("--dry-run", action="store_true", help="print the torchrun command and start nothing")
+    _add(commands, "config", _config, "print the resolved configuration and where each value came from", groups=True)
+
+    report = _add(commands, "report", _report, "write a run's HTML report")
+    report.add_argument("run", metavar="RUN", help="a run's id, or the path of its directory")
+    report.add_argument("--root", default="runs", help="directory of the runs (default: %(default)s)")
+    return parser
+
+
+def _add(commands: argparse._SubParsersAction, name: str, function: object, summary: str, *, groups: bool = False):
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_groups_text() if groups else None,
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=function)
+    if groups:
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, in Hydra's grammar")
+        command.add_argument("--config", type=Path, metavar="FILE", help="YAML laid over the groups, under key=value")
+        command.add_argument("--config-dir", type=Path, metavar="DIR", help="directory with further group files")
+    return command
+
+
+def _groups_text() -> str:
+    from anemoi_dist.overrides import available_groups
+
+    groups = available_groups()
+    width = max(map(len, groups))
+    lines = "\n".join(f"  {group + '=':<{width + 1}} {' | '.join(options)}" for group, options in groups.items())
+    return (
+        f"groups and their options:\n{lines}\n\n"
+        "example:\n"
+        "  anemoi-dist train engine=zero1 training.max_steps=200 training.lr.rate=5e-3 run.id=first\n"
+        "`anemoi-dist config` prints every key with its value."
+    )
+
+
+def _compose(options: argparse.Namespace) -> Composed:
+    from anemoi_dist.compose import compose
+
+    composed = compose(options.overrides, config_file=options.config, config_dir=options.config_dir)
+    for message in composed.messages:
+        print(f"note: {message}", file=sys.stderr)
+    return composed
+
+
+def _train(options: argparse.Namespace) -> int:
+    from . import local
+
+    composed = _compose(options)
+    ranks = local.num_ranks(composed.config)
+    if options.dry_run:
+        from anemoi_dist.run_directory import RunDirectory
+
+        run = RunDirectory.locate(composed.config.run.root, str(composed.config.run.id))
+        print(local.printable(local.torchrun_command(run, composed.config, ranks)))
+        return ExitCode.FINISHED
+    return local.train(_prepared(composed), composed.config, num_ranks=ranks)
+
+
+def _prepared(composed: Composed) -> RunDirectory:
+    from anemoi_dist.compose import prepare_run
+
+    run = prepare_run(composed)
+    if changes := run.read_state().get("changes"):
+        from anemoi_dist.compose import Change, changes_table
+
+        table = changes_table([Change(change["key"], change["was"], change["is"]) for change in changes])
+        print(f"run {run.run_id} goes on with a changed configuration:\n{table}", file=sys.stderr)
+    return run
+
+
+def _config(options: argparse.Namespace) -> int:
+    from anemoi_dist.provenance import annotated_yaml
+
+    composed = _compose(options)
+    print(annotated_yaml(composed.container(), composed.provenance), end="")
+    return ExitCode.FINISHED
+
+
+def _report(options: argparse.Namespace) -> int:
+    from anemoi_dist.run_directory import RunDirectory
+    from anemoi_dist.telemetry.report import write_report
+
+    is_path = "/" in options.run or Path(options.run, "config.yaml").is_file()
+    run = RunDirectory(Path(options.run).absolute()) if is_path else RunDirectory.locate(options.root, options.run)
+    if not run.config_file.is_file():
+        root = run.path.parent
+        known = sorted(path.parent.name for path in root.glob("*/config.yaml")) if root.is_dir() else []
+        raise ConfigError("RUN", options.run, f"is not a run ({run.config_file} is missing)", valid=known)
+    print(write_report(run))
+    return ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

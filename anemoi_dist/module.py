@@ -70,6 +70,8 @@ class BaseGraphModule(nn.Module):
         (batch, ensemble, grid, prognostic variable).
     compute_dtype : torch.dtype
         What the model's input is cast to. An engine that casts the model's weights sets this too.
+    autocast_dtype : torch.dtype or None
+        Type that the model computes in under autocast, for an engine that keeps its weights in float32.
     """
 
     def __init__(self, config: Config, *, spec: DataSpec, world_size: int = 1) -> None:
@@ -77,6 +79,7 @@ class BaseGraphModule(nn.Module):
         self.config, self.spec, self.world_size = config, spec, world_size
         self.allowed_targets = tuple(config.security.allowed_targets)
         self.compute_dtype = torch.float32
+        self.autocast_dtype: torch.dtype | None = None
         self.model = build_model(config.model, spec, self.allowed_targets)
         self.constants = _constants(spec)
         self._prognostic: Tensor
@@ -107,7 +110,8 @@ class BaseGraphModule(nn.Module):
         states = self.normalise(batch.fields[:, :num_needed])
         window, forecasts = states[:, :num_input], []
         for step in range(rollout):
-            tendency = self.model(window.to(self.compute_dtype)).float()
+            with torch.autocast(window.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                tendency = self.model(window.to(self.compute_dtype)).float()
             last = window[:, -1].index_select(-1, self._prognostic)
             forecasts.append(last + tendency * self.constants.tendency_scale)
             if step + 1 < rollout:
@@ -164,8 +168,14 @@ class BaseGraphModule(nn.Module):
     def _create_optimizer_from_config(self, opt_cfg: dict[str, Any]) -> Optimizer:
         """Build the optimizer that ``opt_cfg._target_`` names, over the parameters that take a gradient."""
         params = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        rate = scaled_rate(self.config.training.lr, self.world_size)
-        return create_optimizer(opt_cfg, params, lr=rate, allowed=self.allowed_targets)
+        training = self.config.training
+        return create_optimizer(
+            opt_cfg,
+            params,
+            lr=scaled_rate(training.lr, self.world_size),
+            allowed=self.allowed_targets,
+            max_steps=training.max_steps,
+        )
 
     def _create_scheduler(self, optimizer: Optimizer) -> Any:
         """Build the scheduler that ``training.scheduler._target_`` names."""
@@ -204,8 +214,8 @@ def build_model(node: dict[str, Any], spec: DataSpec, allowed: Iterable[str] = (
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in arguments:
         if name not in parameters and not takes_any:
-            valid = [f"model.{known}" for known in parameters if known != "data"]
-            raise ConfigError(f"model.{name}", arguments[name], f"is not an argument of {target}", valid=valid)
+            valid = [known for known in parameters if known != "data"]
+            raise ConfigError("model", name, f"is no argument of {target} (given {arguments[name]!r})", valid=valid)
     if "data" in parameters:
         if "data" in arguments:
             raise ConfigError("model.data", arguments["data"], "is filled in from the dataset", fix="remove it")

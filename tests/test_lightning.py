@@ -1,0 +1,106 @@
+"""A Lightning Trainer drives the module: the loss falls and the rate follows the cosine, update by update."""
+
+import math
+import warnings
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from anemoi_dist.data.batch import Batch, DataSpec
+from anemoi_dist.lightning_module import as_lightning
+from anemoi_dist.module import BaseGraphModule
+from tests.models.test_latlon import make_spec
+from tests.test_module import make_config
+
+
+def import_lightning() -> ModuleType:
+    """torchmetrics imports torchvision wherever it is installed, and one built for another torch cannot be imported."""
+    pytest.importorskip("lightning_utilities")
+    from lightning_utilities.core.imports import RequirementCache
+
+    check = RequirementCache._check_available
+
+    def without_torchvision(cache: RequirementCache) -> None:
+        if cache.requirement and cache.requirement.startswith("torchvision"):
+            cache.available, cache.message = False, "does not match torch"
+        check(cache)
+
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        with mock.patch.object(RequirementCache, "_check_available", without_torchvision):
+            return pytest.importorskip("lightning")
+    return pytest.importorskip("lightning")
+
+
+lightning = import_lightning()
+
+MAX_STEPS, RATE, WARMUP = 6, 2e-2, 2
+
+
+class Waves(Dataset):
+    """A wave that travels east by one cell a step, on the grid of ``make_spec``."""
+
+    def __len__(self) -> int:
+        return 4 * MAX_STEPS
+
+    def __getitem__(self, index: int) -> Batch:
+        longitude = torch.arange(16) * (2 * math.pi / 16)
+        phase = torch.arange(3).view(-1, 1) * (2 * math.pi / 16)
+        wave = torch.sin(longitude - phase + index).view(3, 1, 1, 16, 1)
+        return Batch(wave.expand(3, 1, 9, 16, 3).reshape(3, 1, -1, 3).clone(), torch.tensor(index))
+
+
+def collate(samples: list[Batch]) -> Batch:
+    return Batch(*(torch.stack(column) for column in zip(*samples, strict=True)))
+
+
+def test_trainer_drives_the_module():
+    torch.manual_seed(0)
+    spec: DataSpec = make_spec()
+    config = make_config(
+        model={"_target_": "anemoi_dist.models.latlon.LatLonCNN", "hidden_channels": 8, "dilations": [1]},
+        max_steps=MAX_STEPS,
+        lr={"rate": RATE, "warmup": WARMUP},
+        optimizer={"_target_": "anemoi_dist.optimizers.ademamix.AdEMAMix", "betas": [0.9, 0.999, 0.999]},
+    )
+    module = BaseGraphModule(config, spec=spec)
+    rates, losses = [], []
+
+    class Record(lightning.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            losses.append(outputs["loss"].item())
+
+    trainer = lightning.Trainer(
+        max_steps=MAX_STEPS,
+        accelerator="cpu",
+        devices=1,
+        # Named, for Lightning would look for an MPI library to find out, and fail where mpi4py stands without one.
+        plugins=[lightning.fabric.plugins.environments.LightningEnvironment()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Record()],
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        trainer.fit(as_lightning(module), DataLoader(Waves(), batch_size=4, collate_fn=collate))
+
+    assert len(losses) == MAX_STEPS
+    assert losses[-1] < 0.9 * losses[0]
+    assert rates == pytest.approx([expected_rate(step) for step in range(MAX_STEPS)], rel=1e-6)
+
+
+def expected_rate(step: int) -> float:
+    """Linear from rate/(warmup + 1), then half a cosine over all steps."""
+    if step < WARMUP:
+        start = RATE / (WARMUP + 1)
+        return start + step * (RATE - start) / WARMUP
+    return RATE * 0.5 * (1 + math.cos(math.pi * step / MAX_STEPS))

@@ -1,4 +1,4 @@
-"""From a command line to a typed configuration, and from that to a run directory with it frozen inside.
+"""From a command line to a typed configuration.
 
 Hydra composes the groups; a user's YAML file lies over them, single keys from the command line over that. Nothing is
 executed and no ``_target_`` is imported here. No torch: a login node composes too.
@@ -7,8 +7,6 @@ executed and no ``_target_`` is imported here. No torch: a login node composes t
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +15,15 @@ from typing import Any
 
 import yaml
 
-from anemoi_dist.config import GUARDED, Config, from_container, refuse_missing, refuse_unknown, schema_keys, to_yaml
-from anemoi_dist.errors import ConfigError, PreflightError
+from anemoi_dist.config import (
+    Config,
+    from_container,
+    refuse_missing,
+    refuse_unknown,
+    schema_keys,
+    unknown_keys,
+)
+from anemoi_dist.errors import ConfigError
 from anemoi_dist.overrides import (
     CONFIGS_DIR,
     KeyEdit,
@@ -29,8 +34,8 @@ from anemoi_dist.overrides import (
     place,
     remove,
 )
-from anemoi_dist.provenance import COMMAND_LINE, DEFAULT, DERIVED, Provenance, leaves
-from anemoi_dist.run_directory import RunDirectory, write_atomically
+from anemoi_dist.prepare import Change, changes_table, config_changes, derive_run_id, prepare_run
+from anemoi_dist.provenance import COMMAND_LINE, DERIVED, Provenance, leaves, read_yaml
 
 #: Nodes that are one choice, by the key that makes the choice: another one replaces the node instead of merging, or
 #: AdEMAMix's alpha would reach Adam.
@@ -42,10 +47,6 @@ CHOICE_NODES = {
 }
 #: Sections that only an anemoi-training configuration has; its ``data`` and ``model`` hold other things than ours.
 _FOREIGN = ("hardware", "system", "dataloader", "datamodule", "diagnostics", "graph", "config_validation")
-#: Not part of what a run computes: the same work elsewhere or with other logs is the same run.
-_NOT_IDENTITY = ("run.root", "run.id", "run.allow_changed", "launcher", "telemetry")
-#: May change between two attempts of one run without a word said to allow it.
-_HARMLESS = ("data.num_workers", "data.prefetch_factor")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class _Builder:
         """Let Hydra compose the groups."""
         self.container, files, self.choices = _hydra_compose(chosen, self.config_dir)
         for file, package in files:
-            content = _read_yaml(file)
+            content = read_yaml(file)
             content.pop("defaults", None)
             keys = [".".join(filter(None, (package, key))) for key, _ in leaves(content)]
             self.provenance.record(keys, _shown(file))
@@ -222,7 +223,7 @@ def _hydra_compose(
 def _default_groups() -> list[str]:
     return [
         name
-        for entry in _read_yaml(CONFIGS_DIR / "config.yaml")["defaults"]
+        for entry in read_yaml(CONFIGS_DIR / "config.yaml")["defaults"]
         if isinstance(entry, dict)
         for name in entry
     ]
@@ -237,27 +238,9 @@ def _shown(file: Path) -> str:
     return f"configs/{file.relative_to(CONFIGS_DIR).as_posix()}" if file.is_relative_to(CONFIGS_DIR) else str(file)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    """Read a YAML file as Hydra does (dates stay texts), interpolations left alone."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        container = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except OSError as error:
-        raise ConfigError("--config", str(file), f"cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError("--config", str(file), f"is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(container, dict):
-        raise ConfigError(
-            "--config", str(file), "must hold a mapping of keys to values", fix="training: {max_steps: 100}"
-        )
-    return container  # type: ignore[return-value]
-
-
 def _read_overlay(file: Path, groups: dict[str, tuple[str, ...]]) -> tuple[dict[str, Any], list[str]]:
     """Return a user's file in our layout, and what was made of it in words."""
-    over, messages = _read_yaml(file), []
+    over, messages = read_yaml(file), []
     foreign = [name for name in _FOREIGN if name in over]
     if foreign:
         dropped = [name for name in over if name in (*_FOREIGN, "defaults", "data", "model")]
@@ -287,6 +270,10 @@ def _read_overlay(file: Path, groups: dict[str, tuple[str, ...]]) -> tuple[dict[
 
         over["training"], translated = translate_training(over["training"])
         messages += translated
+        if foreign and (unknown := [key for key, _ in unknown_keys({"training": over["training"]})]):
+            for key in unknown:
+                remove(over, key)
+            messages.append(f"ignored, without a counterpart here: {', '.join(unknown)}")
     refuse_unknown(over, origin=str(file))
     return over, messages
 
@@ -318,113 +305,9 @@ def _resolved(container: dict[str, Any]) -> dict[str, Any]:
     return resolved  # type: ignore[return-value]
 
 
-def derive_run_id(config: Config, *, choices: dict[str, str]) -> str:
-    """Return a readable name that is a function of what the run computes: the same command continues the same run.
-
-    Parameters
-    ----------
-    config : Config
-        The configuration; where it runs and what it logs do not count.
-    choices : dict[str, str]
-        Group -> option, for the readable part.
-    """
-    identity = {key: value for key, value in leaves(dataclasses.asdict(config)) if not _is_below(key, _NOT_IDENTITY)}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    parts = [re.sub(r"[^A-Za-z0-9_.]+", "-", choices[group]).strip("-._")[:16] for group in ("data", "model", "engine")]
-    return "-".join([*filter(None, parts), digest])
-
-
-def _is_below(key: str, nodes: Sequence[str]) -> bool:
-    return any(key == node or key.startswith(f"{node}.") for node in nodes)
-
-
-@dataclass(frozen=True)
-class Change:
-    """One key that differs between the frozen configuration of a run and a new one; absent values are ``None``."""
-
-    key: str
-    was: Any
-    now: Any
-
-
-def config_changes(was: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """Return what differs between two configurations, by dotted key; where the run lies does not count."""
-    old, new = dict(leaves(was)), dict(leaves(now))
-    keys = [key for key in dict.fromkeys([*old, *new]) if key not in ("run.root", "run.allow_changed")]
-    return [Change(key, old.get(key), new.get(key)) for key in keys if repr(old.get(key)) != repr(new.get(key))]
-
-
-def changes_table(changes: Sequence[Change]) -> str:
-    """Return the changes as an aligned table with the columns key, was, is."""
-    rows = [("key", "was", "is"), *((change.key, str(change.was), str(change.now)) for change in changes)]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"  {key:<{widths[0]}}  {was:<{widths[1]}}  {now}" for key, was, now in rows)
-
-
-def prepare_run(composed: Composed) -> RunDirectory:
-    """Create the run's directory and freeze the configuration in it, or check it against the one frozen there.
-
-    What differs from the frozen configuration is left in ``run.json`` under ``changes`` (key, was, is), for the one who
-    starts the run to show and for the trainer to record.
-
-    Raises
-    ------
-    ConfigError
-        The run exists with another model, other data or another seed, and ``run.allow_changed`` does not name them.
-    PreflightError
-        The directory cannot be written.
-    """
-    config = composed.config
-    assert config.run.id is not None
-    run = RunDirectory.locate(config.run.root, config.run.id)
-    try:
-        changes: list[Change] = []
-        if run.config_file.exists():
-            changes = config_changes(_read_frozen(run), dataclasses.asdict(config))
-            _refuse_breaking(changes, config)
-        run.create()
-        if changes or not run.config_file.exists():
-            write_atomically(run.config_file, to_yaml(config))
-        _leave_changes(run, changes)
-    except OSError as error:
-        raise PreflightError(f"cannot prepare the run directory {run.path}: {error}") from error
-    return run
-
-
-def _read_frozen(run: RunDirectory) -> dict[str, Any]:
-    try:
-        return _read_yaml(run.config_file)
-    except ConfigError as error:
-        rule = f"the configuration frozen in {run.config_file} cannot be read: {error.rule}"
-        raise ConfigError("run.id", run.run_id, rule, fix="take another run.id, or repair that file") from error
-
-
-def _leave_changes(run: RunDirectory, changes: Sequence[Change]) -> None:
-    state = run.read_state()
-    left = [{"key": change.key, "was": change.was, "is": change.now} for change in changes]
-    if state.get("changes", []) != left:
-        run.write_state({**state, "changes": left})
-
-
-def _refuse_breaking(changes: Sequence[Change], config: Config) -> None:
-    for name, node in GUARDED.items():
-        broken = [change for change in changes if _is_below(change.key, (node,)) and change.key not in _HARMLESS]
-        if broken and name not in config.run.allow_changed:
-            allowed = ",".join([*config.run.allow_changed, name])
-            raise ConfigError(
-                broken[0].key,
-                broken[0].now,
-                f"differs from what run {config.run.id} was started with; its checkpoints would not fit or not mean "
-                f"the same:\n{changes_table(broken)}\n ",
-                fix=f"take another run.id, or run.allow_changed=[{allowed}] if it is meant",
-            )
-
-
 __all__ = [
-    "DEFAULT",
     "Change",
     "Composed",
-    "available_groups",
     "changes_table",
     "compose",
     "config_changes",

@@ -357,7 +357,7 @@ def nearest_keys(key: str, known: Iterable[str], *, count: int = 3) -> list[str]
         by_name.setdefault(candidate.rpartition(".")[2], []).append(candidate)
     if exact := by_name.get(last):
         return exact[:count]
-    found = difflib.get_close_matches(key, keys, n=count, cutoff=0.75)
+    found = difflib.get_close_matches(key, keys, n=count, cutoff=0.85)
     for name in difflib.get_close_matches(last, by_name, n=count, cutoff=0.75):
         found += by_name[name]
     return list(dict.fromkeys(found))[:count]

@@ -1,0 +1,144 @@
+"""From a composed configuration to a run directory with it frozen inside, or to a refusal. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from anemoi_dist.config import GUARDED, Config, to_yaml
+from anemoi_dist.errors import ConfigError, PreflightError
+from anemoi_dist.provenance import leaves, read_yaml
+from anemoi_dist.run_directory import RunDirectory, write_atomically
+
+if TYPE_CHECKING:
+    from anemoi_dist.compose import Composed
+
+#: Not part of what a run computes: the same work elsewhere or with other logs is the same run.
+_NOT_IDENTITY = ("run.root", "run.id", "run.allow_changed", "launcher", "telemetry")
+#: May change between two attempts of one run without a word said to allow it.
+_HARMLESS = ("data.num_workers", "data.prefetch_factor")
+
+
+def derive_run_id(config: Config, *, choices: dict[str, str]) -> str:
+    """Return a readable name that is a function of what the run computes: the same command continues the same run.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration; where it runs and what it logs do not count.
+    choices : dict[str, str]
+        Group -> option, for the readable part.
+    """
+    identity = {key: value for key, value in leaves(dataclasses.asdict(config)) if not _is_below(key, _NOT_IDENTITY)}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    parts = [re.sub(r"[^A-Za-z0-9_.]+", "-", choices[group]).strip("-._")[:16] for group in ("data", "model", "engine")]
+    return "-".join([*filter(None, parts), digest])
+
+
+def _is_below(key: str, nodes: Sequence[str]) -> bool:
+    return any(key == node or key.startswith(f"{node}.") for node in nodes)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key that differs between the frozen configuration of a run and a new one; absent values are ``None``."""
+
+    key: str
+    was: Any
+    now: Any
+
+
+def config_changes(was: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """Return what differs between two configurations, by dotted key; where the run lies does not count."""
+    old, new = dict(leaves(was)), dict(leaves(now))
+    keys = [key for key in dict.fromkeys([*old, *new]) if key not in ("run.root", "run.allow_changed")]
+    return [Change(key, old.get(key), new.get(key)) for key in keys if repr(old.get(key)) != repr(new.get(key))]
+
+
+def changes_table(changes: Sequence[Change]) -> str:
+    """Return the changes as an aligned table with the columns key, was, is."""
+    rows = [("key", "was", "is"), *((change.key, str(change.was), str(change.now)) for change in changes)]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"  {key:<{widths[0]}}  {was:<{widths[1]}}  {now}" for key, was, now in rows)
+
+
+def prepare_run(composed: Composed) -> RunDirectory:
+    """Create the run's directory and freeze the configuration in it, or check it against the one frozen there.
+
+    What differs from the frozen configuration is left in ``run.json`` under ``changes`` (key, was, is), for the one who
+    starts the run to show and for the trainer to record.
+
+    Raises
+    ------
+    ConfigError
+        The run exists with another model, other data or another seed, and ``run.allow_changed`` does not name them.
+    PreflightError
+        The directory cannot be written, or the run is running.
+    """
+    config = composed.config
+    assert config.run.id is not None
+    run = RunDirectory.locate(config.run.root, config.run.id)
+    try:
+        changes: list[Change] = []
+        if run.config_file.exists():
+            changes = config_changes(_read_frozen(run), dataclasses.asdict(config))
+            _refuse_breaking(changes, config)
+        run.create()
+        with _unused(run):
+            if changes or not run.config_file.exists():
+                write_atomically(run.config_file, to_yaml(config))
+            _leave_changes(run, changes)
+    except OSError as error:
+        raise PreflightError(f"cannot prepare the run directory {run.path}: {error}") from error
+    return run
+
+
+@contextlib.contextmanager
+def _unused(run: RunDirectory) -> Iterator[None]:
+    """Hold the lock that a running attempt holds: nobody's configuration is replaced under its feet."""
+    with run.lock_file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = run.read_state().get("owner") or {}
+            raise PreflightError(
+                f"run {run.run_id} is held by process {owner.get('pid', '?')} on {owner.get('host', '?')}; wait for "
+                "it, stop it, or take another run.id"
+            ) from error
+        yield
+
+
+def _read_frozen(run: RunDirectory) -> dict[str, Any]:
+    try:
+        return read_yaml(run.config_file)
+    except ConfigError as error:
+        rule = f"the configuration frozen in {run.config_file} cannot be read: {error.rule}"
+        raise ConfigError("run.id", run.run_id, rule, fix="take another run.id, or repair that file") from error
+
+
+def _leave_changes(run: RunDirectory, changes: Sequence[Change]) -> None:
+    state = run.read_state()
+    left = [{"key": change.key, "was": change.was, "is": change.now} for change in changes]
+    if state.get("changes", []) != left:
+        run.write_state({**state, "changes": left})
+
+
+def _refuse_breaking(changes: Sequence[Change], config: Config) -> None:
+    for name, node in GUARDED.items():
+        broken = [change for change in changes if _is_below(change.key, (node,)) and change.key not in _HARMLESS]
+        if broken and name not in config.run.allow_changed:
+            allowed = ",".join([*config.run.allow_changed, name])
+            raise ConfigError(
+                broken[0].key,
+                broken[0].now,
+                f"differs from what run {config.run.id} was started with; its checkpoints would not fit or not mean "
+                f"the same:\n{changes_table(broken)}\n ",
+                fix=f"take another run.id, or run.allow_changed=[{allowed}] if it is meant",
+            )

@@ -52,7 +52,7 @@ def as_lightning(module: BaseGraphModule) -> LightningModule:
             """Log the loss of one batch."""
             self.log("val_loss", self._loss(batch), sync_dist=True)
 
-        def configure_optimizers(self) -> dict[str, Any]:
+        def configure_optimizers(self) -> Any:
             """Return what the module configures."""
             return self.module.configure_optimizers()
 

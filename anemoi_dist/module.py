@@ -34,6 +34,11 @@ class Float32Constants(nn.Module):
         One array for each name.
     """
 
+    mean: Tensor
+    stdev: Tensor
+    tendency_scale: Tensor
+    area_weight: Tensor
+
     def __init__(self, **values: np.ndarray) -> None:
         super().__init__()
         for name, value in values.items():
@@ -71,6 +76,8 @@ class BaseGraphModule(nn.Module):
     compute_dtype : torch.dtype
         What the model's input is cast to. An engine that casts the model's weights sets this too.
     autocast_dtype : torch.dtype or None
+        What the model computes in under autocast. For an engine that keeps float32 weights.
+    autocast_dtype : torch.dtype or None
         Type that the model computes in under autocast, for an engine that keeps its weights in float32.
     """
 
@@ -79,6 +86,7 @@ class BaseGraphModule(nn.Module):
         self.config, self.spec, self.world_size = config, spec, world_size
         self.allowed_targets = tuple(config.security.allowed_targets)
         self.compute_dtype = torch.float32
+        self.autocast_dtype: torch.dtype | None = None
         self.autocast_dtype: torch.dtype | None = None
         self.model = build_model(config.model, spec, self.allowed_targets)
         self.constants = _constants(spec)
@@ -111,7 +119,7 @@ class BaseGraphModule(nn.Module):
         window, forecasts = states[:, :num_input], []
         for step in range(rollout):
             with torch.autocast(window.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                tendency = self.model(window.to(self.compute_dtype)).float()
+                tendency = self._tendency(window)
             last = window[:, -1].index_select(-1, self._prognostic)
             forecasts.append(last + tendency * self.constants.tendency_scale)
             if step + 1 < rollout:
@@ -184,6 +192,11 @@ class BaseGraphModule(nn.Module):
         return create_scheduler(
             training.scheduler, optimizer, lr=training.lr, max_steps=training.max_steps, allowed=self.allowed_targets
         )
+
+    def _tendency(self, window: Tensor) -> Tensor:
+        """Run the model in the precision that the engine chose; float32 in, float32 out."""
+        with torch.autocast(window.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.model(window.to(self.compute_dtype)).float()
 
     def _state(self, prognostic: Tensor, given: Tensor) -> Tensor:
         """Join a forecast and the true forcings of its date into one state (..., variable)."""

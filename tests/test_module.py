@@ -156,6 +156,28 @@ def test_low_precision_model_forecasts_float32():
     torch.testing.assert_close(module.denormalise(forecast)[:, 0], batch.fields[:, 1][..., [0, 2]], rtol=1e-6, atol=0)
 
 
+def test_autocast_computes_low_with_float32_weights():
+    node = {"_target_": f"{__name__}.Linear"}
+    module, batch = make_module(model=node), make_batch()
+    module.autocast_dtype = torch.bfloat16
+    forecast = module(batch, rollout=2)
+    module.loss(forecast, batch).backward()
+    assert module.model.computed_in == torch.bfloat16
+    assert forecast.dtype == torch.float32
+    assert module.model.layer.weight.grad.dtype == torch.float32
+
+
+class Linear(nn.Module):
+    def __init__(self, data: DataSpec) -> None:
+        super().__init__()
+        self.layer = nn.Linear(len(data.variables), len(data.prognostic))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tendency = self.layer(x[:, -1])
+        self.computed_in = tendency.dtype
+        return tendency
+
+
 def test_only_parameters_are_saved():
     assert list(make_module().state_dict()) == ["model.weight"]
 

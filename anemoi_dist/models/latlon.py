@@ -107,6 +107,7 @@ class LatLonCNN(nn.Module):
         )
         self.decode = nn.Conv2d(hidden_channels, num_out * patch_size**2, 1)
         nn.init.zeros_(self.decode.weight)
+        assert self.decode.bias is not None
         nn.init.zeros_(self.decode.bias)
 
     def forward(self, x: Tensor) -> Tensor:

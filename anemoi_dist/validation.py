@@ -207,7 +207,7 @@ def format_table(scores: Sequence[Score]) -> str:
     for score in scores:
         rows.setdefault((score.variable, score.lead_s), {})[score.forecast] = score
     width = max(8, *(len(variable) for variable, _ in rows))
-    columns = [max(9, len(name)) for name in names]
+    columns = [max(7, len(name)) for name in names]
     block = sum(columns) + 2 * len(columns)
     header = "".join(f"  {name:>{size}}" for name, size in zip(names, columns, strict=True))
     lines = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import importlib
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -269,19 +269,18 @@ def _no_lasting_process() -> Iterator[None]:
     dataset is opened. That child would hold the rank's sockets and outlive a killed rank. A thread does the same work
     and is gone afterwards.
     """
-    import anemoi.datasets.usage  # noqa: F401
-
-    analytics = sys.modules.get("anemoi.datasets.usage.analytics")
-    pool = getattr(analytics, "_executor", None)
-    if analytics is None or pool is None:  # versions without analytics
+    try:
+        analytics: Any = importlib.import_module("anemoi.datasets.usage.analytics")
+        pool = analytics._executor
+    except (ModuleNotFoundError, AttributeError):  # versions without it
         yield
         return
     with ThreadPoolExecutor(max_workers=1) as thread:
-        analytics._executor = thread  # type: ignore[attr-defined]
+        analytics._executor = thread
         try:
             yield
         finally:
-            analytics._executor = pool  # type: ignore[attr-defined]
+            analytics._executor = pool
 
 
 def _resolve_samples(dataset: Any) -> Any:
@@ -325,7 +324,10 @@ def _between(fields: Any, split: SplitConfig, *, name: str) -> Fields:
         size = len(block)
     except _OPEN_ERRORS as error:
         raise ConfigError(
-            f"data.{name}", f"{split.start} to {split.end}", f"is not a block of dates: {error}"
+            f"data.{name}",
+            f"{split.start} to {split.end}",
+            f"is not a block of dates: {error}",
+            fix="give dates such as 2020, 2020-01, 2020-01-31 or 2020-01-31T18:00:00",
         ) from error
     if not size:
         raise empty_block(split, name=name, dates=fields.dates)

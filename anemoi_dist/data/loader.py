@@ -34,17 +34,16 @@ class BatchLoader(Iterator[list[Batch]]):
 
     def __init__(self, loader: DataLoader, *, accumulation: int) -> None:
         before = set(multiprocessing.active_children())
-        # In a list that the finalizer shares, so that emptying it drops the only reference.
-        self._batches: list[Iterator[Batch]] = [iter(loader)]
+        self._batches: Iterator[Batch] = iter(loader)
         self.workers = tuple(set(multiprocessing.active_children()) - before)
         self._accumulation = accumulation
         # Also at exit, before multiprocessing joins its children: a worker that ignores SIGTERM would never return.
         self._close = weakref.finalize(self, _end, self._batches, self.workers)
 
     def __next__(self) -> list[Batch]:
-        if not self._batches:
+        if not self._close.alive:
             raise StopIteration
-        return [next(self._batches[0]) for _ in range(self._accumulation)]
+        return [next(self._batches) for _ in range(self._accumulation)]
 
     def close(self) -> None:
         """End the workers. Harmless when repeated."""
@@ -113,9 +112,10 @@ def _start_worker(worker: int, *, parent_pid: int) -> None:
         os._exit(1)
 
 
-def _end(batches: list[Iterator[Batch]], workers: tuple[Any, ...]) -> None:
-    # Dropping the last reference to DataLoader's iterator tells its workers to leave and waits for them.
-    batches.clear()
+def _end(batches: Any, workers: tuple[Any, ...]) -> None:
+    # By name, since dropping the iterator does nothing while a traceback holds it, and then at the wrong moment.
+    if workers:
+        batches._shutdown_workers()
     for worker in workers:
         if worker.is_alive():  # stuck in a read
             worker.kill()

@@ -59,9 +59,7 @@ class SyntheticFields:
             raise ConfigError("data.dataset", given, "must be a mapping for data.kind=synthetic", valid=DEFAULTS)
         for key in given:
             if key not in DEFAULTS:
-                raise ConfigError(
-                    f"data.dataset.{key}", given[key], "is not a setting of synthetic data", valid=DEFAULTS
-                )
+                raise ConfigError("data.dataset", key, "is not a setting of synthetic data", valid=DEFAULTS)
         if data.options:
             raise ConfigError("data.options", data.options, "has no effect on synthetic data", fix="data.options={}")
         values = DEFAULTS | given

@@ -1,0 +1,156 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from anemoi_dist.config import BatchPlan
+from anemoi_dist.data.anemoi import open_split
+from anemoi_dist.data.loader import build_loader, collate
+from anemoi_dist.data.sampler import GlobalSampleOrder
+
+PLAN = BatchPlan(global_size=8, micro_size=2, accumulation=2, world_size=2)
+
+
+def loader(data, **arguments):
+    dataset = open_split(data, "train", rollout=1)
+    order = GlobalSampleOrder(len(dataset), seed=5)
+    return build_loader(dataset, order=order, plan=PLAN, rank=1, data_config=data, **arguments)
+
+
+def steps(data, count, **arguments):
+    batches = loader(data, **arguments)
+    try:
+        return [next(batches) for _ in range(count)]
+    finally:
+        batches.close()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_dead(pids, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, f"still alive: {[pid for pid in pids if is_alive(pid)]}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_yields_this_ranks_micro_batches_in_order(waves, num_workers):
+    waves.num_workers = num_workers
+    dataset = open_split(waves, "train", rollout=1)
+    order = GlobalSampleOrder(len(dataset), seed=5)
+    for step, micro_batches in enumerate(steps(waves, 4)):
+        assert len(micro_batches) == 2
+        for micro, batch in enumerate(micro_batches):
+            first = step * 8 + 4 + micro * 2
+            expected = collate([dataset[order[first]], dataset[order[first + 1]]])
+            torch.testing.assert_close(batch, expected, rtol=0, atol=0)
+            assert batch.fields.shape == (2, 3, 1, 48, 2) and batch.fields.dtype == torch.float32
+            assert batch.dates.shape == (2,) and batch.dates.dtype == torch.int64
+
+
+def test_resumes_at_a_step(waves):
+    whole, resumed = steps(waves, 5), steps(waves, 2, start_step=3)
+    torch.testing.assert_close(resumed, whole[3:], rtol=0, atol=0)
+
+
+def test_real_data_through_a_forked_worker(era5):
+    assert torch.isfinite(steps(era5, 2)[1][0].fields).all()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_workers_ignore_signals(waves, number):
+    waves.num_workers = 2
+    batches = loader(waves)
+    try:
+        next(batches)  # the workers are past their start
+        pids = [worker.pid for worker in batches.workers]
+        assert len(pids) == 2
+        for pid in pids:
+            os.kill(pid, number)
+        time.sleep(0.2)
+        for _ in range(10):
+            next(batches)
+        assert all(is_alive(pid) for pid in pids)
+    finally:
+        batches.close()
+
+
+def test_close_ends_the_workers_and_may_be_repeated(waves):
+    waves.num_workers = 2
+    batches = loader(waves)
+    next(batches)
+    started = time.monotonic()
+    batches.close()
+    batches.close()
+    assert time.monotonic() - started < 4
+    assert not any(worker.is_alive() for worker in batches.workers)
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_an_error_in_a_worker_reaches_the_trainer(waves):
+    class Broken:
+        def __getitem__(self, index):
+            raise OSError(f"sample {index} can't be read")
+
+    batches = build_loader(Broken(), order=GlobalSampleOrder(8, seed=0), plan=PLAN, rank=0, data_config=waves)
+    try:
+        with pytest.raises(OSError, match="can't be read"):
+            next(batches)
+    finally:
+        batches.close()
+
+
+SCRIPT = """
+    import os, signal, sys, time
+    from anemoi_dist.config import BatchPlan, DataConfig
+    from anemoi_dist.data.anemoi import open_split
+    from anemoi_dist.data.loader import build_loader
+    from anemoi_dist.data.sampler import GlobalSampleOrder
+
+    data = DataConfig(kind="synthetic", dataset={"field_shape": [4, 8], "num_dates": 20}, num_workers=2)
+    dataset = open_split(data, "train", rollout=1)
+    plan = BatchPlan(2, 2, 1, 1)
+    batches = build_loader(dataset, order=GlobalSampleOrder(len(dataset), seed=0), plan=plan, rank=0, data_config=data)
+    next(batches)
+    print(*(worker.pid for worker in batches.workers), flush=True)
+"""
+
+
+def start(ending: str) -> tuple[subprocess.Popen, list[int]]:
+    script = textwrap.dedent(SCRIPT) + ending
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(pids) == 2, process.communicate()[1]
+    return process, pids
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_workers_die_with_a_killed_parent():
+    process, pids = start("time.sleep(60)")
+    process.kill()
+    wait_until_dead(pids)
+    process.communicate()
+
+
+@pytest.mark.parametrize(("ending", "code"), [("", 0), ("raise SystemExit(75)", 75), ("batches.close()", 0)])
+def test_a_trainer_that_ends_leaves_nothing_and_does_not_hang(ending, code):
+    process, pids = start(ending)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == code and errors == ""
+    wait_until_dead(pids, timeout_s=1)

@@ -7,6 +7,7 @@ it leads to: ``torch.optim.lr_scheduler.types.FunctionType`` starts well and end
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import re
 from collections.abc import Callable, Iterable
@@ -61,19 +62,19 @@ def resolve_target(name: str, *, key: str, allowed: Iterable[str] = ()) -> Calla
 def _walk(name: str, *, key: str, prefixes: tuple[str, ...]) -> Any:
     """Go from the first module to the object, importing only modules that are allowed or lead to an allowed name."""
     parts = name.split(".")
+    target: Any
     target, done = _first_module(name, key=key, prefixes=prefixes)
     for depth in range(done, len(parts)):
-        path = ".".join(parts[: depth + 1])
-        if not hasattr(target, parts[depth]) and isinstance(target, ModuleType):
-            _import(path, key=key, name=name)
-        if not hasattr(target, parts[depth]):
-            names = (n for n in dir(target) if not n.startswith("_"))
-            raise ConfigError(
-                key, name, f"{'.'.join(parts[:depth])} has no {parts[depth]!r}", valid=_nearest(parts[depth], names)
-            )
-        target = getattr(target, parts[depth])
-        if isinstance(target, ModuleType) and target.__name__ != path and not _covered(target.__name__, prefixes):
-            raise _refusal(key, name, target.__name__, prefixes)
+        part, path = parts[depth], ".".join(parts[: depth + 1])
+        found = getattr(target, part, None)
+        if not hasattr(target, part):
+            found = _import_if_there(path, key=key, name=name) if isinstance(target, ModuleType) else None
+            if found is None:
+                near = difflib.get_close_matches(part, dir(target), n=5, cutoff=0.5)
+                raise ConfigError(key, name, f"{'.'.join(parts[:depth])} has no {part!r}", valid=near)
+        if isinstance(found, ModuleType) and found.__name__ != path and not _covered(found.__name__, prefixes):
+            raise _refusal(key, name, found.__name__, prefixes)
+        target = found
     return target
 
 
@@ -101,12 +102,13 @@ def _first_module(name: str, *, key: str, prefixes: tuple[str, ...]) -> tuple[Mo
     return module, longest
 
 
-def _import(path: str, *, key: str, name: str) -> None:
+def _import_if_there(path: str, *, key: str, name: str) -> ModuleType | None:
     try:
-        importlib.import_module(path)
+        return importlib.import_module(path)
     except ModuleNotFoundError as error:
-        if error.name != path:
-            raise ConfigError(key, name, f"cannot be imported: {error}", fix=f"install {error.name}") from error
+        if error.name == path:
+            return None
+        raise ConfigError(key, name, f"cannot be imported: {error}", fix=f"install {error.name}") from error
     except ImportError as error:
         raise ConfigError(key, name, f"cannot be imported: {error}") from error
 
@@ -134,9 +136,3 @@ def _refusal(key: str, name: str, canonical: str, prefixes: tuple[str, ...]) -> 
         valid=prefixes,
         fix=f"add {canonical} or its package to security.allowed_targets if you trust it",
     )
-
-
-def _nearest(name: str, names: Iterable[str]) -> list[str]:
-    import difflib
-
-    return difflib.get_close_matches(name, list(names), n=5, cutoff=0.5)

@@ -118,9 +118,9 @@ def _foreach_update(
     m1s: list[Tensor] | None,
     m2s: list[Tensor],
     nus: list[Tensor],
-    scalars: UpdateScalars,
+    scalars: Any,
 ) -> None:
-    """Do :func:`ademamix_update` for tensors of one device and type at once, operation for operation."""
+    """Do :func:`ademamix_update` for tensors of one device and type at once, operation for operation; the scalars are floats."""
     dtype = nus[0].dtype
     gs = [g.to(dtype) for g in gs]
     if m1s is not None:

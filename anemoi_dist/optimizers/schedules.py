@@ -65,6 +65,8 @@ def beta3_at(step: float, *, beta1: float, beta3: float, warmup: float | None, f
 def beta_between(fraction: Number, *, beta1: float, beta3: float, form: str) -> Number:
     """Return the beta whose half-life lies at ``fraction`` (0 < fraction < 1) between those of two betas."""
     start, end = half_life(beta1, form=form), half_life(beta3, form=form)
+    if start == end == 0.0:
+        return 0.0 * fraction  # type: ignore[operator,return-value]
     return 0.5 ** (1.0 / ((1.0 - fraction) * start + fraction * end))  # type: ignore[operator,return-value]
 
 

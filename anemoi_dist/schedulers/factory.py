@@ -127,6 +127,8 @@ def set_num_updates(scheduler: Any, num_updates: int) -> None:
 
 
 def _rewind(scheduler: LRScheduler) -> None:
+    if scheduler not in _beginnings:
+        raise RuntimeError("only a scheduler that create_scheduler() built can be set back to an earlier update")
     state, options = copy.deepcopy(_beginnings[scheduler])
     scheduler.load_state_dict(state)
     for group, saved in zip(scheduler.optimizer.param_groups, options, strict=True):
@@ -166,7 +168,7 @@ def _refuse_unsteady(
         raise ConfigError(f"{KEY}.last_epoch", given["last_epoch"], "comes from the checkpoint", fix="remove it")
     if "metrics" in inspect.signature(getattr(target, "step", target)).parameters or "patience_t" in parameters:
         raise ConfigError(f"{KEY}._target_", name, "the rate must depend on the step alone, not on a score", fix=fix)
-    if not (hasattr(target, "step_update") or (hasattr(target, "step") and hasattr(target, "load_state_dict"))):
+    if not (hasattr(target, "step_update") or (hasattr(target, "step") and hasattr(target, "get_last_lr"))):
         raise ConfigError(f"{KEY}._target_", name, "is no scheduler: it has neither step_update() nor step()", fix=fix)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 # Drawn with these colours and then replaced by the page's variables, so that a dark page gets its own.
 INK, MUTED, GRID, BAD = "#101114", "#101115", "#101116", "#101117"
@@ -130,8 +132,14 @@ def draw_chart(chart: Chart) -> str:
         _mark_steps(axes, chart)
         axes.set_xlabel(chart.x_label, loc="right")
         axes.grid(visible=False, axis="x")
+        if not len(chart.x_ticks):
+            # From the first step on, also where there is no other yet.
+            last = max(5.0, *(curve.x[-1] for curve in chart.curves))
+            axes.set_xlim(-0.02 * last, 1.02 * last)
         axes.xaxis.set_major_locator(
-            FixedLocator(list(chart.x_ticks)) if len(chart.x_ticks) else MaxNLocator(6, integer=True)
+            FixedLocator(list(chart.x_ticks))
+            if len(chart.x_ticks)
+            else MaxNLocator(7, integer=True, steps=[1, 2, 5, 10])
         )
         axes.xaxis.set_major_formatter(FuncFormatter(_plain_number))
         if axes.get_legend_handles_labels()[1]:
@@ -154,7 +162,7 @@ def _draw_curve(axes: Axes, curve: Curve, *, faint: bool, alone: bool) -> None:
         # A single point would not be seen as a line.
         marker=MARKERS[curve.style % len(MARKERS)] if curve.markers or len(curve.x) == 1 else None,
         markersize=3.5,
-        label=None if alone else curve.label,
+        label=curve.label if not alone else "recorded" if faint else None,
     )
 
 
@@ -170,7 +178,7 @@ def _draw_running_mean(axes: Axes, curve: Curve) -> None:
 
 
 def _scale_y(axes: Axes, chart: Chart) -> None:
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()])
     values = values[np.isfinite(values)]
@@ -180,13 +188,23 @@ def _scale_y(axes: Axes, chart: Chart) -> None:
     margin = max((high / low) ** 0.06, 1.05)
     axes.set_yscale("log")
     axes.set_ylim(low / margin, high * margin)
-    # Over few decades powers of ten alone would leave an axis with one number.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,), numticks=12))
+    axes.yaxis.set_major_locator(FixedLocator(_log_ticks(low / margin, high * margin)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
     if chart.scale == "decay":
         axes.invert_yaxis()
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 - value:.7g}"))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers between two bounds: about three to eight, where powers of ten alone could be one."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for mantissas in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        ticks = [m * 10.0**exponent for exponent in exponents for m in mantissas if low <= m * 10.0**exponent <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks
 
 
 def _mark_steps(axes: Axes, chart: Chart) -> None:
@@ -222,6 +240,8 @@ def _to_svg(figure: Figure, *, alt: str) -> str:
     svg = svg[svg.index("<svg") :]
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
+    # Every figure numbers its groups from one; on one page these would be the same names again and again.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     # The page's own font; and no size: it takes the room that its card gives it.
     svg = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
@@ -271,7 +291,7 @@ def draw_map(field: Field) -> str:
     is_global = np.ptp(longitudes) > 300 and np.ptp(field.longitudes % 360) > 300
     project: Projection = equal_earth if is_global else _plain_degrees
     with matplotlib.rc_context({**RC, "svg.hashsalt": field.name, "axes.grid": False}):
-        figure = Figure(figsize=(4.4, 2.75), layout="constrained")
+        figure = Figure(figsize=(3.7, 2.45), layout=ConstrainedLayoutEngine(h_pad=0.07))
         axes = figure.add_subplot()
         axes.set_axis_off()
         x, y = project(*np.meshgrid(_edges(longitudes, 180), _edges(field.latitudes, 90)))
@@ -286,16 +306,17 @@ def draw_map(field: Field) -> str:
         )
         axes.set_xlim(x.min(), x.max())
         axes.set_ylim(y.min(), y.max())
+        _draw_contours(axes, field, longitudes, values, project)
         _draw_coast(axes, project)
         if is_global:
             axes.set_aspect("equal")
             _draw_globe_edge(axes)
-        axes.set_title(field.title, fontsize=9, color=INK)
+        axes.set_title(field.title, fontsize=8.5, color=INK)
         bar = figure.colorbar(
             colours, ax=axes, orientation="horizontal", aspect=38, shrink=0.86, pad=0.03, extend="both"
         )
         bar.outline.set_visible(False)  # type: ignore[operator]
-        bar.ax.xaxis.set_major_locator(MaxNLocator(7, symmetric=field.diverging))
+        bar.ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
         bar.ax.xaxis.set_major_formatter(FuncFormatter(_plain_number))
         bar.set_label(field.unit, color=MUTED)
         return _to_svg(figure, alt=field.alt)
@@ -326,6 +347,14 @@ def _edges(centres: np.ndarray, limit: float) -> np.ndarray:
     return np.clip(np.concatenate(([ends[0]], middle, [ends[1]])), -limit, limit)
 
 
+def _draw_contours(axes: Axes, field: Field, longitudes: np.ndarray, values: np.ndarray, project: Projection) -> None:
+    if field.diverging:
+        return
+    levels = MaxNLocator(12).tick_values(*field.limits)
+    x, y = project(*np.meshgrid(longitudes, field.latitudes))
+    axes.contour(x, y, values, levels=levels, colors="white", linewidths=0.5, alpha=0.55).set_rasterized(True)
+
+
 def _draw_coast(axes: Axes, project: Projection) -> None:
     document = json.loads((Path(__file__).parent / "coastlines.geojson").read_text(encoding="utf-8"))
     lines = []
@@ -333,7 +362,7 @@ def _draw_coast(axes: Axes, project: Projection) -> None:
         for line in feature["geometry"]["coordinates"]:
             longitudes, latitudes = np.asarray(line, dtype=float).T
             lines.append(np.column_stack(project(longitudes, latitudes)))
-    axes.add_collection(LineCollection(lines, colors="black", linewidths=0.5, alpha=0.75, rasterized=True))
+    axes.add_collection(LineCollection(lines, colors="black", linewidths=0.4, alpha=0.8, rasterized=True))
 
 
 def _draw_globe_edge(axes: Axes) -> None:

@@ -15,12 +15,13 @@ from anemoi_dist.run_directory import RunDirectory, write_atomically
 from anemoi_dist.telemetry.events import Event, latest_by_step, read_events
 from anemoi_dist.telemetry.progress import format_bytes, format_duration, format_number
 
-PHASE_NAMES = {
-    "startup": "Start-up",
-    "data": "Waiting for data",
-    "step": "Training steps",
-    "validation": "Validation",
-    "checkpoint": "Saving checkpoints",
+# What a reader sees of each phase, and its colour: training has that of the model.
+PHASES = {
+    "startup": ("Start-up", 2),
+    "data": ("Waiting for data", 1),
+    "step": ("Training steps", 0),
+    "validation": ("Validation", 3),
+    "checkpoint": ("Saving checkpoints", 4),
 }
 # Beyond so many ranks the table shows the smallest and the largest.
 MAX_LISTED_RANKS = 4
@@ -93,7 +94,7 @@ def tiles(events: Sequence[Event], skill: Mapping[str, Any] | None, config_text:
     found = []
     if skill and (table := skill["variables"][0])["first_rmse"]:
         gain = table["gains"][0]
-        note = "" if gain is None else f"{abs(gain):.0%} {'below' if gain < 0 else 'above'} the best baseline"
+        note = "" if gain is None else f"{abs(100 * gain):.0f} % {'below' if gain < 0 else 'above'} the best baseline"
         label = f"RMSE of {table['variable']} at {table['leads'][0]}, {skill['split']} block"
         found.append({"label": label, "value": f"{table['first_rmse']} {table['unit']}", "note": note})
     losses = [event["loss"] for event in steps if event.get("loss") is not None]
@@ -135,7 +136,7 @@ def facts(events: Sequence[Event], config_text: str) -> list[tuple[str, str]]:
         "Precision": _text(OmegaConf.select(config, "training.precision")),
         "Global batch": _text(OmegaConf.select(config, "training.global_batch_size")),
         "Seed": _text(OmegaConf.select(config, "run.seed")),
-        "Memory of rank 0's process": format_bytes(held) if held else "",
+        "Process memory": format_bytes(held) if held else "",
         "First event": date_label(events[0]["time"]),
         "Last event": date_label(events[-1]["time"]),
         "Resumed from": resumed,
@@ -241,17 +242,17 @@ def time_spent(events: Sequence[Event]) -> dict[str, Any] | None:
     total = sum(seconds.values()) or 1.0
     phases = [
         {
-            "name": PHASE_NAMES.get(name, name),
-            "style": i % 5,
+            "name": PHASES.get(name, (name, 2))[0],
+            "style": PHASES.get(name, (name, 2))[1],
             "seconds": f"{value:.1f}" if value < 100 else f"{value:.0f}",
             "percent": 100 * value / total,
         }
-        for i, (name, value) in enumerate(seconds.items())
+        for name, value in seconds.items()
     ]
     num_starts = sum(event["event"] == "start" for event in events)
     return {
         "phases": phases,
         "total": format_duration(total),
-        "useful": f"{seconds.get('step', 0.0) / total:.0%}",
+        "useful": f"{100 * seconds.get('step', 0.0) / total:.0f} %",
         "num_unfinished": max(num_starts - len(ends), 0),
     }

@@ -66,10 +66,7 @@ def restarts(events: Sequence[Event]) -> list[int]:
 def curves(events: Sequence[Event]) -> list[dict[str, Any]]:
     """Return the training curves: ``title``, ``note``, ``svg``; one for each value that was recorded."""
     steps = latest_by_step(events, "step")
-    marks = {
-        "restarts": sorted(set(restarts(events))),
-        "skipped": list(latest_by_step(events, "skipped_update")),
-    }
+    resumed, skipped = sorted(set(restarts(events))), list(latest_by_step(events, "skipped_update"))
     wanted = (
         ("loss", "Loss", "cos-latitude-weighted, of the normalised tendency", "log", True),
         ("grad_norm", "Gradient norm", "global L2 norm, before clipping", "log", True),
@@ -89,7 +86,8 @@ def curves(events: Sequence[Event]) -> list[dict[str, Any]]:
             curves=[Curve(title, x, y)],
             scale=_fitting_scale(scale, y),
             smooth=smooth and len(y) >= 25,
-            **marks,
+            restarts=resumed,
+            skipped=skipped,
         )
         if chart.scale == "log":
             note += ", log scale"
@@ -312,7 +310,7 @@ def _draw_maps(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
             )
             panels.append(draw_map(field))
         rmse, reference = (_rmse(field - truth[i], latitudes) for field in (forecast[i], persistence[i]))
-        decimals = _decimals(min(rmse, reference)) if min(rmse, reference) > 0 else 2
+        decimals = _decimals(max(rmse, reference) or 1.0)
         leads.append(
             {
                 "label": lead_label(lead),

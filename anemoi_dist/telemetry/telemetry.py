@@ -139,6 +139,7 @@ class Telemetry:
                     f"{split}/{kind}/{score['variable']}/{score['forecast']}/{score['lead_s'] / 3600:g}h": score[kind]
                     for score in scores
                     for kind in ("rmse", "acc")
+                    if score.get(kind) is not None
                 },
                 step=step,
             )

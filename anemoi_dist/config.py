@@ -7,9 +7,11 @@ queue is touched. It imports no torch: the control side uses it on a login node.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
@@ -246,6 +248,7 @@ def from_container(container: dict[str, Any]) -> Config:
     """
     refuse_unknown(container)
     refuse_missing(container)
+    _refuse_scalar_nodes(container)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), container)
         if missing := sorted(OmegaConf.missing_keys(merged)):
@@ -267,9 +270,10 @@ def refuse_missing(container: dict[str, Any], prefix: str = "") -> None:
             raise _missing(f"{prefix}{name}")
 
 
-def schema_keys() -> dict[str, Any]:
+@functools.cache
+def schema_keys() -> Mapping[str, Any]:
     """Return every dotted key that the schema knows with its type, nodes before what is in them."""
-    return dict(_walk_schema(Config, ""))
+    return MappingProxyType(dict(_walk_schema(Config, "")))
 
 
 def _walk_schema(node: type, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -391,12 +395,20 @@ def _wrong_type(error: OmegaConfBaseException, container: dict[str, Any]) -> Con
     expected = schema_keys().get(key)
     if expected is None:
         return ConfigError(key, value, str(error).splitlines()[0])
-    fix = ""
-    if isinstance(value, float) and value.is_integer():
-        fix = f"{key}={int(value)}"
-    elif is_dataclass(expected):
-        fix = f"its keys are {', '.join(item.name for item in fields(expected))}"
+    fix = f"{key}={int(value)}" if isinstance(value, float) and value.is_integer() else ""
     return ConfigError(key, value, f"must be {_describe(expected)}", fix=fix)
+
+
+def _refuse_scalar_nodes(container: dict[str, Any], prefix: str = "") -> None:
+    schema = schema_keys()
+    for name, value in container.items():
+        expected = schema[f"{prefix}{name}"]
+        if not is_dataclass(expected):
+            continue
+        if not isinstance(value, dict):
+            fix = f"its keys are {', '.join(item.name for item in fields(expected))}"
+            raise ConfigError(f"{prefix}{name}", value, f"must be {_describe(expected)}", fix=fix)
+        _refuse_scalar_nodes(value, f"{prefix}{name}.")
 
 
 def _describe(expected: Any) -> str:

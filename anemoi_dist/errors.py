@@ -104,6 +104,9 @@ class DivergedError(AnemoiDistError):
             "training.clip_grad_norm, and start again (training.max_skipped sets the limit)."
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.num_skipped, self.step))
+
 
 class StopRequestedError(AnemoiDistError):
     """The run saved and left because it was asked to; running it again continues it.
@@ -121,3 +124,6 @@ class StopRequestedError(AnemoiDistError):
     def __init__(self, step: int, reason: str) -> None:
         self.step, self.reason = step, reason
         super().__init__(f"stopped by {reason} after saving step {step}; run the same command again to continue")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.step, self.reason))

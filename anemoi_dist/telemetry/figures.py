@@ -21,7 +21,6 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 # Drawn with these colours and then replaced by the page's variables, so that a dark page gets its own.
@@ -291,8 +290,9 @@ def draw_map(field: Field) -> str:
     is_global = np.ptp(longitudes) > 300 and np.ptp(field.longitudes % 360) > 300
     project: Projection = equal_earth if is_global else _plain_degrees
     with matplotlib.rc_context({**RC, "svg.hashsalt": field.name, "axes.grid": False}):
-        figure = Figure(figsize=(3.7, 2.45), layout=ConstrainedLayoutEngine(h_pad=0.07))
-        axes = figure.add_subplot()
+        # Laid out by hand: the automatic layout cuts the title where the aspect of the map is fixed.
+        figure = Figure(figsize=(3.7, 2.53))
+        axes = figure.add_axes((0.02, 0.215, 0.96, 0.68))
         axes.set_axis_off()
         x, y = project(*np.meshgrid(_edges(longitudes, 180), _edges(field.latitudes, 90)))
         colours = axes.pcolormesh(
@@ -312,9 +312,8 @@ def draw_map(field: Field) -> str:
             axes.set_aspect("equal")
             _draw_globe_edge(axes)
         axes.set_title(field.title, fontsize=8.5, color=INK)
-        bar = figure.colorbar(
-            colours, ax=axes, orientation="horizontal", aspect=38, shrink=0.86, pad=0.03, extend="both"
-        )
+        bar_axes = figure.add_axes((0.07, 0.165, 0.86, 0.03))
+        bar = figure.colorbar(colours, cax=bar_axes, orientation="horizontal", extend="both")
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
         bar.ax.xaxis.set_major_formatter(FuncFormatter(_plain_number))

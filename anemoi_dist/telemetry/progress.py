@@ -42,9 +42,10 @@ class StepLine:
     def metrics(self) -> str:
         """Return everything but the step and the time left, in one line."""
         speed = "-" if self.samples_per_s is None else format_number(self.samples_per_s, digits=3)
-        return (
+        # The warning first: a narrow terminal cuts the end of the line.
+        return ("UPDATE SKIPPED  " if self.skipped else "") + (
             f"loss {format_number(self.loss)}  rate {self.lr:.2e}  gradient {format_number(self.grad_norm, digits=3)}  "
-            f"{speed} samples/s  {format_bytes(self.memory_bytes)}" + ("  UPDATE SKIPPED" if self.skipped else "")
+            f"{speed} samples/s  {format_bytes(self.memory_bytes)}"
         )
 
 

@@ -50,7 +50,7 @@ def test_a_skipped_update_is_shown_whenever_it_comes():
     progress, stream = plain()
     progress.update(line(3, loss=float("nan"), grad_norm=float("inf"), skipped=True))
     assert stream.getvalue() == (
-        "step  3/25  loss nan  rate 5.94e-03  gradient inf  412 samples/s  512 MiB  UPDATE SKIPPED  1:01 left\n"
+        "step  3/25  UPDATE SKIPPED  loss nan  rate 5.94e-03  gradient inf  412 samples/s  512 MiB  1:01 left\n"
     )
 
 

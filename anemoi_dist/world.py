@@ -18,7 +18,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class World:
-    """This rank's place among all ranks, and the groups it talks through.
+    """The place of one rank among all ranks, and the groups it talks through.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class World:
 
     def __init__(self, *, rank: int, world_size: int, local_rank: int, device: torch.device) -> None:
         self.rank, self.world_size, self.local_rank, self.device = rank, world_size, local_rank, device
-        self.control_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+        self.control_group = dist.new_group(backend="gloo")
 
     @property
     def is_main(self) -> bool:

@@ -6,6 +6,7 @@ and parameters. This file knows where in those partitions each parameter lies, a
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from anemoi_dist.data.batch import Batch
-from anemoi_dist.engines.base import ShardSource, TensorInfo
+from anemoi_dist.engines.base import TensorInfo
 from anemoi_dist.engines.regions import Region, RegionEngine
 from anemoi_dist.engines.replicated import replicated_regions, step_replicated
 
@@ -163,7 +164,12 @@ class Zero3Engine(_PartitionedEngine):
 
     def _wrap(self) -> None:
         super()._wrap()
-        self._create_states(self._zero.fp32_partitioned_groups_flat)
+        # Between steps the optimizer's groups are empty here; DeepSpeed puts one partition at a time into them.
+        for index, partition in enumerate(self._zero.fp32_partitioned_groups_flat):
+            group = self.optimizer.param_groups[self._zero.sub_group_to_group_id[index]]
+            group["params"] = [partition]
+            self._create_states([partition])
+            group["params"] = []
 
     def regions(self) -> Iterator[Region]:
         """Yield this rank's piece of every parameter, then its piece of what is frozen."""
@@ -219,13 +225,10 @@ def _import_deepspeed() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated.*")
     import deepspeed
-    import deepspeed.comm.torch
     from deepspeed.utils import logger
 
-    logger.setLevel("WARNING")
-    # Its shared-memory collectives for CPUs need a compiler at run time and abort at exit now and then.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    logger.setLevel("ERROR")  # it warns of every optimizer that is not its own
+    # Its shared-memory collectives for CPUs need a compiler at run time and abort at exit now and then. By its full
+    # name: the attribute ``deepspeed.comm.torch`` is torch itself.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     return deepspeed
-
-
-_ = ShardSource  # the protocol that _InitialWeights fulfils

@@ -35,7 +35,10 @@ class Fsdp2Engine(RegionEngine):
         self._create_optimizer()
 
     def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
-        return self.module(batch, rollout=rollout)
+        prediction = self.module(batch, rollout=rollout)
+        if not torch.is_grad_enabled():
+            self.module.reshard()  # the root stays gathered for a backward pass that does not come
+        return prediction
 
     def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         loss.backward()  # reduced and scattered each time: whole gradients would undo what sharding saves

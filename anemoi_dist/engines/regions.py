@@ -109,7 +109,7 @@ class RegionEngine(ABC):
     def regions(self) -> Iterator[Region]:
         """Yield this rank's part of every parameter, trained or frozen, in the module's order."""
 
-    def _after_load(self) -> None:
+    def _after_load(self) -> None:  # noqa: B027, most engines have nothing to do
         """Rebuild what follows from the masters."""
 
     def _working_bytes(self) -> tuple[int, int]:
@@ -201,7 +201,7 @@ class RegionEngine(ABC):
         """Return step-dependent values of the optimizer worth showing, such as ``alpha`` and ``beta3``."""
         return schedule_values(self.optimizer)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release what the engine started."""
 
     # Helpers

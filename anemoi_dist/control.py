@@ -1,0 +1,87 @@
+"""How ranks agree to stop: flags set by signals and a file, and one small all-reduce that overlaps the next step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.world import World
+
+#: What asks for a stop, by the number that travels in the control word; the largest wins.
+REASONS = {1: "the stop file", 2: "SIGINT", 3: "SIGUSR1", 4: "SIGTERM"}
+_SIGNALS = {signal.SIGINT: 2, signal.SIGUSR1: 3, signal.SIGTERM: 4}
+
+
+class StopRequest:
+    """A rank's own wish to stop. The signal handlers only set a number; nothing is saved inside them.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        Its stop file counts as a request; only rank 0 looks for it, a file system does not like a poll by all.
+    is_main : bool
+        Whether this is rank 0.
+    """
+
+    def __init__(self, run: RunDirectory, *, is_main: bool) -> None:
+        self._run, self._is_main = run, is_main
+        self._signalled = 0
+
+    def listen(self) -> None:
+        """Install the signal handlers; a second SIGINT interrupts at once."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signalled == _SIGNALS[signal.SIGINT]:
+            raise KeyboardInterrupt
+        self._signalled = max(self._signalled, _SIGNALS[signal.Signals(number)])
+
+    def value(self) -> int:
+        """Return the number of the reason to stop, 0 for none."""
+        if self._is_main and not self._signalled and self._run.stop_file.exists():
+            return 1
+        return self._signalled
+
+    def clear(self) -> None:
+        """Forget a request that has been met, so that the next start goes on."""
+        if self._is_main:
+            self._run.stop_file.unlink(missing_ok=True)
+
+
+class ControlWord:
+    """The one place where ranks agree. Sent at the end of a step, read at the end of the next.
+
+    Parameters
+    ----------
+    world : World
+        The ranks; its control group is on the CPU, so the word never waits for a GPU.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._word = torch.zeros(1, dtype=torch.int64)
+        self._pending: dist.Work | None = None
+
+    def exchange(self, stop: int) -> int:
+        """Send this rank's ``stop`` and return the largest that any rank sent one step ago."""
+        agreed = self.finish()
+        self._word[0] = stop
+        self._pending = dist.all_reduce(
+            self._word, op=dist.ReduceOp.MAX, group=self._world.control_group, async_op=True
+        )
+        return agreed
+
+    def finish(self) -> int:
+        """Wait for the word that is on its way and return it; 0 where there is none."""
+        if self._pending is None:
+            return 0
+        self._pending.wait()
+        self._pending = None
+        return int(self._word[0])

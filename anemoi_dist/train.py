@@ -1,0 +1,148 @@
+"""What runs on every rank: ``torchrun ... -m anemoi_dist.train key=value ...``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from anemoi_dist.attempt import Attempt, is_finished, record_end
+from anemoi_dist.compose import Change, changes_table, compose, prepare_run
+from anemoi_dist.config import from_yaml, plan_batches
+from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
+from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.session import train
+from anemoi_dist.world import World, die_with_parent
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Train on this rank and exit with the code that says how it ended."""
+    arguments = _parse(argv)
+    is_main = os.environ.get("RANK", "0") == "0"
+    run = None
+    try:
+        # Rank 0 alone composes, before any process group or device exists: a wrong key costs nobody anything.
+        run = _prepare(arguments) if is_main else None
+    except AnemoiDistError as error:
+        _tell(error)
+        sys.exit(error.exit_code)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    _exit(_train(run))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m anemoi_dist.train", description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, in Hydra's grammar")
+    parser.add_argument("--config", type=Path, help="a YAML file laid over the defaults")
+    parser.add_argument("--config-dir", type=Path, help="a folder with further configuration groups")
+    parser.add_argument("--run-directory", type=Path, help="a run that is already prepared; excludes key=value")
+    return parser.parse_args(argv)
+
+
+def _prepare(arguments: argparse.Namespace) -> RunDirectory:
+    if arguments.run_directory is not None:
+        return RunDirectory(arguments.run_directory.absolute())
+    composed = compose(arguments.overrides, config_file=arguments.config, config_dir=arguments.config_dir)
+    for message in composed.messages:
+        print(message, flush=True)  # noqa: T201
+    plan_batches(composed.config.training, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    return prepare_run(composed)
+
+
+def _train(run: RunDirectory | None) -> ExitCode:
+    """Join, agree on the run, train it, record how it ended."""
+    world, attempt, number = World.join(), None, 0
+    try:
+        if world.is_main:
+            assert run is not None, "rank 0 has prepared the run"
+            attempt, agreed = _begin(run, world)
+        agreed = json.loads(world.broadcast_text(json.dumps(agreed) if world.is_main else None))
+        if "exit_code" in agreed:  # rank 0 has said why
+            return ExitCode(agreed["exit_code"])
+        run, number = RunDirectory(Path(agreed["path"])), agreed["attempt"]
+        if not world.is_main:
+            _redirect(run.log_file(number, world.rank))
+        config = from_yaml(_read_frozen(run, agreed["config"]))
+        train(config, run=run, world=world, attempt=number)
+        code = ExitCode.FINISHED
+        world.leave()
+    except AnemoiDistError as error:
+        _tell(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = ExitCode.INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        code = ExitCode.INTERNAL
+    if attempt is not None:
+        attempt.end(code)
+    elif run is not None and number and code == ExitCode.INTERNAL:  # known to this rank alone
+        record_end(run, number, code)
+    return code
+
+
+def _begin(run: RunDirectory, world: World) -> tuple[Attempt | None, dict[str, object]]:
+    """Take hold of the run; what rank 0 found goes to the others."""
+    try:
+        text = run.config_file.read_text(encoding="utf-8")
+        config = from_yaml(text)
+        if is_finished(run, max_steps=config.training.max_steps):
+            print(  # noqa: T201
+                f"run {run.run_id} is finished (training.max_steps={config.training.max_steps}); raise "
+                "training.max_steps to train on, or take another run.id",
+                flush=True,
+            )
+            return None, {"exit_code": ExitCode.FINISHED}
+        attempt = Attempt(run, world_size=world.world_size, max_steps=config.training.max_steps)
+        if attempt.changes:
+            table = changes_table([Change(entry["key"], entry["was"], entry["is"]) for entry in attempt.changes])
+            print(f"differs from the last start of run {run.run_id}:\n{table}", flush=True)  # noqa: T201
+        return attempt, {"path": str(run.path), "attempt": attempt.number, "config": text}
+    except AnemoiDistError as error:
+        _tell(error)
+        return None, {"exit_code": error.exit_code}
+
+
+def _read_frozen(run: RunDirectory, expected: str) -> str:
+    """Read the configuration from the run directory, as every rank must be able to."""
+    try:
+        text = run.config_file.read_text(encoding="utf-8")
+    except OSError as error:
+        text = f"{error}"
+    if text != expected:
+        raise PreflightError(
+            f"{run.config_file} is not what rank 0 sees: run.root must lie on a file system that all nodes share"
+        )
+    return text
+
+
+def _redirect(log: Path) -> None:
+    """Send this rank's output to its own file; the terminal is rank 0's."""
+    stream = log.open("a", buffering=1, encoding="utf-8")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+
+
+def _tell(error: AnemoiDistError) -> None:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _exit(code: ExitCode) -> NoReturn:
+    """Leave. After a failure at once: other ranks may be gone, and a clean-up that talks to them would hang."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == ExitCode.FINISHED:
+        sys.exit(code)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Real processes for tests: a pool of gloo ranks that runs functions collectively, started once for many tests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from anemoi_dist.world import World
+
+TIMEOUT_S = 120
+
+
+class RankError(AssertionError):
+    """A rank raised; the message holds every rank's traceback."""
+
+
+class RankPool:
+    """``num_ranks`` processes that have joined one gloo process group on loopback."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(num_ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, num_ranks, self._store.port), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call ``function(world, *args)`` on every rank and return the results in rank order."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results, failures = [], []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(TIMEOUT_S):
+                self.close()
+                raise RankError(f"rank {rank} gave no answer in {TIMEOUT_S} s")
+            ok, value = pipe.recv()
+            (results if ok else failures).append(value)
+        if failures:
+            self.close()  # the ranks may be out of step now
+            raise RankError("\n".join(failures))
+        return results
+
+    @property
+    def is_alive(self) -> bool:
+        return bool(self._processes) and all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes.clear()
+
+
+def _serve(pipe: Connection, rank: int, num_ranks: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(num_ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # connect to the pool's store, start none
+        CUDA_VISIBLE_DEVICES="",
+    )
+    world = World.join(timeout_s=timedelta(seconds=TIMEOUT_S).total_seconds())
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(world, *args)))
+        except Exception:
+            pipe.send((False, f"--- rank {rank} ---\n{traceback.format_exc()}"))

@@ -120,7 +120,11 @@ def _foreach_update(
     nus: list[Tensor],
     scalars: Any,
 ) -> None:
-    """Do :func:`ademamix_update` for tensors of one device and type at once, operation for operation; the scalars are floats."""
+    """Do :func:`ademamix_update`, operation for operation, for tensors of one device and type.
+
+    Bit for bit the same on a CPU; on accelerators a kernel may fuse a multiplication and an addition that the other
+    rounds apart, which is a difference in the last place. The scalars are floats.
+    """
     dtype = nus[0].dtype
     gs = [g.to(dtype) for g in gs]
     if m1s is not None:

@@ -516,3 +516,40 @@ def test_sharded_by_fsdp2_equals_one_process(ranks):
     for result in ranks(2).run(_train_sharded, 12):
         for whole, single in zip(result, expected, strict=True):
             assert relative(whole, single) < 1e-12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_graph_follows_the_schedules():
+    params, rows = random_problem(SHAPES, num_steps=13, dtype=torch.float32)
+    others = [p.clone() for p in params]
+    run(AdEMAMix(others, **WARM), others, rows)
+    on_device = [p.cuda() for p in params]
+    optimizer = AdEMAMix(on_device, capturable=True, **WARM)
+    static = [torch.zeros_like(p) for p in on_device]
+    for p, g in zip(on_device, static, strict=True):
+        p.grad = g
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for row in rows[:3]:
+            torch._foreach_copy_(static, [g.cuda() for g in row])
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for row in rows[3:]:
+        torch._foreach_copy_(static, [g.cuda() for g in row])
+        graph.replay()
+    assert max(relative(p.cpu(), q) for p, q in zip(on_device, others, strict=True)) < 1e-5
+    assert optimizer.state[on_device[0]]["step"] == 13
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_foreach_on_a_device_differs_in_the_last_place_at_most():
+    params, rows = random_problem(SHAPES, num_steps=40, dtype=torch.float32)
+    results = []
+    for foreach in (False, True):
+        mine = [p.cuda() for p in params]
+        run(AdEMAMix(mine, foreach=foreach, **WARM), mine, [[g.cuda() for g in row] for row in rows])
+        results.append(mine)
+    assert max(relative(p, q) for p, q in zip(*results, strict=True)) < 1e-6

@@ -1,5 +1,7 @@
 import warnings
+from pathlib import Path
 
+import anemoi_dist.configs
 import pytest
 import torch
 import yaml
@@ -121,3 +123,15 @@ def test_warmup_longer_than_the_run_is_a_warning():
         warnings.simplefilter("error")
         create_optimizer(snippet("preset"), params(), lr=0.1, max_steps=260_000)
         create_optimizer(snippet("preset"), params(), lr=0.1)
+
+
+GROUP = Path(anemoi_dist.configs.__file__).parent / "training" / "optimizer"
+
+
+@pytest.mark.parametrize("file", sorted(GROUP.glob("*.yaml")), ids=lambda file: file.stem)
+def test_options_of_the_group_build_without_a_warning(file):
+    config = OmegaConf.create({"training": {"max_steps": 50, "optimizer": OmegaConf.load(file)}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = create_optimizer(config.training.optimizer, params(), lr=0.1, max_steps=50)
+    assert type(optimizer).__name__.lower() == file.stem

@@ -1,10 +1,13 @@
 import math
 import warnings
+from pathlib import Path
 
+import anemoi_dist.configs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from anemoi_dist.config import LrConfig
 from anemoi_dist.errors import ConfigError
@@ -155,3 +158,13 @@ def test_refusals(node, message):
 @pytest.mark.parametrize(("scale_with", "rate"), [("none", 0.5), ("world_size", 2.0)])
 def test_scaled_rate(scale_with, rate):
     assert scaled_rate(LrConfig(rate=0.5, scale_with=scale_with), 4) == rate
+
+
+GROUP = Path(anemoi_dist.configs.__file__).parent / "training" / "scheduler"
+
+
+@pytest.mark.parametrize("name", sorted({file.stem for file in GROUP.glob("*.yaml")} - {"none"}))
+def test_options_of_the_group_build_and_warm_up(name):
+    adam = optimizer()
+    create_scheduler(OmegaConf.load(GROUP / f"{name}.yaml"), adam, lr=LrConfig(rate=0.02, warmup=4), max_steps=10)
+    assert adam.param_groups[0]["lr"] == pytest.approx(0.02 / 5)

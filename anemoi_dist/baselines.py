@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anemoi_dist.data.anemoi import WeatherDataset, evenly_spaced
 from anemoi_dist.data.batch import Batch, DataSpec
+from anemoi_dist.data.dataset import WeatherDataset
+from anemoi_dist.data.fields import DAY_S, evenly_spaced, times_of_day
 
 PERSISTENCE = "persistence"
 CLIMATOLOGY = "climatology"
 TIDE_TENDENCY = "tide_tendency"
 BASELINES = (PERSISTENCE, CLIMATOLOGY, TIDE_TENDENCY)
-DAY_S = 86400
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Baselines:
         """
         spec = train.spec()
         sums = _Sums.empty(train, spec)
-        day = DAY_S // np.gcd(DAY_S, spec.frequency_s)
-        for index in evenly_spaced(len(train), at_most=max_samples, day=int(day))[rank::world_size]:
+        picked = evenly_spaced(len(train), at_most=max_samples, frequency_s=spec.frequency_s)
+        for index in picked[rank::world_size]:
             sums.add(train[int(index)], spec)
         for total in (sums.state, sums.now, sums.before, sums.product, sums.square, sums.count):
             all_reduce(total, group=group)
@@ -131,7 +131,7 @@ class _Sums:
 
     @classmethod
     def empty(cls, train: WeatherDataset, spec: DataSpec) -> _Sums:
-        num_times = DAY_S // int(np.gcd(DAY_S, spec.frequency_s))
+        num_times = times_of_day(spec.frequency_s)
         place = (train.fields.shape[2], len(spec.latitudes), len(spec.prognostic))
 
         def zeros(*shape: int) -> Tensor:
@@ -188,7 +188,7 @@ def latitude_weights(latitudes: np.ndarray) -> Tensor:
 
 def time_of_day(dates: Tensor, *, frequency_s: int) -> Tensor:
     """Return which of the day's distinct state times each date has, for dates in seconds since 1970."""
-    return dates.remainder(DAY_S).div(int(np.gcd(DAY_S, frequency_s)), rounding_mode="floor")
+    return dates.remainder(DAY_S).div(DAY_S // times_of_day(frequency_s), rounding_mode="floor")
 
 
 def all_reduce(total: Tensor, *, group: Any = None) -> None:

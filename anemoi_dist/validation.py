@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from anemoi_dist.baselines import BASELINES, PERSISTENCE, Baselines, all_reduce, latitude_weights
-from anemoi_dist.data.anemoi import WeatherDataset, evenly_spaced
 from anemoi_dist.data.batch import Batch, DataSpec
+from anemoi_dist.data.dataset import WeatherDataset
+from anemoi_dist.data.fields import evenly_spaced
 from anemoi_dist.data.loader import collate
 from anemoi_dist.errors import ConfigError
 
@@ -98,8 +99,7 @@ class Validator:
                 "validation.lead_steps", list(lead_steps), f"must not exceed the dataset's rollout of {dataset.rollout}"
             )
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        day = max(1, round(86400 / spec.frequency_s))
-        self.samples = evenly_spaced(len(dataset), at_most=max_samples, day=day)
+        self.samples = evenly_spaced(len(dataset), at_most=max_samples, frequency_s=spec.frequency_s)
         self._weights = latitude_weights(spec.latitudes)
         self._baseline_scores: list[Score] | None = None
 

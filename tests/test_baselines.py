@@ -4,8 +4,9 @@ import torch
 from data.conftest import load, load_waves
 
 from anemoi_dist.baselines import BASELINES, Baselines, latitude_weights, time_of_day
-from anemoi_dist.data.anemoi import WeatherDataset, open_split
+from anemoi_dist.data.anemoi import open_split
 from anemoi_dist.data.batch import Batch
+from anemoi_dist.data.dataset import WeatherDataset
 
 
 def sample_batch(dataset: WeatherDataset, index: int) -> Batch:

@@ -128,7 +128,7 @@ def test_baselines_are_computed_once(scores):
 def test_max_samples_are_spread_over_block_and_day():
     check = validator(max_samples=8)
     assert check.samples.tolist() == [0, 3, 6, 9, 12, 15, 18]
-    hours = {int(check.dataset.last_input_dates_s[i]) // 3600 % 24 for i in check.samples}
+    hours = {int(check.dataset[i].dates) // 3600 % 24 for i in check.samples}
     assert hours == {0, 6, 12, 18}
 
 

@@ -103,7 +103,10 @@ def collate(samples: list[Batch]) -> Batch:
 
 
 def _start_worker(worker: int, *, parent_pid: int) -> None:
-    """Make a worker deaf to what schedulers send to the whole job, and mortal with its parent."""
+    """Make a worker deaf to what schedulers send to the whole job, and mortal with its parent.
+
+    A survivor would hold the killed rank's sockets, and the other ranks would wait for it instead of failing.
+    """
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":

@@ -1,0 +1,152 @@
+"""What samples and statistics need of a dataset, and what follows from it: usable windows, spread, even spacing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from datetime import timedelta
+from typing import Protocol
+
+import numpy as np
+
+from anemoi_dist.errors import ConfigError
+
+DAY_S = 86400
+#: Pairs of states read to estimate the spread of the tendency, where the dataset does not record it.
+MAX_TENDENCY_PAIRS = 256
+
+
+class Fields(Protocol):
+    """What is used of an anemoi dataset; ``data/synthetic.py`` has the same face."""
+
+    @property
+    def dates(self) -> np.ndarray:
+        """datetime64, shape (time,)."""
+
+    @property
+    def missing(self) -> Collection[int]:
+        """Indices of dates that must not be read."""
+
+    @property
+    def variables(self) -> Sequence[str]:
+        """Names along the variable axis."""
+
+    @property
+    def latitudes(self) -> np.ndarray:
+        """Degrees, shape (grid,)."""
+
+    @property
+    def longitudes(self) -> np.ndarray:
+        """Degrees, shape (grid,)."""
+
+    @property
+    def field_shape(self) -> tuple[int, ...]:
+        """(latitude, longitude) of a regular grid."""
+
+    @property
+    def frequency(self) -> timedelta:
+        """Between two dates."""
+
+    @property
+    def statistics(self) -> dict[str, np.ndarray]:
+        """``mean`` and ``stdev``, shape (variable,)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(time, variable, ensemble, grid)."""
+
+    def __len__(self) -> int:
+        """Number of dates."""
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        """Return shape (time, variable, ensemble, grid)."""
+
+    def statistics_tendencies(self) -> dict[str, np.ndarray] | None:
+        """Return the statistics of the change over one step, or raise KeyError."""
+
+
+def seconds(dates: np.ndarray) -> np.ndarray:
+    """Return int64 seconds since 1970-01-01 UTC."""
+    return np.asarray(dates).astype("datetime64[s]").astype(np.int64)
+
+
+def window_starts(dates_s: np.ndarray, missing: Collection[int], *, window: int, frequency_s: int) -> np.ndarray:
+    """Return every index at which ``window`` consecutive, existing states begin."""
+    count = max(0, len(dates_s) - window + 1)
+    absent = np.zeros(len(dates_s), dtype=np.int64)
+    absent[sorted(missing)] = 1
+    gap = (np.diff(dates_s) != frequency_s).astype(np.int64)
+    # Running sums give the number of missing dates and gaps within each window without a loop over dates.
+    absent_before = np.concatenate(([0], np.cumsum(absent)))
+    gaps_before = np.concatenate(([0], np.cumsum(gap)))
+    begin = np.arange(count)
+    num_absent = absent_before[begin + window] - absent_before[begin]
+    num_gaps = gaps_before[begin + window - 1] - gaps_before[begin]
+    return begin[(num_absent == 0) & (num_gaps == 0)]
+
+
+def normalisation(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation, float64, shape (variable,); a constant field gets 1."""
+    mean, stdev = (np.asarray(fields.statistics[key], dtype=np.float64) for key in ("mean", "stdev"))
+    for key, values in (("mean", mean), ("stdev", stdev)):
+        for name, value in zip(fields.variables, values, strict=True):
+            if not np.isfinite(value):
+                raise ConfigError(
+                    f"statistics.{key} of {name}",
+                    float(value),
+                    "must be finite to normalise with",
+                    fix=f"data.options.drop=[{name}], or recompute the dataset's statistics",
+                )
+    return mean, np.where(stdev > 1e-10 * np.abs(mean), stdev, 1.0)
+
+
+def tendency_stdev(train: Fields, *, fallback: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of the change over one step, float64, shape (variable,).
+
+    The dataset's own where it records one for its frequency, else from evenly spaced pairs of the training block. A
+    variable that never changes gets ``fallback``: any positive scale serves.
+    """
+    try:
+        recorded = train.statistics_tendencies()
+    except (KeyError, NotImplementedError):
+        recorded = None
+    stdev = _estimated(train) if recorded is None else np.asarray(recorded["stdev"], dtype=np.float64)
+    return np.where(np.isfinite(stdev) & (stdev > 1e-10 * fallback), stdev, fallback)
+
+
+def _estimated(train: Fields) -> np.ndarray:
+    frequency_s = round(train.frequency.total_seconds())
+    starts = window_starts(seconds(train.dates), train.missing, window=2, frequency_s=frequency_s)
+    if not len(starts):
+        raise ConfigError(
+            "data.train",
+            f"{train.dates[0]} to {train.dates[-1]}",
+            "must hold two consecutive states to measure the tendency",
+            fix="widen data.train",
+        )
+    picked = starts[evenly_spaced(len(starts), at_most=MAX_TENDENCY_PAIRS, frequency_s=frequency_s)]
+    total, squares = 0.0, 0.0
+    for start in picked:
+        pair = np.asarray(train[int(start) : int(start) + 2], dtype=np.float64)
+        change = (pair[1] - pair[0]).reshape(pair.shape[1], -1)
+        total, squares = total + change.mean(1), squares + np.square(change).mean(1)
+    mean = total / len(picked)
+    return np.sqrt(np.maximum(squares / len(picked) - np.square(mean), 0.0))
+
+
+def times_of_day(frequency_s: int) -> int:
+    """Return how many distinct times of day the states have."""
+    return DAY_S // math.gcd(DAY_S, frequency_s)
+
+
+def evenly_spaced(count: int, *, at_most: int | None, frequency_s: int) -> np.ndarray:
+    """Return at most ``at_most`` indices below ``count``, evenly spaced and over all times of day.
+
+    The spacing shares no factor with the number of states in a day: one that did would see only some times of day,
+    and the tide would look like a trend.
+    """
+    day = times_of_day(frequency_s)
+    stride = 1 if at_most is None else -(-count // at_most)
+    while math.gcd(stride, day) != 1:
+        stride += 1
+    return np.arange(0, count, stride)

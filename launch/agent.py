@@ -23,8 +23,9 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    # It reports every rank that ends with a code, also with those that mean "saved" or "your configuration is wrong".
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # It logs every rank that ends with a code, also those that mean "saved" or "your configuration is wrong". What goes
+    # wrong in torchrun itself is an exception.
+    logging.disable(logging.ERROR)
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:

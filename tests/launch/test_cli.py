@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from anemoi_dist.launch import cli, local
+from omegaconf import OmegaConf
+
+from anemoi_dist import __version__
+from anemoi_dist.errors import DivergedError, ExitCode
+from anemoi_dist.overrides import available_groups
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [Path(sys.executable).with_name("anemoi-dist"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+# Start-up
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_is_quick(arguments):
+    def seconds() -> float:
+        begin = time.perf_counter()
+        assert command(*arguments).returncode == 0
+        return time.perf_counter() - begin
+
+    # One of several is enough: the bound is about our imports, not about what else the machine does.
+    assert any(seconds() < 0.5 for _ in range(5))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config"], ["train", "--dry-run"]])
+def test_torch_is_never_imported(arguments):
+    code = (
+        "import sys\nfrom anemoi_dist.launch.cli import main\n"
+        f"try:\n    code = main({arguments!r})\nexcept SystemExit as end:\n    code = end.code\n"
+        "assert code == 0, code\n"
+        "assert 'torch' not in sys.modules\n"
+        "if '--help' in sys.argv[1:]:\n    assert not {'hydra', 'omegaconf'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_lists_groups_and_options(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for group, options in available_groups().items():
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"{group}="))
+        assert line.split("=", 1)[1].replace("|", " ").split() == list(options)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"anemoi-dist {__version__}\n"
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["trian"],
+        ["train", "--dryrun"],
+        ["train", "training.max_stepss=3"],
+        ["train", "engine=zero9", "--dry-run"],
+        ["train", "training.global_batch_size=7", "launcher.ranks=2"],
+        ["train", "--config", "nope.yaml"],
+        ["train", "--config-dir", "nope"],
+        ["config", "training.lr.rate"],
+        ["report", "nope"],
+        ["report", "../nope"],
+        ["report", "a b"],
+    ],
+)
+def test_a_users_mistake_is_one_message_and_code_2(arguments):
+    done = command(*arguments, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == ExitCode.CONFIGURATION
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "anemoi-dist: " in done.stderr
+    assert not Path("runs").exists()
+
+
+def test_other_errors_keep_their_code(monkeypatch, capsys):
+    def diverge(options):
+        raise DivergedError(11, 40)
+
+    monkeypatch.setattr(cli, "_train", diverge)
+    assert cli.main(["train"]) == 5
+    assert capsys.readouterr().err.startswith("anemoi-dist: 11 updates in a row")
+
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_train", interrupt)
+    assert cli.main(["train"]) == 130
+
+
+# train and config
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(tmp_path, capsys):
+    (tmp_path / "o.yaml").write_text("training: {max_steps: 3}\n")
+    assert cli.main(["config", "run.seed=4", "--config", "o.yaml", "engine=ddp", "~training.optimizer.alpha"]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    assert (printed.run.seed, printed.training.max_steps, printed.engine.kind) == (4, 3, "ddp")
+    assert "alpha" not in printed.training.optimizer
+
+
+def test_dry_run_prints_the_command_and_touches_nothing(capsys):
+    assert cli.main(["train", "--dry-run", "launcher.ranks=2", "run.id=x"]) == 0
+    assert capsys.readouterr().out.endswith(f"-m anemoi_dist.train --run-directory {Path('runs/x').absolute()}\n")
+    assert not Path("runs").exists()
+
+
+def test_train_prepares_and_starts(monkeypatch, capsys):
+    started = []
+
+    def train(run, config, *, num_ranks):
+        started.append((run.path, config.training.max_steps, num_ranks))
+        return 75
+
+    monkeypatch.setattr(local, "train", train)
+    arguments = ["train", "run.id=x", "launcher.ranks=2"]
+    assert cli.main([*arguments, "training.max_steps=5"]) == 75
+    assert capsys.readouterr().err == ""
+    assert cli.main([*arguments, "training.max_steps=6"]) == 75
+    assert started == [(Path("runs/x").absolute(), 5, 2), (Path("runs/x").absolute(), 6, 2)]
+    told = capsys.readouterr().err
+    assert "run x goes on with a changed configuration" in told
+    assert "training.max_steps" in told
+
+    assert cli.main([*arguments, "run.seed=1"]) == 2
+    assert "run.allow_changed=[seed]" in capsys.readouterr().err
+    assert len(started) == 2
+
+
+def test_messages_of_a_translation_are_told(tmp_path, capsys):
+    (tmp_path / "o.yaml").write_text("optimizer: {_target_: torch.optim.Adam}\n")
+    assert cli.main(["config", "--config", "o.yaml"]) == 0
+    assert "note: optimizer became training.optimizer" in capsys.readouterr().err
+
+
+def test_output_into_a_pipe_that_closes():
+    shell = f"{Path(sys.executable).with_name('anemoi-dist')} config | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True)
+    assert done.stdout == "run:\n"
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+# report
+
+
+def test_report_takes_an_id_or_a_path(monkeypatch, capsys):
+    from anemoi_dist.telemetry import report
+
+    seen = []
+    monkeypatch.setattr(report, "write_report", lambda run: seen.append(run.path) or run.report_dir / "index.html")
+    for name in ("runs/one", "elsewhere/two"):
+        Path(name).mkdir(parents=True)
+        Path(name, "config.yaml").touch()
+    assert cli.main(["report", "one"]) == 0
+    assert cli.main(["report", "two", "--root", "elsewhere"]) == 0
+    assert cli.main(["report", "elsewhere/two"]) == 0
+    here = Path.cwd()
+    assert seen == [here / "runs/one", here / "elsewhere/two", here / "elsewhere/two"]
+    assert capsys.readouterr().out.splitlines()[0].endswith("runs/one/report/index.html")
+    assert cli.main(["report", "onne"]) == 2
+    assert "nearest: one" in capsys.readouterr().err

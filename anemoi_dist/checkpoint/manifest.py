@@ -84,7 +84,7 @@ class Manifest:
     def to_json(self) -> str:
         """Return the manifest with its own checksum as the last entry."""
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return json.dumps({**body, "xxh3_128": _checksum(body)}, indent=1) + "\n"
+        return json.dumps({**body, "xxh3_128": _checksum(body)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:

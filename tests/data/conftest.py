@@ -1,10 +1,22 @@
 from pathlib import Path
 
 import pytest
+import zarr
 from omegaconf import OmegaConf
 
 from anemoi_dist.config import DataConfig
+from anemoi_dist.data.anemoi import SAMPLE_DIRECTORY
 
+SAMPLE = "sample:era5-msl-2025-12-2p5"
+#: Given to anemoi-datasets: a dataset without a file, four states a day.
+NOISE = {
+    "synthetic": {
+        "geography": {"bbox": [90, 0, -90, 315], "resolution": 45},
+        "variables": ["a", "b", {"name": "c", "values": 3.0}],
+        "dates": {"start": "2020-01-01", "end": "2020-01-05T18:00:00", "frequency": "6h"},
+        "layout": "gridded",
+    }
+}
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
 
@@ -39,3 +51,25 @@ def load_waves() -> DataConfig:
 @pytest.fixture
 def waves() -> DataConfig:
     return load_waves()
+
+
+def raw_sample():
+    """Return the shipped zarr as zarr sees it."""
+    return zarr.open(str(SAMPLE_DIRECTORY / "era5-msl-2025-12-2p5.zarr"), mode="r")
+
+
+class Recorder:
+    """Fields that remember which dates were read."""
+
+    def __init__(self, fields):
+        self._fields, self.read = fields, set()
+
+    def __getattr__(self, name):
+        return getattr(self._fields, name)
+
+    def __len__(self):
+        return len(self._fields)
+
+    def __getitem__(self, index):
+        self.read |= set(range(*index.indices(len(self))))
+        return self._fields[index]

@@ -18,6 +18,11 @@ _STATES = {
 }
 
 
+def end_state(code: ExitCode) -> str:
+    """Return the run's state after a process that ended with ``code``."""
+    return _STATES.get(code, "failed")
+
+
 class Attempt:
     """Holds a run for one process and records it. Rank 0 only.
 
@@ -77,7 +82,7 @@ def record_end(run: RunDirectory, number: int, code: ExitCode) -> None:
     attempt = state["attempts"][number - 1]
     if "exit_code" in attempt:
         return
-    ended = _STATES.get(code, "failed")
+    ended = end_state(code)
     attempt |= {"ended": time.time(), "exit_code": int(code), "state": ended}
     run.write_state({**state, "state": ended, "owner": None})
 

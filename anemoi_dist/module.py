@@ -87,7 +87,6 @@ class BaseGraphModule(nn.Module):
         self.allowed_targets = tuple(config.security.allowed_targets)
         self.compute_dtype = torch.float32
         self.autocast_dtype: torch.dtype | None = None
-        self.autocast_dtype: torch.dtype | None = None
         self.model = build_model(config.model, spec, self.allowed_targets)
         self.constants = _constants(spec)
         self._prognostic: Tensor

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from anemoi_dist.attempt import end_state
 from anemoi_dist.baselines import Baselines
 from anemoi_dist.checkpoint.reader import Checkpoint, find_newest
 from anemoi_dist.checkpoint.store import LocalStore
@@ -21,8 +22,10 @@ from anemoi_dist.data.loader import build_loader
 from anemoi_dist.data.sampler import GlobalSampleOrder
 from anemoi_dist.engines.base import Engine
 from anemoi_dist.engines.factory import create_engine
+from anemoi_dist.errors import AnemoiDistError, ExitCode
 from anemoi_dist.module import BaseGraphModule
 from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.telemetry.progress import format_bytes
 from anemoi_dist.telemetry.telemetry import Telemetry
 from anemoi_dist.trainer import Trainer
 from anemoi_dist.validation import Validator, format_table, save_forecast_maps
@@ -98,67 +101,106 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
     """
     stop = StopRequest(run, is_main=world.is_main)
     stop.listen()
-    plan = plan_batches(config.training, world_size=world.world_size)
-    store = LocalStore(run.checkpoints_dir)
-    checkpoint, notes = _newest(store, world)
+    checkpoint, notes = _newest(LocalStore(run.checkpoints_dir), world)
     first_step = checkpoint.manifest.step if checkpoint else 0
-
     telemetry = Telemetry(
         run, config, is_main=world.is_main, total_steps=config.training.max_steps, first_step=first_step
     )
-    engine = loader = None
+    code, trainer, loader = ExitCode.INTERNAL, None, None
     try:
         for note in notes:
             telemetry.message(note)
-        dataset = open_split(config.data, "train", rollout=config.training.rollout)
-        torch.manual_seed(config.run.seed)
-        module = BaseGraphModule(config, spec=dataset.spec(), world_size=world.world_size)
-        num_parameters = sum(parameter.numel() for parameter in module.parameters())
-        engine = create_engine(module, config=config, world=world)
-        facts = _facts(config, engine)
-        trainer = Trainer(
-            config=config,
-            world=world,
-            engine=engine,
-            store=store,
-            telemetry=telemetry,
-            stop=stop,
-            validate=Evaluation(config=config, world=world, engine=engine, run=run, telemetry=telemetry, train=dataset),
-            facts=facts,
-        )
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-            checkpoint.close()
-        memory = world.gather_text(json.dumps(asdict(engine.memory())))
-        telemetry.event(
-            "start",
-            step=first_step,
-            run_id=run.run_id,
-            attempt=attempt,
-            resumed_from_step=first_step if checkpoint else None,
-            world_size=world.world_size,
-            device=str(world.device.type),
-            num_parameters=num_parameters,
-            num_train_samples=len(dataset),
-            batch=asdict(plan),
-            memory=[json.loads(text) for text in memory],
-            **facts,
-        )
-        loader = build_loader(
-            dataset,
-            order=GlobalSampleOrder(len(dataset), seed=config.run.seed),
-            plan=plan,
-            rank=world.rank,
-            start_step=first_step,
-            data_config=config.data,
-            pin_memory=world.device.type == "cuda",
-        )
+        with telemetry.phase("startup"):
+            dataset = open_split(config.data, "train", rollout=config.training.rollout)
+            trainer = _build(config, run=run, world=world, telemetry=telemetry, stop=stop, dataset=dataset)
+            if checkpoint is not None:
+                trainer.resume(checkpoint)
+                checkpoint.close()
+            _announce(trainer, run=run, attempt=attempt, resumed=checkpoint is not None, num_samples=len(dataset))
+            loader = build_loader(
+                dataset,
+                order=GlobalSampleOrder(len(dataset), seed=config.run.seed),
+                plan=plan_batches(config.training, world_size=world.world_size),
+                rank=world.rank,
+                start_step=first_step,
+                data_config=config.data,
+                pin_memory=world.device.type == "cuda",
+            )
         trainer.fit(loader)
+        code = ExitCode.FINISHED
+    except AnemoiDistError as error:
+        code = error.exit_code
+        raise
     finally:
+        step = trainer.progress.step if trainer else first_step
+        telemetry.event("end", step=step, state=end_state(code), exit_code=int(code), seconds=telemetry.seconds())
+        telemetry.close()
         if loader is not None:
             loader.close()
-        telemetry.close()
-    engine.close()
+    trainer.engine.close()
+
+
+def _build(
+    config: Config,
+    *,
+    run: RunDirectory,
+    world: World,
+    telemetry: Telemetry,
+    stop: StopRequest,
+    dataset: WeatherDataset,
+) -> Trainer:
+    torch.manual_seed(config.run.seed)  # the same initial parameters on every rank
+    module = BaseGraphModule(config, spec=dataset.spec(), world_size=world.world_size)
+    engine = create_engine(module, config=config, world=world)
+    return Trainer(
+        config=config,
+        world=world,
+        engine=engine,
+        store=LocalStore(run.checkpoints_dir),
+        telemetry=telemetry,
+        stop=stop,
+        validate=Evaluation(config=config, world=world, engine=engine, run=run, telemetry=telemetry, train=dataset),
+        facts=_facts(config),
+    )
+
+
+def _announce(trainer: Trainer, *, run: RunDirectory, attempt: int, resumed: bool, num_samples: int) -> None:
+    """Record and show what starts here, with the bytes that every rank holds. Collective."""
+    world, config, step = trainer.world, trainer.config, trainer.progress.step
+    memory = [json.loads(text) for text in world.gather_text(json.dumps(asdict(trainer.engine.memory())))]
+    plan = plan_batches(config.training, world_size=world.world_size)
+    trainer.telemetry.event(
+        "start",
+        step=step,
+        run_id=run.run_id,
+        attempt=attempt,
+        resumed_from_step=step if resumed else None,
+        world_size=world.world_size,
+        device=_device_name(world.device),
+        num_parameters=trainer.engine.num_parameters(),
+        num_train_samples=num_samples,
+        batch=asdict(plan),
+        memory=memory,
+        **trainer.facts,
+    )
+    if world.is_main:
+        states = "\n".join(f"  rank {rank}: {_states_text(held)}" for rank, held in enumerate(memory[:4]))
+        trainer.telemetry.message(
+            f"run {run.run_id} in {run.path}\n"
+            f"{'resumes at step ' + str(step) if resumed else 'starts'}: {trainer.facts['engine']} on "
+            f"{world.world_size} ranks ({_device_name(world.device)}), {trainer.engine.num_parameters()} parameters, "
+            f"{num_samples} samples, {plan.global_size} a step = {world.world_size} ranks x {plan.accumulation} x "
+            f"{plan.micro_size}\noptimizer states:\n{states}" + ("\n  ..." if len(memory) > 4 else "")
+        )
+
+
+def _states_text(memory: dict[str, Any]) -> str:
+    emas = {kind: num_bytes for kind, num_bytes in memory["states"].items() if kind != "step"}
+    return ", ".join(f"{kind} {format_bytes(num_bytes)}" for kind, num_bytes in emas.items())
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _newest(store: LocalStore, world: World) -> tuple[Checkpoint | None, list[str]]:
@@ -172,7 +214,7 @@ def _newest(store: LocalStore, world: World) -> tuple[Checkpoint | None, list[st
     return (Checkpoint(store.folder / name) if name else None), notes
 
 
-def _facts(config: Config, engine: Engine) -> dict[str, Any]:
+def _facts(config: Config) -> dict[str, Any]:
     name = config.engine.kind if config.engine.kind != "deepspeed" else f"zero{config.engine.stage}"
     if config.engine.offload:
         name += "_offload"

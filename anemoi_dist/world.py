@@ -60,12 +60,12 @@ class World:
                 )
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        options = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-        if alone:  # DeepSpeed reads these even where the process group exists
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s), **options
-        )
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
+        if alone:
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed reads these nevertheless
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
         return cls(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
 
     def broadcast_text(self, text: str | None) -> str:

@@ -111,7 +111,7 @@ class Checkpoint:
         dtype = DTYPES[record.dtype]
         direct = out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
         target = out if direct else torch.empty(out.numel(), dtype=dtype)
-        view = memoryview(target.detach().view(torch.uint8).numpy())
+        view = target.detach().view(torch.uint8).numpy().data
         end = start + out.numel()
         for file, first, numel, offset_bytes in record.ranges:
             low, high = max(start, first), min(end, first + numel)

@@ -115,7 +115,7 @@ def write_shards(path: Path, shards: Iterable[Shard], *, save_id: str) -> tuple[
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """View a 1-D tensor's bytes without a copy on the CPU; numpy knows no bf16, so all go as bytes."""
-    return memoryview(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
+    return tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data
 
 
 def save(

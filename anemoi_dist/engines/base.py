@@ -123,6 +123,9 @@ class Engine(Protocol):
     def memory(self) -> MemoryReport:
         """Count the bytes that this rank holds."""
 
+    def num_parameters(self) -> int:
+        """Count the elements of all parameters, over all ranks and frozen ones included."""
+
     def schedule_values(self) -> dict[str, Any]:
         """Return step-dependent values of the optimizer worth showing, such as ``alpha`` and ``beta3``."""
 

@@ -108,12 +108,6 @@ class _PartitionedEngine(_ZeroEngine):
         self._engine.step()
         return float(self._engine.get_global_grad_norm()), bool(self._zero.overflow)
 
-    def _create_states(self, partitions: list[torch.Tensor]) -> None:
-        """Let the optimizer allocate now: what does not fit fails here, and memory() is right from the start."""
-        if init_state := getattr(self.optimizer, "init_state", None):
-            for partition in partitions:
-                init_state(partition)
-
     def _frozen_regions(self) -> Iterator[Region]:
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
@@ -129,7 +123,6 @@ class Zero12Engine(_PartitionedEngine):
         # precision; its own scan of all gradients is not needed for that.
         self._zero.check_grad_overflow = True
         self._zero.check_overflow = lambda partition_gradients=True: None
-        self._create_states(self._zero.single_partition_of_fp32_groups)
 
     def regions(self) -> Iterator[Region]:
         """Yield the pieces of parameters that lie in this rank's partitions, then what is frozen."""
@@ -162,13 +155,12 @@ class Zero12Engine(_PartitionedEngine):
 class Zero3Engine(_PartitionedEngine):
     """Stage 3: every parameter is cut into equal pieces, gathered when a submodule needs it."""
 
-    def _wrap(self) -> None:
-        super()._wrap()
+    def _create_states(self) -> None:
         # Between steps the optimizer's groups are empty here; DeepSpeed puts one partition at a time into them.
         for index, partition in enumerate(self._zero.fp32_partitioned_groups_flat):
             group = self.optimizer.param_groups[self._zero.sub_group_to_group_id[index]]
             group["params"] = [partition]
-            self._create_states([partition])
+            super()._create_states()
             group["params"] = []
 
     def regions(self) -> Iterator[Region]:
@@ -180,9 +172,13 @@ class Zero3Engine(_PartitionedEngine):
                 if (region := self._piece(parameter, flat, offset)) is not None:
                     yield region
                 offset += parameter.partition_numel()
-        for parameter in self.module.parameters():
+        for parameter in self._parameters():
             if not parameter.requires_grad and (region := self._piece(parameter, parameter.ds_tensor, 0)) is not None:
                 yield region
+
+    def _parameters(self) -> list[Any]:
+        """Return the module's parameters, which DeepSpeed has given the attributes ``ds_*``."""
+        return list(self.module.parameters())
 
     def _piece(self, parameter: Any, owner: torch.Tensor, offset: int) -> Region | None:
         start = self.world.rank * parameter.partition_numel()
@@ -200,7 +196,7 @@ class Zero3Engine(_PartitionedEngine):
         zero.checkpoint_event_epilogue()
 
     def _working_bytes(self) -> tuple[int, int]:
-        working = sum(parameter.ds_tensor.nbytes for parameter in self.module.parameters())
+        working = sum(parameter.ds_tensor.nbytes for parameter in self._parameters())
         flat = zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_partitioned_groups_flat, strict=True)
         return working, sum(master.nbytes for master, low in flat if master.data_ptr() != low.data_ptr())
 
@@ -230,5 +226,6 @@ def _import_deepspeed() -> Any:
     logger.setLevel("ERROR")  # it warns of every optimizer that is not its own
     # Its shared-memory collectives for CPUs need a compiler at run time and abort at exit now and then. By its full
     # name: the attribute ``deepspeed.comm.torch`` is torch itself.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
     return deepspeed

@@ -24,13 +24,14 @@ def create_engine(module: BaseGraphModule, *, config: Config, world: World) -> E
     module.train()
     # Imported where chosen: DeepSpeed alone costs every rank most of a second.
     if config.engine.kind == "ddp":
-        from anemoi_dist.engines.replicated import DdpEngine as Chosen
-    elif config.engine.kind == "fsdp2":
-        from anemoi_dist.engines.fsdp2 import Fsdp2Engine as Chosen
-    elif config.engine.stage == 0:
-        from anemoi_dist.engines.deepspeed_zero import Zero0Engine as Chosen
-    elif config.engine.stage in (1, 2):
-        from anemoi_dist.engines.deepspeed_zero import Zero12Engine as Chosen
-    else:
-        from anemoi_dist.engines.deepspeed_zero import Zero3Engine as Chosen
-    return Chosen(module, config=config, world=world)
+        from anemoi_dist.engines.replicated import DdpEngine
+
+        return DdpEngine(module, config=config, world=world)
+    if config.engine.kind == "fsdp2":
+        from anemoi_dist.engines.fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine(module, config=config, world=world)
+    from anemoi_dist.engines.deepspeed_zero import Zero0Engine, Zero3Engine, Zero12Engine
+
+    chosen = (Zero0Engine, Zero12Engine, Zero12Engine, Zero3Engine)[config.engine.stage]
+    return chosen(module, config=config, world=world)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from anemoi_dist.data.batch import Batch
@@ -37,7 +38,8 @@ class Fsdp2Engine(RegionEngine):
     def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
         prediction = self.module(batch, rollout=rollout)
         if not torch.is_grad_enabled():
-            self.module.reshard()  # the root stays gathered for a backward pass that does not come
+            # The root stays gathered for a backward pass that does not come.
+            cast(FSDPModule, self.module).reshard()
         return prediction
 
     def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:

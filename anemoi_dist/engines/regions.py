@@ -83,8 +83,10 @@ class RegionEngine(ABC):
     def __init__(self, module: BaseGraphModule, *, config: Config, world: World) -> None:
         self.module, self.config, self.world = module, config, world
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._num_parameters = sum(parameter.numel() for parameter in module.parameters())
         self._num_updates = 0
         self._wrap()
+        self._create_states()
         set_num_updates(self._scheduler, 0)
 
     # What an engine fills in
@@ -197,6 +199,10 @@ class RegionEngine(ABC):
         parameters, master = self._working_bytes()
         return MemoryReport(parameters=parameters, master=master, states=states)
 
+    def num_parameters(self) -> int:
+        """Count the elements of all parameters, over all ranks and frozen ones included."""
+        return self._num_parameters
+
     def schedule_values(self) -> dict[str, Any]:
         """Return step-dependent values of the optimizer worth showing, such as ``alpha`` and ``beta3``."""
         return schedule_values(self.optimizer)
@@ -210,6 +216,13 @@ class RegionEngine(ABC):
         created = self.module.configure_optimizers()
         self.optimizer = created["optimizer"]
         self._scheduler = created["lr_scheduler"]["scheduler"] if "lr_scheduler" in created else None
+
+    def _create_states(self) -> None:
+        """Let the optimizer allocate now: what does not fit fails here, and memory() is right from the start."""
+        if init_state := getattr(self.optimizer, "init_state", None):
+            for group in self.optimizer.param_groups:
+                for owner in group["params"]:
+                    init_state(owner)
 
     def _share(self, region: Region) -> tuple[int, int]:
         if not region.replicated:

@@ -244,8 +244,8 @@ def train_and_save(world: World, engine: str, folder: Path, steps: range, resume
 @pytest.mark.parametrize("engine", toy.ENGINES)
 def test_resumes_bit_for_bit(ranks, tmp_path: Path, engine: str) -> None:
     pool = ranks(2)
-    straight = pool.run(train_and_save, engine, _new(tmp_path / "a"), range(0, 9), False)
-    pool.run(train_and_save, engine, _new(tmp_path / "b"), range(0, 5), False)
+    straight = pool.run(train_and_save, engine, _new(tmp_path / "a"), range(9), False)
+    pool.run(train_and_save, engine, _new(tmp_path / "b"), range(5), False)
     resumed = pool.run(train_and_save, engine, tmp_path / "b", range(5, 9), True)
     expected = toy.whole_tensors([r["shards"] for r in straight])
     actual = toy.whole_tensors([r["shards"] for r in resumed])
@@ -260,7 +260,7 @@ def test_resumes_bit_for_bit(ranks, tmp_path: Path, engine: str) -> None:
 def test_any_engine_loads_what_another_wrote(
     ranks, tmp_path: Path, writer_engine: str, num_writers: int, loader: str, num_loaders: int
 ) -> None:
-    written = ranks(num_writers).run(train_and_save, writer_engine, _new(tmp_path / "c"), range(0, 3), False)
+    written = ranks(num_writers).run(train_and_save, writer_engine, _new(tmp_path / "c"), range(3), False)
     loaded = ranks(num_loaders).run(train_and_save, loader, tmp_path / "c", range(3, 3), True)
     expected = toy.whole_tensors([r["shards"] for r in written])
     actual = toy.whole_tensors([r["loaded"] for r in loaded])
@@ -271,7 +271,7 @@ def test_any_engine_loads_what_another_wrote(
 
 def test_another_model_is_refused_by_name(ranks, tmp_path: Path) -> None:
     folder = _new(tmp_path / "d")
-    written = ranks(1).run(train_and_save, "ddp", folder, range(0, 1), False)
+    written = ranks(1).run(train_and_save, "ddp", folder, range(1), False)
     assert written
     manifest = Manifest.from_json((folder / "step-00000001" / MANIFEST_FILE).read_text())
     names = {tensor.fqn for tensor in manifest.tensors}

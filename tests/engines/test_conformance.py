@@ -24,7 +24,7 @@ def train(world: World, engine_name: str, training: dict[str, Any], poisoned: di
     """Train on this rank; ``poisoned`` maps a step to the rank whose loss becomes NaN there."""
     config = toy.make_config(engine_name, **training)
     engine = toy.build(world, config)
-    reports, before = [], None
+    reports, before, memory_at_start = [], None, engine.memory()
     for step in range(NUM_STEPS):
         batches = toy.micro_batches(config, world, step)
         if poisoned and poisoned.get(step) == world.rank:
@@ -42,6 +42,7 @@ def train(world: World, engine_name: str, training: dict[str, Any], poisoned: di
         "shards": toy.clone_shards(engine),
         "reports": reports,
         "memory": engine.memory(),
+        "memory_at_start": memory_at_start,
         "schedule": engine.schedule_values(),
         "prediction": prediction,
     }
@@ -107,6 +108,7 @@ def test_states_are_partitioned(trained, engine: str, num_ranks: int) -> None:
     total = sum(trained)
     for rank, result in enumerate(results):
         memory = result["memory"]
+        assert memory == result["memory_at_start"], "states are allocated before the first step"
         for kind in EMAS:
             saved = sum(s.tensor.numel() for s in result["shards"] if s.kind == kind)
             if engine not in toy.SHARDED:

@@ -85,7 +85,7 @@ class LatLonCNN(nn.Module):
         data: DataSpec,
         *,
         hidden_channels: int = 32,
-        dilations: Sequence[int] = (1, 2, 4, 8, 4, 2, 1),
+        dilations: Sequence[int] = (1, 2, 4, 8, 2),
         patch_size: int = 1,
         trainable_channels: int = 0,
     ) -> None:

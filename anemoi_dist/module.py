@@ -77,8 +77,6 @@ class BaseGraphModule(nn.Module):
         What the model's input is cast to. An engine that casts the model's weights sets this too.
     autocast_dtype : torch.dtype or None
         What the model computes in under autocast. For an engine that keeps float32 weights.
-    autocast_dtype : torch.dtype or None
-        Type that the model computes in under autocast, for an engine that keeps its weights in float32.
     """
 
     def __init__(self, config: Config, *, spec: DataSpec, world_size: int = 1) -> None:
@@ -117,8 +115,7 @@ class BaseGraphModule(nn.Module):
         states = self.normalise(batch.fields[:, :num_needed])
         window, forecasts = states[:, :num_input], []
         for step in range(rollout):
-            with torch.autocast(window.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                tendency = self._tendency(window)
+            tendency = self._tendency(window)
             last = window[:, -1].index_select(-1, self._prognostic)
             forecasts.append(last + tendency * self.constants.tendency_scale)
             if step + 1 < rollout:

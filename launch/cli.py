@@ -13,7 +13,6 @@ from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from anemoi_dist.compose import Composed
-    from anemoi_dist.run_directory import RunDirectory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,6 +107,8 @@ def _compose(options: argparse.Namespace) -> Composed:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from anemoi_dist.compose import prepare_run
+
     from . import local
 
     composed = _compose(options)
@@ -118,19 +119,7 @@ def _train(options: argparse.Namespace) -> int:
         run = RunDirectory.locate(composed.config.run.root, str(composed.config.run.id))
         print(local.printable(local.torchrun_command(run, composed.config, ranks)))
         return ExitCode.FINISHED
-    return local.train(_prepared(composed), composed.config, num_ranks=ranks)
-
-
-def _prepared(composed: Composed) -> RunDirectory:
-    from anemoi_dist.compose import prepare_run
-
-    run = prepare_run(composed)
-    if changes := run.read_state().get("changes"):
-        from anemoi_dist.compose import Change, changes_table
-
-        table = changes_table([Change(change["key"], change["was"], change["is"]) for change in changes])
-        print(f"run {run.run_id} goes on with a changed configuration:\n{table}", file=sys.stderr)
-    return run
+    return local.train(prepare_run(composed), composed.config, num_ranks=ranks)
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -122,8 +122,8 @@ def printable(command: list[str]) -> str:
 def train(run: RunDirectory, config: Config, *, num_ranks: int) -> int:
     """Run torchrun until it ends and return the exit code of the run.
 
-    SIGINT, SIGTERM and SIGHUP become one SIGTERM to torchrun, which passes it to the ranks; they save and leave. A
-    second one kills.
+    SIGINT and SIGTERM (SIGHUP as SIGTERM) go to torchrun, which passes them to the ranks; they save and leave. A second
+    one kills.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ class _Stopper:
             return
         self.interrupted = True
         os.write(2, f"{signal.Signals(number).name}: saving and stopping; once more kills\n".encode())
-        self._process.send_signal(signal.SIGTERM)
+        self._process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
 def outcome(run: RunDirectory, agent_code: int, *, attempts_before: int, interrupted: bool) -> tuple[int, str]:
@@ -195,21 +195,22 @@ def outcome(run: RunDirectory, agent_code: int, *, attempts_before: int, interru
     """
     attempts = run.read_state()["attempts"]
     last = attempts[-1] if len(attempts) > attempts_before else None
-    if last is not None and last.get("exit_code") is not None:
-        return int(last["exit_code"]), ""
-    if interrupted:
+    code = None if last is None else last.get("exit_code")
+    if code is not None and code != ExitCode.INTERNAL:
+        return int(code), ""
+    if interrupted and code is None:
         return ExitCode.INTERRUPTED, f"stopped before anything was saved; the same command starts {run.run_id} again"
     if last is None:
-        if agent_code in set(ExitCode) - {ExitCode.FINISHED}:
+        # Nothing to do for a finished run, or refused before the attempt began: rank 0 has said so.
+        if agent_code in set(ExitCode):
             return agent_code, ""
         return ExitCode.INTERNAL, (
             f"run {run.run_id}: no rank got as far as recording its start (torchrun returned {agent_code}); "
             f"what they printed is above"
         )
     attempt = int(last.get("attempt", len(attempts)))
+    how = "failed" if code is not None else "ended without a word: a rank was killed or crashed (out of memory?)"
     return ExitCode.INTERNAL, (
-        f"run {run.run_id}: attempt {attempt} ended without a word: a rank was killed or crashed "
-        "(out of memory? see the kernel's log)\n"
-        f"  read: {run.log_file(attempt, 0)} and the other ranks' files beside it\n"
-        "  the same command continues from the last checkpoint"
+        f"run {run.run_id}: attempt {attempt} {how}; read above what rank 0 said, and the other ranks' files in "
+        f"{run.logs_dir(attempt)}; the same command continues from the last checkpoint"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from support.hydra_cache import use_hydra_cache
 
 from anemoi_dist.compose import compose
 from anemoi_dist.config import Config, from_yaml, to_yaml
@@ -16,6 +17,11 @@ from anemoi_dist.overrides import available_groups, find
 from anemoi_dist.provenance import annotated_yaml, leaves
 
 GROUPS = available_groups()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    use_hydra_cache(monkeypatch)
 
 
 def write(path: Path, text: str) -> Path:
@@ -203,9 +209,9 @@ ERRORS = [
     ("validation.lead_steps=[]", ["[1,2,4]"]),
     ("validation.lead_steps=1,2", ["sweep", "is a list"]),
     ("training.seed=range(1,3)", ["sweep"]),
-    ("model.hiden_channels=3", ["model.hidden_channels", "+model.hiden_channels=3 adds it"]),
+    ("model._targe_=3", ["model._target_", "+model._targe_=3 adds it"]),
     ("model.something_else=3", ["the keys of model are _target_, ", "+model.something_else=3 adds it"]),
-    ("+model.hidden_channels=3", ["exists already"]),
+    ("+model._target_=x", ["exists already"]),
     ("~training.lr.ratee", ["training.lr.rate"]),
     ("~training.rollout=5", ["nothing was deleted"]),
     ("model={_target_: 3}", ["import path"]),

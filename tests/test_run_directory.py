@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.hydra_cache import use_hydra_cache
 
 from anemoi_dist.compose import changes_table, compose, config_changes, derive_run_id, prepare_run
 from anemoi_dist.config import from_yaml
@@ -20,6 +21,7 @@ from anemoi_dist.run_directory import RunDirectory, check_run_id, write_atomical
 @pytest.fixture(autouse=True)
 def _in_an_empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    use_hydra_cache(monkeypatch)
 
 
 # Names and files
@@ -107,7 +109,7 @@ def test_where_it_runs_and_what_it_logs_is_not_identity(override):
 
 
 @pytest.mark.parametrize(
-    "override", ["run.seed=1", "training.max_steps=11", "model.patch_size=1", "checkpoint.interval_steps=7"]
+    "override", ["run.seed=1", "training.max_steps=11", "+model.other=1", "checkpoint.interval_steps=7"]
 )
 def test_what_it_computes_is_identity(override):
     assert compose([override]).config.run.id != compose([]).config.run.id
@@ -169,7 +171,7 @@ def test_other_entries_of_the_state_stay():
 
 @pytest.mark.parametrize(
     ("override", "name"),
-    [("model.patch_size=1", "model"), ("data.train.end=2025-12-20", "data"), ("run.seed=3", "seed")],
+    [("model._target_=other.Model", "model"), ("data.train.end=2025-12-20", "data"), ("run.seed=3", "seed")],
 )
 def test_what_would_break_a_run_is_refused_unless_named(override, name):
     _, run = prepare()

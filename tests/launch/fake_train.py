@@ -20,7 +20,8 @@ def main() -> int:
     rank, how = int(os.environ["RANK"]), os.environ["FAKE"]
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # as world.py: a rank ends with its agent
     stopped: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stopped.append(number))
     if how.startswith("unrecorded"):
         return int(how.split("-")[1])
     if rank == 0:

@@ -146,9 +146,8 @@ def test_train_prepares_and_starts(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     assert cli.main([*arguments, "training.max_steps=6"]) == 75
     assert started == [(Path("runs/x").absolute(), 5, 2), (Path("runs/x").absolute(), 6, 2)]
-    told = capsys.readouterr().err
-    assert "run x goes on with a changed configuration" in told
-    assert "training.max_steps" in told
+    # The table of changes is rank 0's to show, under any way of starting it.
+    assert capsys.readouterr().err == ""
 
     assert cli.main([*arguments, "run.seed=1"]) == 2
     assert "run.allow_changed=[seed]" in capsys.readouterr().err

@@ -115,12 +115,13 @@ def test_number_of_ranks(tmp_path):
     [
         ([{"attempt": 1, "exit_code": 5}, {"attempt": 2, "exit_code": 0}], 0, False, 0, ""),
         ([{"attempt": 1, "exit_code": 0}, {"attempt": 2, "exit_code": 75}], 1, True, 75, ""),
-        ([{"attempt": 1, "exit_code": 0}, {"attempt": 2}], 1, False, 70, "attempt-02/rank-00000.log"),
+        ([{"attempt": 1, "exit_code": 0}, {"attempt": 2, "exit_code": 70}], 1, False, 70, "attempt-02"),
+        ([{"attempt": 1, "exit_code": 0}, {"attempt": 2}], 1, False, 70, "attempt-02"),
         ([{"attempt": 1, "exit_code": 0}, {"attempt": 2}], 1, False, 70, "continues from the last checkpoint"),
         ([{"attempt": 1, "exit_code": 0}, {"attempt": 2}], 143, True, 130, "before anything was saved"),
         ([{"attempt": 1, "exit_code": 0}], 3, False, 3, ""),
         ([{"attempt": 1, "exit_code": 0}], 1, False, 70, "no rank got as far"),
-        ([{"attempt": 1, "exit_code": 0}], 0, False, 70, "no rank got as far"),
+        ([{"attempt": 1, "exit_code": 0}], 0, False, 0, ""),
         ([{"attempt": 1, "exit_code": 0}], 143, True, 130, "before anything"),
     ],
 )
@@ -206,7 +207,7 @@ def test_a_killed_rank_is_an_internal_error_with_directions(run):
     assert code == 70, errors
     assert "rank 1" in errors
     assert "SIGKILL" in errors
-    assert str(run.log_file(1, 0)) in errors
+    assert str(run.logs_dir(1)) in errors
     assert "Traceback" not in errors
 
 

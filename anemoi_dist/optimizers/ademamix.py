@@ -10,12 +10,12 @@ that of Apple's PyTorch code (https://github.com/apple/ml-ademamix). With ``t`` 
 
 State of each parameter:
 
-================ ===================== ==========================================================
-``step``         0-d float32           on the CPU; on the parameter's device with ``capturable``
+================ ====================== ==================================================================
+``step``         0-d float32            on the CPU; on the parameter's device with ``capturable``
 ``exp_avg_fast`` shape of the parameter m1; absent with ``beta1 = 0``, where the gradient stands for it
 ``exp_avg_slow`` shape of the parameter m2; never bias-corrected
 ``exp_avg_sq``   shape of the parameter nu
-================ ===================== ==========================================================
+================ ====================== ==================================================================
 
 The averages are float32 (float64 for float64 parameters) whatever the parameter's type, and stay so when they are
 loaded: at ``b3 = .9999`` an average in bfloat16 stalls, because one step changes it by less than half a unit in the

@@ -1,0 +1,68 @@
+"""Stop requests and how ranks agree on them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from support import jobs
+
+from anemoi_dist.control import REASONS, StopRequest
+from anemoi_dist.run_directory import RunDirectory
+
+
+def test_ranks_agree_one_step_later_on_the_largest_wish(ranks) -> None:
+    wishes = [[0, 0, 1, 0, 0], [0, 0, 0, 4, 0]]
+    results = ranks(2).run(jobs.agree, wishes)
+    assert results[0] == results[1] == [0, 0, 0, 1, 4, 0, 0]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory.locate(tmp_path, "r")
+    run.create()
+    return run
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")])
+def test_a_signal_only_sets_the_wish(run: RunDirectory, number: int, reason: str) -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        stop = StopRequest(run, is_main=False)
+        stop.listen()
+        assert stop.value() == 0
+        os.kill(os.getpid(), number)
+        assert REASONS[stop.value()] == reason
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert REASONS[stop.value()] == reason, "the stronger reason stays"
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def test_a_second_interrupt_ends_at_once(run: RunDirectory) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    usual = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        stop = StopRequest(run, is_main=True)
+        stop.listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert REASONS[stop.value()] == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for n, handler in usual.items():
+            signal.signal(n, handler)
+
+
+def test_only_rank_0_looks_for_the_stop_file_and_clears_it(run: RunDirectory) -> None:
+    run.stop_file.touch()
+    assert StopRequest(run, is_main=False).value() == 0
+    main = StopRequest(run, is_main=True)
+    assert REASONS[main.value()] == "the stop file"
+    main.clear()
+    assert main.value() == 0 and not run.stop_file.exists()

@@ -1,0 +1,52 @@
+"""Text between ranks, seeds, and workers that do not outlive their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from support import jobs
+
+from anemoi_dist.world import seed_step
+
+
+def test_text_travels_between_ranks(ranks) -> None:
+    results = ranks(2).run(jobs.exchange_text)
+    assert [r[0] for r in results] == ["é" * 1000] * 2
+    assert [r[1] for r in results] == [["", "x"], []]
+    assert [r[2] for r in results] == ["", ""]
+
+
+def test_seed_is_a_function_of_seed_step_and_rank() -> None:
+    def draw(seed: int, step: int, rank: int) -> float:
+        seed_step(seed, step=step, rank=rank)
+        return torch.rand(()).item()
+
+    assert draw(0, 5, 1) == draw(0, 5, 1)
+    assert len({draw(0, 5, 1), draw(1, 5, 1), draw(0, 6, 1), draw(0, 5, 0), draw(0, 1, 5)}) == 5
+
+
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    child = (
+        "import sys, time; from pathlib import Path; from anemoi_dist.world import die_with_parent; die_with_parent();"
+        f"import os; Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"]
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.05)
+    pid = int((tmp_path / "pid").read_text())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, "the worker is still there"
+        time.sleep(0.05)
+    assert os.getpid() != pid

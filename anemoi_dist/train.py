@@ -64,6 +64,7 @@ def _train(run: RunDirectory | None) -> ExitCode:
             attempt, agreed = _begin(run, world)
         agreed = json.loads(world.broadcast_text(json.dumps(agreed) if world.is_main else None))
         if "exit_code" in agreed:  # rank 0 has said why
+            world.leave()
             return ExitCode(agreed["exit_code"])
         run, number = RunDirectory(Path(agreed["path"])), agreed["attempt"]
         if not world.is_main:
@@ -141,6 +142,11 @@ def _exit(code: ExitCode) -> NoReturn:
     sys.stderr.flush()
     if code == ExitCode.FINISHED:
         sys.exit(code)
+    restarts_left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    )
+    if restarts_left > 0 and code not in (ExitCode.INTERNAL, ExitCode.HANG):
+        os._exit(0)  # torchrun would start all over again; what a restart cannot mend stands in run.json
     os._exit(code)
 
 

@@ -1,0 +1,207 @@
+"""The product as a user meets it: real torchrun, real ranks, real data, and a ``kill -9`` in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.telemetry.events import read_events
+
+NUM_STEPS = 24
+SMALL = [
+    "model.hidden_channels=6",
+    "model.dilations=[1]",
+    "data.num_workers=1",
+    "training.global_batch_size=4",
+    f"training.max_steps={NUM_STEPS}",
+    "training.lr.warmup=4",
+    "checkpoint.interval_steps=5",
+    "telemetry.interval_steps=1",
+    "validation.interval_steps=10",
+    "validation.lead_steps=[1,2]",
+]
+TIMEOUT_S = 180
+
+
+def command(root: Path, run_id: str, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "anemoi_dist.launch.cli",
+        "train",
+        *SMALL,
+        f"run.root={root}",
+        f"run.id={run_id}",
+        *more,
+    ]
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, output
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "events.jsonl").exists():
+            steps = [e["step"] for e in read_events(run / "events.jsonl") if e["event"] == "step"]
+            if steps and steps[-1] >= step:
+                return
+        time.sleep(0.01)
+    pytest.fail(f"step {step} was not reached: {process.communicate()[0] if process.poll() is not None else 'timeout'}")
+
+
+def ranks_of(process: subprocess.Popen[str], run: Path) -> list[psutil.Process]:
+    """The training processes below the launcher, without their data workers."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "anemoi_dist.train" in child.cmdline() and child.environ().get("RANK", "") != "":
+                parent = child.parent()
+                if parent is not None and parent.environ().get("RANK", "") == "":
+                    found.append(child)
+        except psutil.Error:
+            continue
+    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+
+
+def final_tensors(run: Path) -> dict[tuple[str, str], torch.Tensor]:
+    checkpoint = Checkpoint(run / "checkpoints" / f"step-{NUM_STEPS:08d}")
+    tensors = {}
+    for (fqn, kind), info in checkpoint.tensors().items():
+        out = torch.empty(info.global_shape, dtype=info.dtype).reshape(-1)
+        checkpoint.read(fqn, kind, start=0, out=out)
+        tensors[fqn, kind] = out
+    return tensors
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {e["step"]: e["loss"] for e in read_events(run / "events.jsonl") if e["event"] == "step"}
+
+
+def assert_equal_bit_for_bit(run: Path, other: Path) -> None:
+    expected, actual = final_tensors(run), final_tensors(other)
+    assert expected.keys() == actual.keys()
+    assert {kind for _, kind in expected} >= {"param", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq", "step"}
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+    assert losses(run) == losses(other)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    code, output = finish(start(command(root, "a")))
+    assert code == 0, output
+    return root / "a"
+
+
+def test_the_run_tells_what_it_did(undisturbed: Path) -> None:
+    events = read_events(undisturbed / "events.jsonl")
+    by_name = {name: [e for e in events if e["event"] == name] for name in {e["event"] for e in events}}
+    assert [e["step"] for e in by_name["step"]] == list(range(1, NUM_STEPS + 1))
+    assert {"loss", "lr", "grad_norm", "alpha", "beta3", "samples_per_s", "memory_bytes"} <= by_name["step"][-1].keys()
+    (begin,) = by_name["start"]
+    assert begin["world_size"] == 2 and begin["engine"] == "zero2" and begin["versions"]["torch"]
+    sizes = [memory["states"] for memory in begin["memory"]]
+    for kind in ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"):
+        assert sizes[0][kind] == sizes[1][kind] and abs(2 * sizes[0][kind] - 4 * begin["num_parameters"]) <= 64
+    assert [(e["split"], e["step"]) for e in by_name["validation"]] == [
+        ("validation", 10),
+        ("validation", 20),
+        ("validation", NUM_STEPS),
+        ("test", NUM_STEPS),
+    ]
+    scores = by_name["validation"][-1]["scores"]
+    assert {score["forecast"] for score in scores} == {"model", "persistence", "climatology", "tide_tendency"}
+    assert by_name["end"][0]["exit_code"] == 0 and by_name["end"][0]["seconds"]["step"] > 0
+    assert (undisturbed / "report" / "forecast.npz").exists()
+    state = json.loads((undisturbed / "run.json").read_text())
+    assert state["state"] == "finished" and state["attempts"][0]["exit_code"] == 0
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_run_goes_on_bit_for_bit(undisturbed: Path, tmp_path: Path, victim: int) -> None:
+    step = random.randint(6, NUM_STEPS - 4)
+    process = start(command(tmp_path, "b"))
+    wait_for_step(tmp_path / "b", step, process)
+    ranks = ranks_of(process, tmp_path / "b")
+    assert len(ranks) == 2
+    ranks[victim].send_signal(signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 70, output
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), "a rank is left"
+
+    code, output = finish(start(command(tmp_path, "b")))
+    assert code == 0, output
+    assert "resumes at step" in output, f"killed at step {step}"
+    assert_equal_bit_for_bit(undisturbed, tmp_path / "b")
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    process = start(command(tmp_path, "c"))
+    wait_for_step(tmp_path / "c", 7, process)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 75, output
+    state = json.loads((tmp_path / "c" / "run.json").read_text())
+    assert state["state"] == "preempted" and state["attempts"][-1]["exit_code"] == 75
+    code, output = finish(start(command(tmp_path, "c")))
+    assert code == 0, output
+    assert_equal_bit_for_bit(undisturbed, tmp_path / "c")
+    code, output = finish(start(command(tmp_path, "c")))
+    assert code == 0 and "is finished" in output
+
+
+def test_two_torchrun_agents_do_the_same(undisturbed: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    job = ["-m", "anemoi_dist.train", *SMALL, f"run.root={tmp_path}", "run.id=d"]
+    agents = [start([*torchrun, *job], OMP_NUM_THREADS="1", LOGLEVEL="ERROR") for _ in range(2)]
+    results = [finish(agent) for agent in agents]
+    assert [code for code, _ in results] == [0, 0], results
+    assert_equal_bit_for_bit(undisturbed, tmp_path / "d")
+
+
+def test_a_wrong_key_costs_no_process_group(tmp_path: Path) -> None:
+    code, output = finish(
+        start([sys.executable, "-m", "anemoi_dist.train", "training.max_step=3"], RANK="0", WORLD_SIZE="2")
+    )
+    assert code == 2 and "training.max_steps" in output and "Traceback" not in output
+
+
+def test_divergence_ends_with_5_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    more = [
+        "training.lr.rate=1e30",
+        "training.max_skipped=2",
+        "training.clip_grad_norm=null",
+        "checkpoint.interval_steps=1",
+    ]
+    code, output = finish(start(command(tmp_path, "e", *more)))
+    assert code == 5, output
+    assert "not finite" in output
+    events = read_events(tmp_path / "e" / "events.jsonl")
+    assert sum(e["event"] == "skipped_update" for e in events) == 3
+    assert (tmp_path / "e" / "checkpoints" / "step-00000001" / "manifest.json").exists()

@@ -6,7 +6,7 @@ import anemoi_dist
 
 project = "anemoi-dist"
 author = "the anemoi-dist developers"
-copyright = "2026, the anemoi-dist developers"  # noqa: A001
+copyright = "2026, the anemoi-dist developers"
 release = version = anemoi_dist.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]

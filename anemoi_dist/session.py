@@ -25,6 +25,7 @@ from anemoi_dist.engines.factory import create_engine
 from anemoi_dist.errors import AnemoiDistError, ExitCode
 from anemoi_dist.module import BaseGraphModule
 from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.schedulers.factory import scaled_rate
 from anemoi_dist.telemetry.progress import format_bytes
 from anemoi_dist.telemetry.telemetry import Telemetry
 from anemoi_dist.trainer import Trainer
@@ -64,7 +65,8 @@ class Evaluation:
         """Score, record and show. Collective. The test block also gives the maps of the report."""
         validator = self._validator(split)
         scores = validator.run(self._predict)
-        self._telemetry.validation(step, split, [score.as_dict() for score in scores], format_table(scores))
+        table = f"{split} block after step {step}:\n{format_table(scores)}"
+        self._telemetry.validation(step, split, [score.as_dict() for score in scores], table)
         if split == "test":
             maps = validator.forecast_maps(self._predict)
             if self._world.is_main:
@@ -114,6 +116,9 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
             dataset = open_split(config.data, "train", rollout=config.training.rollout)
             trainer = _build(config, run=run, world=world, telemetry=telemetry, stop=stop, dataset=dataset)
             if checkpoint is not None:
+                _note_scaled_rate(
+                    config, telemetry, step=first_step, was=checkpoint.manifest.world_size, now=world.world_size
+                )
                 trainer.resume(checkpoint)
                 checkpoint.close()
             _announce(trainer, run=run, attempt=attempt, resumed=checkpoint is not None, num_samples=len(dataset))
@@ -127,6 +132,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
                 pin_memory=world.device.type == "cuda",
             )
         trainer.fit(loader)
+        telemetry.message(f"finished; for figures and maps: anemoi-dist report {run.path}")
         code = ExitCode.FINISHED
     except AnemoiDistError as error:
         code = error.exit_code
@@ -192,6 +198,18 @@ def _announce(trainer: Trainer, *, run: RunDirectory, attempt: int, resumed: boo
             f"{num_samples} samples, {plan.global_size} a step = {world.world_size} ranks x {plan.accumulation} x "
             f"{plan.micro_size}\noptimizer states:\n{states}" + ("\n  ..." if len(memory) > 4 else "")
         )
+
+
+def _note_scaled_rate(config: Config, telemetry: Telemetry, *, step: int, was: int, now: int) -> None:
+    """Say what ``training.lr.scale_with: world_size`` does to the rate of a run that has changed its size."""
+    if was == now or config.training.lr.scale_with == "none":
+        return
+    old, new = (scaled_rate(config.training.lr, size) for size in (was, now))
+    telemetry.event("rescaled_rate", step=step, world_size_was=was, world_size=now, rate_was=old, rate=new)
+    telemetry.message(
+        f"training.lr.scale_with=world_size: {now} ranks instead of {was} make the rate {new:g} instead of {old:g}; "
+        "training.lr.scale_with=none keeps it"
+    )
 
 
 def _states_text(memory: dict[str, Any]) -> str:

@@ -128,7 +128,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     heading = (
         "# AdEMAMix beside AdamW on the default job\n\n"
-        "RMSE of mean sea level pressure on the test block, mean over seeds (and each seed); the rate was chosen on "
+        "RMSE of mean sea level pressure on the test block, mean over seeds (and each seed). The rate was chosen on "
         f"the validation block with seed {seeds[0]} from {', '.join(f'{r:g}' for r in RATES)}.\n"
         f"{machine}; torch {start['versions']['torch']}; {' '.join(arguments.overrides) or 'default configuration'}.\n\n"
     )

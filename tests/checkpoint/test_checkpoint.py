@@ -212,8 +212,6 @@ def test_order_of_names_not_of_time_decides(tmp_path: Path) -> None:
 def train_and_save(world: World, engine: str, folder: Path, steps: range, resume: bool) -> dict:
     """Train over ``steps``; begin from the newest checkpoint if ``resume``; save at the end."""
     config = toy.make_config(engine, micro_batch_size=1 if world.world_size == 4 else None)
-    if world.world_size == 3:
-        config.training.global_batch_size, config.training.micro_batch_size = 6, 2
     built = toy.build(world, config)
     store = LocalStore(folder)
     if resume:

@@ -65,8 +65,8 @@ class World:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed reads these nevertheless
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            on_gpu = {"device_id": device} if device.type == "cuda" else {}  # NCCL then connects now, not in mid-step
-            dist.init_process_group(backend, timeout=timeout, **on_gpu)
+            # With a device NCCL connects now and not in the middle of the first step.
+            dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
         return cls(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
 
     def broadcast_text(self, text: str | None) -> str:

@@ -130,7 +130,8 @@ def main() -> None:
         "# AdEMAMix beside AdamW on the default job\n\n"
         "RMSE of mean sea level pressure on the test block, mean over seeds (and each seed). The rate was chosen on "
         f"the validation block with seed {seeds[0]} from {', '.join(f'{r:g}' for r in RATES)}.\n"
-        f"{machine}; torch {start['versions']['torch']}; {' '.join(arguments.overrides) or 'default configuration'}.\n\n"
+        f"{machine}; torch {start['versions']['torch']}; "
+        f"{' '.join(arguments.overrides) or 'default configuration'}.\n\n"
     )
     (RESULTS / "ademamix_vs_adamw.md").write_text(heading + text + "\n")
     (RESULTS / "ademamix_vs_adamw.json").write_text(json.dumps(data, indent=1) + "\n")

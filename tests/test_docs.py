@@ -169,6 +169,13 @@ def test_every_exit_code_is_described():
     assert described == {int(code) for code in ExitCode} - {int(ExitCode.HANG)}
 
 
+def test_every_event_is_described():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "anemoi_dist").rglob("*.py"))
+    written = set(re.findall(r'(?:telemetry\.event|_log\.write)\(\s*"(\w+)"', sources))
+    table = (DOCS / "running.rst").read_text(encoding="utf-8").partition("events.jsonl\n==")[2]
+    assert written == set(re.findall(r"^``(\w+)`` ", table, re.MULTILINE))
+
+
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.name)
 def test_links_of_markdown_lead_somewhere(path: Path):
     for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):

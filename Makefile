@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := test,report,tensorboard,dev
+EXTRAS := anemoi,test,report,tensorboard,dev
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
 

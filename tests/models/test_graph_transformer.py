@@ -99,7 +99,6 @@ def test_refuses(path, value, message):
         AnemoiModel(make_spec(), **OmegaConf.to_container(node))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("extra")
 def test_trains_on_the_sample_from_the_shipped_configuration():
     config = compose(["model=anemoi_graph_transformer", "training.max_steps=12", "training.lr.warmup=2"]).config

@@ -44,7 +44,7 @@ def file_name(rank: int) -> str:
 
 @dataclass
 class FileRecord:
-    """Size and hashes of one file: of the whole, and of each block, so that a reader can check just what it reads."""
+    """One file: its size, the hash of each block, so that a reader can check what it reads, and a hash of those."""
 
     size_bytes: int
     xxh3_128: str
@@ -111,13 +111,18 @@ class Manifest:
             raise CheckpointError(f"the manifest cannot be read: {error!r}") from error
         if checksum != _checksum({"format": FORMAT, "version": VERSION, **body}):
             raise CheckpointError("the manifest's checksum does not match: it is damaged")
-        manifest._check()
+        try:
+            manifest._check()
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise CheckpointError(f"the manifest has an entry of the wrong type: {error!r}") from error
         return manifest
 
     def _check(self) -> None:
-        for name in self.files:
+        for name, record in self.files.items():
             if name != TRAINER_FILE and not _FILE_NAME.fullmatch(name):
                 raise CheckpointError(f"the manifest names a file {name!r}, which no checkpoint has")
+            if record.size_bytes < 1 or len(record.blocks) != -(-record.size_bytes // BLOCK_BYTES):
+                raise CheckpointError(f"{name}: {len(record.blocks)} hashes for {record.size_bytes} bytes")
         for tensor in self.tensors:
             if tensor.dtype not in DTYPES:
                 raise CheckpointError(f"{tensor.fqn} {tensor.kind} has the unknown type {tensor.dtype!r}")

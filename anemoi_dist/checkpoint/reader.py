@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from anemoi_dist.checkpoint.manifest import (
     Manifest,
     TensorRecord,
 )
-from anemoi_dist.checkpoint.store import LocalStore
+from anemoi_dist.checkpoint.store import File, Folder, Store
 from anemoi_dist.engines.base import TensorInfo
 from anemoi_dist.errors import CheckpointError
 
@@ -28,13 +27,13 @@ from anemoi_dist.errors import CheckpointError
 class VerifiedFile:
     """Reads any range of a file through one block-sized buffer, and only from blocks whose hash is right."""
 
-    def __init__(self, path: Path, record: FileRecord) -> None:
+    def __init__(self, path: File, record: FileRecord) -> None:
         self._path, self._record = path, record
         try:
             self._stream = path.open("rb", buffering=0)
+            size_bytes = self._stream.seek(0, os.SEEK_END)
         except OSError as error:
-            raise CheckpointError(f"{path.name} cannot be opened: {error.strerror}") from error
-        size_bytes = os.fstat(self._stream.fileno()).st_size
+            raise CheckpointError(f"{path.name} cannot be opened: {error.strerror or error}") from error
         if size_bytes != record.size_bytes:
             raise CheckpointError(f"{path.name} has {size_bytes} bytes, the manifest says {record.size_bytes}")
         self._buffer = memoryview(bytearray(min(BLOCK_BYTES, max(size_bytes, 1))))
@@ -45,32 +44,42 @@ class VerifiedFile:
         done = 0
         while done < len(out):
             index, begin = divmod(offset_bytes + done, BLOCK_BYTES)
-            block = self._block(index)
-            piece = block[begin : begin + len(out) - done]
+            size_bytes = self._block_bytes(index)
+            if begin == 0 and len(out) - done >= size_bytes:  # a whole block: no copy
+                self._read_block(index, out[done : done + size_bytes])
+                done += size_bytes
+                continue
+            if index != self._loaded:
+                self._loaded = None
+                self._read_block(index, self._buffer[:size_bytes])
+                self._loaded = index
+            piece = self._buffer[begin : min(begin + len(out) - done, size_bytes)]
             out[done : done + len(piece)] = piece
             done += len(piece)
 
-    def verify(self) -> None:
-        """Check every block."""
-        for index in range(len(self._record.blocks)):
-            self._block(index)
+    def verify(self, first: int = 0, last: int | None = None) -> None:
+        """Check the blocks from ``first`` to before ``last``, by default all."""
+        self._loaded = None
+        for index in range(len(self._record.blocks))[first:last]:
+            self._read_block(index, self._buffer[: self._block_bytes(index)])
 
-    def _block(self, index: int) -> memoryview:
+    def _block_bytes(self, index: int) -> int:
+        return min(BLOCK_BYTES, self._record.size_bytes - index * BLOCK_BYTES)
+
+    def _read_block(self, index: int, out: memoryview) -> None:
         begin = index * BLOCK_BYTES
-        block = self._buffer[: min(BLOCK_BYTES, self._record.size_bytes - begin)]
-        if index != self._loaded:
-            self._loaded = None
+        try:
             self._stream.seek(begin)
             done = 0
-            while done < len(block):
-                count = self._stream.readinto(block[done:])
+            while done < len(out):
+                count = self._stream.readinto(out[done:])
                 if not count:
                     raise CheckpointError(f"{self._path.name} ends at byte {begin + done}")
                 done += count
-            if xxhash.xxh3_128_hexdigest(block) != self._record.blocks[index]:
-                raise CheckpointError(f"{self._path.name} is damaged between bytes {begin} and {begin + len(block)}")
-            self._loaded = index
-        return block
+        except OSError as error:
+            raise CheckpointError(f"{self._path.name} cannot be read: {error}") from error
+        if xxhash.xxh3_128_hexdigest(out) != self._record.blocks[index]:
+            raise CheckpointError(f"{self._path.name} is damaged between bytes {begin} and {begin + len(out)}")
 
     def close(self) -> None:
         """Close the file."""
@@ -82,8 +91,8 @@ class Checkpoint:
 
     Parameters
     ----------
-    folder : Path
-        The checkpoint's directory.
+    folder : Folder
+        The checkpoint's directory, or what stands for one in another store.
 
     Raises
     ------
@@ -91,7 +100,7 @@ class Checkpoint:
         There is no manifest, or it cannot be trusted.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder = folder
         try:
             text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
@@ -128,16 +137,21 @@ class Checkpoint:
         self._open(TRAINER_FILE).read_into(0, memoryview(data))
         return json.loads(data)
 
-    def verify(self) -> None:
-        """Check every byte of every file.
+    def verify(self, *, share: int = 0, num_shares: int = 1) -> None:
+        """Check every byte of every file, or one of ``num_shares`` equal shares of all blocks.
 
         Raises
         ------
         CheckpointError
             Naming the first file, and the bytes in it, that are not as they were saved.
         """
-        for name in self.manifest.files:
-            self._open(name).verify()
+        total = sum(len(record.blocks) for record in self.manifest.files.values())
+        first, last = total * share // num_shares, total * (share + 1) // num_shares
+        for name, record in self.manifest.files.items():
+            low, high = max(first, 0), min(last, len(record.blocks))
+            if low < high:
+                self._open(name).verify(low, high)
+            first, last = first - len(record.blocks), last - len(record.blocks)
 
     def close(self) -> None:
         """Close the files."""
@@ -151,12 +165,12 @@ class Checkpoint:
         return self._files[name]
 
 
-def find_newest(store: LocalStore, *, report: Callable[[str], None]) -> Checkpoint | None:
+def find_newest(store: Store, *, report: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, or None where there is none.
 
     Parameters
     ----------
-    store : LocalStore
+    store : Store
         Where to look.
     report : Callable[[str], None]
         Told of each directory that was passed over, and why.
@@ -172,19 +186,3 @@ def find_newest(store: LocalStore, *, report: Callable[[str], None]) -> Checkpoi
         else:
             return checkpoint
     return None
-
-
-def prune(store: LocalStore, *, keep_last: int | None) -> list[int]:
-    """Delete all but the newest ``keep_last`` checkpoints that have a valid manifest; return the steps deleted."""
-    if keep_last is None:
-        return []
-    valid = []
-    for step in store.steps():
-        try:
-            Checkpoint(store.path(step))
-        except CheckpointError:
-            continue
-        valid.append(step)
-    for step in valid[keep_last:]:
-        store.remove(step)
-    return valid[keep_last:]

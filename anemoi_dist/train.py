@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from anemoi_dist.attempt import Attempt, is_finished, record_end
-from anemoi_dist.compose import Change, changes_table, compose, prepare_run
+from anemoi_dist.compose import compose
 from anemoi_dist.config import from_yaml, plan_batches
 from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
+from anemoi_dist.prepare import Change, changes_table, prepare_run
 from anemoi_dist.run_directory import LAUNCHED, RunDirectory
 from anemoi_dist.session import train
 from anemoi_dist.world import World, die_with_parent
@@ -52,7 +53,7 @@ def _prepare(arguments: argparse.Namespace) -> RunDirectory:
     for message in composed.messages:
         print(message, flush=True)  # noqa: T201
     plan_batches(composed.config.training, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    return prepare_run(composed)
+    return prepare_run(composed.config)
 
 
 def _train(run: RunDirectory | None) -> ExitCode:

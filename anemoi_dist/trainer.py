@@ -137,6 +137,7 @@ class Trainer:
         self._validate("validation")
         self._save_and_wait()
         self._validate("test")
+        self.stop.clear()  # a request that came too late must not stop a continuation with more steps
 
     def _record(self, report: StepReport) -> None:
         self.telemetry.step(

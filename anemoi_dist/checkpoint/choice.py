@@ -64,8 +64,8 @@ def choose(store: Store, *, world: World, strict: bool = False) -> Choice:
     if steps:
         listed = "\n".join(f"  {store.path(step).name}: {why}" for step, why in choice.passed_over.items())
         raise CheckpointError(
-            f"none of this run's checkpoints can be loaded:\n{listed}\n"
-            "  fix: to begin anew take another run.id, or move its checkpoints away"
+            f"none of this run's {len(steps)} checkpoints is whole:\n{listed}\n"
+            "  fix: restore one, or take another run.id to start anew"
         )
     return choice
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from anemoi_dist.checkpoint.manifest import (
     Manifest,
     TensorRecord,
 )
-from anemoi_dist.checkpoint.store import File, Folder, Store
+from anemoi_dist.checkpoint.store import File, Folder
 from anemoi_dist.engines.base import TensorInfo
 from anemoi_dist.errors import CheckpointError
 
@@ -163,26 +163,3 @@ class Checkpoint:
         if name not in self._files:
             self._files[name] = VerifiedFile(self.folder / name, self.manifest.files[name])
         return self._files[name]
-
-
-def find_newest(store: Store, *, report: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that verifies, or None where there is none.
-
-    Parameters
-    ----------
-    store : Store
-        Where to look.
-    report : Callable[[str], None]
-        Told of each directory that was passed over, and why.
-    """
-    for step in store.steps():
-        try:
-            checkpoint = Checkpoint(store.path(step))
-            if checkpoint.manifest.step != step:
-                raise CheckpointError(f"its manifest is of step {checkpoint.manifest.step}")
-            checkpoint.verify()
-        except CheckpointError as error:
-            report(f"checkpoint {store.path(step).name} is passed over: {error}")
-        else:
-            return checkpoint
-    return None

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from support import toy
 
 from anemoi_dist.checkpoint import store as store_module
+from anemoi_dist.checkpoint.choice import choose
 from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, Manifest
-from anemoi_dist.checkpoint.reader import Checkpoint, find_newest
+from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save, write_shards
 from anemoi_dist.engines.base import Shard
@@ -50,7 +51,7 @@ def save_one(folder: Path, *, step: int, fill: float = 1.0) -> Path:
     return save(
         LocalStore(folder),
         shards,
-        world=Alone(),  # type: ignore[arg-type]
+        world=Alone(),
         step=step,
         samples_seen=8 * step,
         trainer={"progress": {"step": step}},
@@ -118,10 +119,21 @@ def test_damage_is_found_and_the_older_checkpoint_is_taken(tmp_path: Path, file:
         newer.unlink()
     else:
         shutil.copy(tmp_path / "step-00000001" / file, newer)
-    reports: list[str] = []
-    found = find_newest(store, report=reports.append)
-    assert found is not None and found.manifest.step == 1
-    assert len(reports) == 1 and "step-00000002" in reports[0]
+    choice = choose(store, world=Alone())
+    assert choice.checkpoint is not None and choice.checkpoint.manifest.step == 1
+    assert list(choice.passed_over) == [2] and choice.passed_over[2]
+    with pytest.raises(CheckpointError, match="step-00000002 is damaged") as raised:
+        choose(store, world=Alone(), strict=True)
+    assert raised.value.exit_code == 4
+
+
+def test_none_that_is_whole_is_an_error_and_nothing_saved_is_not(tmp_path: Path) -> None:
+    assert choose(LocalStore(tmp_path), world=Alone()).checkpoint is None
+    for step in (1, 2):
+        (save_one(tmp_path, step=step) / MANIFEST_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"(?s)none .* whole.*step-00000002.*step-00000001") as raised:
+        choose(LocalStore(tmp_path), world=Alone())
+    assert raised.value.exit_code == 4
 
 
 def test_every_flipped_byte_region_of_a_shard_is_named(tmp_path: Path) -> None:
@@ -176,7 +188,7 @@ def test_a_killed_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path: Pat
     store = LocalStore(tmp_path)
     half = store.begin(5, "0123456789abcdef")
     (half / "rank-00000.safetensors").write_bytes(b"half")
-    assert find_newest(store, report=pytest.fail) is None
+    assert choose(store, world=Alone()).checkpoint is None
     save_one(tmp_path, step=6)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000006"]
 
@@ -194,7 +206,7 @@ def test_order_of_names_not_of_time_decides(tmp_path: Path) -> None:
         save_one(tmp_path, step=step)
     os.utime(tmp_path / "step-00000002", (2e9, 2e9))
     os.utime(tmp_path / "step-00000010", (0, 0))
-    found = find_newest(LocalStore(tmp_path), report=pytest.fail)
+    found = choose(LocalStore(tmp_path), world=Alone()).checkpoint
     assert found is not None and found.manifest.step == 10
 
 
@@ -207,7 +219,7 @@ def train_and_save(world: World, engine: str, folder: Path, steps: range, resume
     built = toy.build(world, config)
     store = LocalStore(folder)
     if resume:
-        found = find_newest(store, report=pytest.fail)
+        found = choose(store, world=world).checkpoint
         assert found is not None
         built.load(found, num_updates=found.manifest.step)
         assert found.manifest.step == steps.start

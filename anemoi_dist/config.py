@@ -156,6 +156,8 @@ class CheckpointConfig:
     on_error: str = "warn"
     #: Read every file back and check it before it is committed.
     read_back: bool = True
+    #: Where fsspec keeps checkpoints, below it one prefix a run (``s3://bucket/runs``); null: in the run directory.
+    url: str | None = None
     #: Refuse to go on where the newest checkpoint is damaged, instead of taking the one before.
     strict: bool = False
 
@@ -537,6 +539,10 @@ def _check_checkpoint(config: Config) -> None:
     checkpoint = config.checkpoint
     _one_of("checkpoint.when_busy", checkpoint.when_busy, SAVE_WHEN_BUSY)
     _one_of("checkpoint.on_error", checkpoint.on_error, SAVE_ON_ERROR)
+    if checkpoint.url is not None and not re.match(r"[a-z0-9+.-]+://.", checkpoint.url):
+        raise ConfigError(
+            "checkpoint.url", checkpoint.url, "must have a protocol", fix=f"file://{checkpoint.url}, s3://..., or null"
+        )
     minutes = checkpoint.interval_minutes
     if minutes is not None and not 0 < minutes < float("inf"):
         raise ConfigError("checkpoint.interval_minutes", minutes, "must be positive", fix="null: by steps alone")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 import fsspec
@@ -165,10 +166,8 @@ class FsspecStore:
                 self._remove_tree(str(prefix))
 
     def _remove_tree(self, path: str) -> None:
-        try:
+        with suppress(OSError):  # it is no checkpoint, and the next clean-up tries again
             self._filesystem.rm(path, recursive=True)
-        except OSError:
-            pass  # it is no checkpoint, and the next clean-up tries again
 
 
 def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 from support import toy
+from support.saving import FACTS, Alone, read_all, save_values, shard
 
 from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint.choice import choose
@@ -20,50 +21,14 @@ from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, Manifest
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save, write_shards
-from anemoi_dist.engines.base import Shard
 from anemoi_dist.errors import CheckpointError
 from anemoi_dist.world import World, seed_step
-
-FACTS = {"engine": "toy", "config_hash": "0", "versions": {}}
-
-
-class Alone:
-    """The one rank of a test that needs no processes."""
-
-    rank, world_size, is_main = 0, 1, True
-
-    def broadcast_text(self, text: str | None) -> str:
-        assert text is not None
-        return text
-
-    def gather_text(self, text: str) -> list[str]:
-        return [text]
-
-
-def shard(values: torch.Tensor, *, fqn: str = "w", kind: str = "param") -> Shard:
-    return Shard(fqn, kind, tuple(values.shape), 0, values.reshape(-1))
 
 
 def save_one(folder: Path, *, step: int, fill: float = 1.0) -> Path:
     # More than one block, so that damage in the second is not seen by whoever reads only the first.
     values = torch.arange(BLOCK_BYTES // 4 + 1000, dtype=torch.float32) * fill
-    shards = [shard(values), shard(torch.tensor([float(step)]), kind="step")]
-    return save(
-        LocalStore(folder),
-        shards,
-        world=Alone(),
-        step=step,
-        samples_seen=8 * step,
-        trainer={"progress": {"step": step}},
-        facts=FACTS,
-    )
-
-
-def read_all(checkpoint: Checkpoint, fqn: str = "w", kind: str = "param") -> torch.Tensor:
-    info = checkpoint.tensors()[fqn, kind]
-    out = torch.empty(info.global_shape, dtype=info.dtype).reshape(-1)
-    checkpoint.read(fqn, kind, start=0, out=out)
-    return out.view(info.global_shape)
+    return save_values(LocalStore(folder), step=step, values=values)
 
 
 def test_a_shard_file_is_plain_safetensors(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_all_damage_is_found_by_name_and_the_older_is_used(pristine: Path, tmp_p
         assert list(choice.passed_over) == [2]
         # A manifest that is whole but another save's: then none of the files is right, and the first one is named.
         foreign = name == MANIFEST_FILE and what == "another run's"
-        named = FILES[0] if foreign else "manifest" if name == MANIFEST_FILE else name
+        named = TRAINER_FILE if foreign else "manifest" if name == MANIFEST_FILE else name
         assert named in choice.passed_over[2], f"{what}: {choice.passed_over[2]}"
         if path.is_dir():
             path.rmdir()

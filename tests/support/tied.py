@@ -61,6 +61,7 @@ class GroupedModule(BaseGraphModule):
 def make_config(engine: str, **training: Any) -> Config:
     config = toy.make_config(engine, global_batch_size=GLOBAL_BATCH, **training)
     config.model = {"_target_": "support.tied.TiedModel"}
+    config.security.allowed_targets = ["support.tied"]
     return config
 
 

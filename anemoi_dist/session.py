@@ -18,7 +18,7 @@ from anemoi_dist.baselines import Baselines
 from anemoi_dist.checkpoint.choice import choose
 from anemoi_dist.checkpoint.remote import FsspecStore
 from anemoi_dist.checkpoint.store import LocalStore, Store
-from anemoi_dist.config import Config, plan_batches
+from anemoi_dist.config import Config, engine_name, plan_batches
 from anemoi_dist.control import StopRequest
 from anemoi_dist.data.anemoi import WeatherDataset, open_split
 from anemoi_dist.data.loader import build_loader
@@ -255,11 +255,8 @@ def _store(config: Config, run: RunDirectory) -> Store:
 
 
 def _facts(config: Config) -> dict[str, Any]:
-    name = config.engine.kind if config.engine.kind != "deepspeed" else f"zero{config.engine.stage}"
-    if config.engine.offload:
-        name += "_offload"
     digest = hashlib.sha256(repr(asdict(config)).encode()).hexdigest()[:16]
-    return {"engine": name, "config_hash": digest, "versions": _versions()}
+    return {"engine": engine_name(config.engine), "config_hash": digest, "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:

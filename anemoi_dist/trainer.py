@@ -206,7 +206,8 @@ class Trainer:
             stalled_s=round(outcome.stalled_s, 4),
         )
         if outcome.note:
-            self.telemetry.message(outcome.note)
+            self.telemetry.message(f"warning: {outcome.note}")
+            self.telemetry.event("prune_failed", step=outcome.step, error=outcome.note)
 
     def _leave(self, reason: str) -> None:
         self.telemetry.event("stop_requested", step=self.progress.step, reason=reason)

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -132,12 +133,23 @@ class LocalStore:
     def remove(self, step: int) -> None:
         """Delete a checkpoint, manifest first: killed half-way, what is left is no checkpoint."""
         folder = self.path(step)
+        if folder.is_symlink():  # what it points to is somebody's archive
+            folder.unlink()
+            return
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
         fsync_directory(folder)
         shutil.rmtree(folder)
 
     def _clean(self) -> None:
-        """Remove what interrupted saves left behind; a save has just succeeded, so none is under way."""
+        """Remove what interrupted saves left behind; a save has just succeeded, so none is under way.
+
+        The save has succeeded whatever happens here, so what resists stays.
+        """
         for entry in self.folder.iterdir():
-            if _TEMPORARY.fullmatch(entry.name):
-                shutil.rmtree(entry, ignore_errors=True)  # the save that has succeeded must not fail for it
+            if not _TEMPORARY.fullmatch(entry.name):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    entry.unlink()

@@ -19,6 +19,7 @@ from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint.choice import choose
 from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, Manifest
 from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.checkpoint.retention import Policy, prune
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save, write_shards
 from anemoi_dist.errors import CheckpointError
@@ -164,6 +165,25 @@ def test_saving_over_a_broken_step_replaces_it(tmp_path: Path) -> None:
     save_one(tmp_path, step=4, fill=3.0)
     assert read_all(Checkpoint(broken))[1] == 3.0
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_link_is_dropped_and_what_it_points_to_is_kept(tmp_path: Path) -> None:
+    archive, folder = _new(tmp_path / "archive"), _new(tmp_path / "checkpoints")
+    save_one(archive, step=1)
+    (folder / "step-00000001").symlink_to(archive / "step-00000001")
+    for step in (2, 3):
+        save_one(folder, step=step)
+    assert prune(LocalStore(folder), Policy(2)) == [1]
+    assert not (folder / "step-00000001").exists()
+    Checkpoint(archive / "step-00000001").verify()
+
+
+def test_a_file_in_the_place_of_a_checkpoint_does_not_stop_saving(tmp_path: Path) -> None:
+    (tmp_path / "step-00000004").touch()
+    path = save_one(tmp_path, step=4)
+    Checkpoint(path).verify()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+    save_one(tmp_path, step=5)
 
 
 def test_order_of_names_not_of_time_decides(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tied, toy
+from support import reshard, toy
 from support.saving import FACTS
 
 from anemoi_dist.checkpoint.choice import choose
@@ -20,8 +20,8 @@ Written = dict[tuple[str, int], tuple[Path, dict[str, torch.Tensor]]]
 
 
 def write(world: World, engine: str, folder: Path) -> list:
-    config = tied.make_config(engine)
-    built = tied.build(world, config)
+    config = reshard.make_config(engine)
+    built = reshard.build(world, config)
     for step in range(NUM_STEPS):
         built.train_step(toy.micro_batches(config, world, step))
     save(
@@ -40,7 +40,7 @@ def write(world: World, engine: str, folder: Path) -> list:
 
 def read(world: World, engine: str, folders: list[Path]) -> list[list]:
     """Load each of the checkpoints into one engine, which has other values before."""
-    built = tied.build(world, tied.make_config(engine))
+    built = reshard.build(world, reshard.make_config(engine))
     loaded = []
     for folder in folders:
         checkpoint = choose(LocalStore(folder), world=world).checkpoint

@@ -60,8 +60,8 @@ class GroupedModule(BaseGraphModule):
 
 def make_config(engine: str, **training: Any) -> Config:
     config = toy.make_config(engine, global_batch_size=GLOBAL_BATCH, **training)
-    config.model = {"_target_": "support.tied.TiedModel"}
-    config.security.allowed_targets = ["support.tied"]
+    config.model = {"_target_": "support.reshard.TiedModel"}
+    config.security.allowed_targets = ["support.reshard"]
     return config
 
 

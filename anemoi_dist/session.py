@@ -124,7 +124,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
     code, trainer, loader = ExitCode.INTERNAL, None, None
     try:
         for step, reason in choice.passed_over.items():
-            telemetry.event("checkpoint_passed_over", step=step, reason=reason)
+            telemetry.event("passed_over", step=step, reason=reason)
             telemetry.message(f"checkpoint of step {step} is passed over: {reason}")
         with telemetry.phase("startup"):
             dataset = open_split(config.data, "train", rollout=config.training.rollout)

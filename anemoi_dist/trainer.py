@@ -194,7 +194,7 @@ class Trainer:
             if self._saved_step == outcome.step:
                 self._saved_step = None
             reason = outcome.error or f"step {outcome.step} is not saved: the save before is not done"
-            self.telemetry.event("checkpoint_failed", step=outcome.step, reason=reason, skipped=outcome.skipped)
+            self.telemetry.event("save_failed", step=outcome.step, reason=reason, skipped=outcome.skipped)
             self.telemetry.message(reason)
             return
         self.telemetry.event(

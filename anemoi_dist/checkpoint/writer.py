@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import xxhash
 
+from anemoi_dist.checkpoint.dtypes import DTYPE_NAMES
 from anemoi_dist.checkpoint.manifest import (
     BLOCK_BYTES,
-    DTYPE_NAMES,
     MANIFEST_FILE,
     TRAINER_FILE,
     FileRecord,

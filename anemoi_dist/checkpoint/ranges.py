@@ -1,0 +1,204 @@
+"""Reading a checkpoint by ranges of bytes, and only from blocks whose hash is right. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from anemoi_dist.checkpoint.manifest import (
+    BLOCK_BYTES,
+    ITEM_BYTES,
+    MANIFEST_FILE,
+    TRAINER_FILE,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+)
+from anemoi_dist.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A region of a file that is not as it was saved: bytes ``[begin, end)``."""
+
+    file: str
+    begin: int
+    end: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: bytes {self.begin} to {self.end}: {self.what}"
+
+
+class VerifiedFile:
+    """Reads any range of a file through one block-sized buffer, and only from blocks whose hash is right."""
+
+    def __init__(self, path: Path, record: FileRecord) -> None:
+        self._path, self._record = path, record
+        try:
+            self._stream = path.open("rb", buffering=0)
+        except OSError as error:
+            raise CheckpointError(f"{path.name} cannot be opened: {error.strerror}") from error
+        size_bytes = os.fstat(self._stream.fileno()).st_size
+        if size_bytes != record.size_bytes:
+            self._stream.close()
+            raise CheckpointError(f"{path.name} has {size_bytes} bytes, the manifest says {record.size_bytes}")
+        self._buffer = memoryview(bytearray(min(BLOCK_BYTES, max(size_bytes, 1))))
+        self._loaded: int | None = None
+
+    def read_into(self, offset_bytes: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset_bytes`` on."""
+        done = 0
+        while done < len(out):
+            index, begin = divmod(offset_bytes + done, BLOCK_BYTES)
+            block = self._block(index)
+            piece = block[begin : begin + len(out) - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+
+    def verify(self) -> None:
+        """Check every block."""
+        for index in range(len(self._record.blocks)):
+            self._block(index)
+
+    def _block(self, index: int) -> memoryview:
+        begin = index * BLOCK_BYTES
+        block = self._buffer[: min(BLOCK_BYTES, self._record.size_bytes - begin)]
+        if index != self._loaded:
+            self._loaded = None
+            self._stream.seek(begin)
+            done = 0
+            while done < len(block):
+                count = self._stream.readinto(block[done:])
+                if not count:
+                    raise CheckpointError(f"{self._path.name} ends at byte {begin + done}")
+                done += count
+            if xxhash.xxh3_128_hexdigest(block) != self._record.blocks[index]:
+                raise CheckpointError(f"{self._path.name} is damaged between bytes {begin} and {begin + len(block)}")
+            self._loaded = index
+        return block
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+class SavedCheckpoint:
+    """A committed checkpoint, read as bytes.
+
+    Parameters
+    ----------
+    folder : Path
+        The checkpoint's directory.
+
+    Raises
+    ------
+    CheckpointError
+        There is no manifest, or it cannot be trusted.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{folder.name} has no readable manifest: {error}") from error
+        self.manifest = Manifest.from_json(text)
+        self._tensors: dict[tuple[str, str], TensorRecord] = {(t.fqn, t.kind): t for t in self.manifest.tensors}
+        self._files: dict[str, VerifiedFile] = {}
+
+    @property
+    def records(self) -> dict[tuple[str, str], TensorRecord]:
+        """What there is, by ``(fqn, kind)``."""
+        return self._tensors
+
+    def read_bytes(self, fqn: str, kind: str, *, start: int, out: memoryview) -> None:
+        """Fill ``out``, a number of whole elements, with the elements from ``start`` on."""
+        record = self._tensors[fqn, kind]
+        item = ITEM_BYTES[record.dtype]
+        end = start + len(out) // item
+        for file, first, numel, offset_bytes in record.ranges:
+            low, high = max(start, first), min(end, first + numel)
+            if low < high:
+                piece = out[(low - start) * item : (high - start) * item]
+                self._open(file).read_into(offset_bytes + (low - first) * item, piece)
+
+    def trainer(self) -> dict[str, Any]:
+        """Return what the trainer saved beside the tensors."""
+        data = bytearray(self.manifest.files[TRAINER_FILE].size_bytes)
+        self._open(TRAINER_FILE).read_into(0, memoryview(data))
+        return json.loads(data)
+
+    def check_sizes(self) -> None:
+        """Raise :class:`CheckpointError` for the first file that is missing or has another size than it was saved."""
+        for name in self.manifest.files:
+            self._open(name)
+
+    def verify(self) -> None:
+        """Check every byte of every file.
+
+        Raises
+        ------
+        CheckpointError
+            Naming the first file, and the bytes in it, that are not as they were saved.
+        """
+        for name in self.manifest.files:
+            self._open(name).verify()
+
+    def damages(self) -> Iterator[Damage]:
+        """Check every byte of every file and yield all that is not as it was saved."""
+        for name, record in self.manifest.files.items():
+            yield from _damages(self.folder / name, record)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _open(self, name: str) -> VerifiedFile:
+        if name not in self._files:
+            self._files[name] = VerifiedFile(self.folder / name, self.manifest.files[name])
+        return self._files[name]
+
+
+def _damages(path: Path, record: FileRecord) -> Iterator[Damage]:
+    """Compare a file with its record, block by block; adjacent damaged blocks are one region."""
+    try:
+        stream = path.open("rb", buffering=0)
+    except OSError as error:
+        yield Damage(path.name, 0, record.size_bytes, f"cannot be opened ({error.strerror})")
+        return
+    with stream:
+        size_bytes = os.fstat(stream.fileno()).st_size
+        found: Damage | None = None
+        for index, expected in enumerate(record.blocks):
+            begin = index * BLOCK_BYTES
+            end = min(begin + BLOCK_BYTES, record.size_bytes)
+            if end > size_bytes:
+                break
+            if xxhash.xxh3_128_hexdigest(_read(stream, end - begin)) != expected:
+                found = Damage(path.name, found.begin if found else begin, end, "not what was saved")
+            elif found:
+                yield found
+                found = None
+        if found:
+            yield found
+        if size_bytes < record.size_bytes:
+            yield Damage(path.name, size_bytes, record.size_bytes, "missing")
+        elif size_bytes > record.size_bytes:
+            yield Damage(path.name, record.size_bytes, size_bytes, "appended after it was saved")
+
+
+def _read(stream: Any, num_bytes: int) -> bytes:
+    parts = []
+    while num_bytes and (part := stream.read(num_bytes)):
+        parts.append(part)
+        num_bytes -= len(part)
+    return b"".join(parts)

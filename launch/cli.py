@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from anemoi_dist import __version__
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 
+from . import checkpoint
+
 if TYPE_CHECKING:
     from anemoi_dist.compose import Composed
 
@@ -63,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     report = _add(commands, "report", _report, "write a run's HTML report")
     report.add_argument("run", metavar="RUN", help="a run's id, or the path of its directory")
     report.add_argument("--root", default="runs", help="directory of the runs (default: %(default)s)")
+
+    checkpoint.add_commands(
+        _add(commands, "checkpoint", None, "list, show, verify, compare, export and import checkpoints")
+    )
     return parser
 
 

@@ -43,9 +43,9 @@ class VerifiedFile:
         self._path, self._record = path, record
         try:
             self._stream = path.open("rb", buffering=0)
+            size_bytes = self._stream.seek(0, os.SEEK_END)
         except OSError as error:
-            raise CheckpointError(f"{path.name} cannot be opened: {error.strerror}") from error
-        size_bytes = os.fstat(self._stream.fileno()).st_size
+            raise CheckpointError(f"{path.name} cannot be opened: {error.strerror or error}") from error
         if size_bytes != record.size_bytes:
             self._stream.close()
             raise CheckpointError(f"{path.name} has {size_bytes} bytes, the manifest says {record.size_bytes}")
@@ -173,10 +173,11 @@ def _damages(path: Path, record: FileRecord) -> Iterator[Damage]:
     try:
         stream = path.open("rb", buffering=0)
     except OSError as error:
-        yield Damage(path.name, 0, record.size_bytes, f"cannot be opened ({error.strerror})")
+        yield Damage(path.name, 0, record.size_bytes, f"cannot be opened ({error.strerror or error})")
         return
     with stream:
-        size_bytes = os.fstat(stream.fileno()).st_size
+        size_bytes = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
         found: Damage | None = None
         for index, expected in enumerate(record.blocks):
             begin = index * BLOCK_BYTES

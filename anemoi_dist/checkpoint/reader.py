@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from anemoi_dist.checkpoint.dtypes import DTYPES
-from anemoi_dist.checkpoint.ranges import SavedCheckpoint
+from anemoi_dist.checkpoint.ranges import SavedCheckpoint, VerifiedFile
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.engines.base import TensorInfo
 from anemoi_dist.errors import CheckpointError
@@ -67,3 +67,6 @@ def prune(store: LocalStore, *, keep_last: int | None) -> list[int]:
     for step in valid[keep_last:]:
         store.remove(step)
     return valid[keep_last:]
+
+
+__all__ = ["Checkpoint", "VerifiedFile", "find_newest", "prune"]

@@ -91,7 +91,7 @@ def prepare_run(composed: Composed) -> RunDirectory:
             changes = config_changes(_read_frozen(run), dataclasses.asdict(config))
             _refuse_breaking(changes, config)
         run.create()
-        with _unused(run):
+        with unused(run):
             if changes or not run.config_file.exists():
                 write_atomically(run.config_file, to_yaml(config))
             _leave_changes(run, changes)
@@ -101,8 +101,14 @@ def prepare_run(composed: Composed) -> RunDirectory:
 
 
 @contextlib.contextmanager
-def _unused(run: RunDirectory) -> Iterator[None]:
-    """Hold the lock that a running attempt holds: nobody's configuration is replaced under its feet."""
+def unused(run: RunDirectory) -> Iterator[None]:
+    """Hold the lock that a running attempt holds: nobody's configuration is replaced under its feet.
+
+    Raises
+    ------
+    PreflightError
+        The run is running.
+    """
     with run.lock_file.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

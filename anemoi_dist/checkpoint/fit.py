@@ -142,18 +142,16 @@ def fit(
     names = _rename(available, rename, report)
     tensors = {key: available[theirs] for key, theirs in names.items()}
     allowed = {fqn for fqn, _ in {*tensors, *wanted} if any(fnmatchcase(fqn, pattern) for pattern in patterns)}
-    dropped: set[str] = set()
     missing = []
     for (fqn, kind), info in wanted.items():
-        text = _difference(fqn, kind, info, tensors, has_masters=has_masters)
+        found = _weight_key(fqn, kind, tensors)
+        text = _difference(kind, info, tensors.get(found), has_masters=has_masters)
         if text is None:
             continue
         missing.append(fqn)
-        dropped.add(fqn)
         if fqn not in allowed:
-            is_there = any((fqn, other) in tensors for other in _KINDS)
-            near = "" if is_there else _nearest(fqn, info, kind, tensors, wanted)
-            (report.changed if is_there else report.only_model).append(f"  {fqn}: {text}{near}")
+            near = "" if found in tensors else _nearest(fqn, info, tensors, wanted)
+            (report.changed if found in tensors else report.only_model).append(f"  {fqn}: {text}{near}")
     known = {fqn for fqn, _ in wanted}
     unused = sorted({fqn for fqn, _ in tensors if fqn not in known})
     for fqn in unused:
@@ -161,8 +159,16 @@ def fit(
             kind = next((kind for kind in _KINDS if (fqn, kind) in tensors), "state")
             report.only_checkpoint.append(f"  {fqn}: {_KINDS.get(kind, kind)}{_describe(tensors.get((fqn, kind)))}")
     report.raise_if_any()
-    kept = {key: theirs for key, theirs in names.items() if key[0] in known and key[0] not in dropped}
+    fits = {key for key in wanted if key[0] not in missing}
+    kept = {key: names[_weight_key(*key, tensors)] for key in fits}
+    kept |= {key: names[key] for key in names if key[1] not in _KINDS and (key[0], "param") in fits}
     return FittedSource(source, kept, missing=missing, unused=unused)
+
+
+def _weight_key(fqn: str, kind: str, tensors: Mapping[Key, TensorInfo]) -> Key:
+    """Return where a weight is: what is a buffer here may be a parameter there. The name counts."""
+    other = "buffer" if kind == "param" else "param"
+    return (fqn, other) if (fqn, kind) not in tensors and (fqn, other) in tensors else (fqn, kind)
 
 
 def _rename(available: Mapping[Key, TensorInfo], rename: Mapping[str, str], report: _Report) -> dict[Key, Key]:
@@ -185,15 +191,9 @@ def _is_below(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
-def _difference(
-    fqn: str, kind: str, info: TensorInfo, tensors: Mapping[Key, TensorInfo], *, has_masters: bool
-) -> str | None:
+def _difference(kind: str, info: TensorInfo, found: TensorInfo | None, *, has_masters: bool) -> str | None:
     """Say how a tensor of the model is not that of the checkpoint; None where it is."""
-    found = tensors.get((fqn, kind))
     if found is None:
-        other = "buffer" if kind == "param" else "param"
-        if (fqn, other) in tensors:
-            return f"{_KINDS[other]} in the checkpoint, {_KINDS[kind]} in the model"
         return f"{_KINDS[kind]}{_describe(info)}"
     differences = []
     if found.global_shape != info.global_shape:
@@ -210,11 +210,10 @@ def _same_type(saved: torch.dtype, declared: torch.dtype, *, has_masters: bool) 
     return saved == declared or (has_masters and saved == torch.float32 and declared in _NARROW)
 
 
-def _nearest(
-    fqn: str, info: TensorInfo, kind: str, tensors: Mapping[Key, TensorInfo], wanted: Mapping[Key, TensorInfo]
-) -> str:
+def _nearest(fqn: str, info: TensorInfo, tensors: Mapping[Key, TensorInfo], wanted: Mapping[Key, TensorInfo]) -> str:
     """Name what the checkpoint has instead: of the same shape or last name, or else the most alike."""
-    free = {name: i for (name, k), i in tensors.items() if k == kind and (name, k) not in wanted}
+    taken = {name for name, _ in wanted}
+    free = {name: i for (name, kind), i in tensors.items() if kind in _KINDS and name not in taken}
     near = difflib.get_close_matches(fqn, free, n=3, cutoff=0.5)
     if not near:
         return ""

@@ -1,4 +1,4 @@
-"""``anemoi-dist checkpoint``: list, show, verify, compare and export what a run has saved. No torch."""
+"""``anemoi-dist checkpoint``: look at what a run has saved, take it out, bring other programs' in. No torch to look."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from anemoi_dist.errors import CheckpointError, ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from anemoi_dist.checkpoint.ranges import SavedCheckpoint
+    from anemoi_dist.run_directory import RunDirectory
 
 #: What ``diff`` returns where the checkpoints differ, as diff(1) does.
 DIFFERENT = 1
@@ -49,10 +50,30 @@ def add_commands(command: argparse.ArgumentParser) -> None:
     export.add_argument("--with-optimizer", action="store_true", help="the optimizer's states too")
     export.add_argument("--dtype", choices=("F32", "BF16", "F16"), help="type of the parameters (default: as saved)")
     export.add_argument("--force", action="store_true", help="replace an existing file")
+    _add_import(actions)
+
+
+def _add_import(actions: Any) -> None:
+    command = _add(actions, "import", _import, "make another program's checkpoint one that train goes on from")
+    command.add_argument("source", metavar="SOURCE", type=Path, help="a file of torch.save, or a directory")
+    command.add_argument("--run", required=True, metavar="RUN", help=f"{_RUN_HELP}; created where it does not exist")
+    command.add_argument(
+        "--format", choices=("lightning", "torch", "deepspeed", "dcp"), help="default: what SOURCE looks like"
+    )
+    command.add_argument("--step", type=int, help="optimizer steps done, where SOURCE does not say it")
+    command.add_argument(
+        "--rename", action="append", default=[], metavar="OLD=NEW", help="a name or prefix; may be given several times"
+    )
+    command.add_argument("--weights-only", action="store_true", help="leave the optimizer's states")
+    command.add_argument("--keep-adamw", action="store_true", help="go on with AdamW, not AdEMAMix")
+    command.add_argument(
+        "--trust-pickle", action="store_true", help="run whatever code SOURCE holds; refused otherwise"
+    )
 
 
 def _add(actions: Any, name: str, function: object, summary: str) -> argparse.ArgumentParser:
-    action = actions.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    description = summary[0].upper() + summary[1:] + "."
+    action = actions.add_parser(name, help=summary, description=description, allow_abbrev=False)
     action.set_defaults(command=function)
     action.add_argument("--root", default="runs", help="directory of the runs (default: %(default)s)")
     return action
@@ -206,6 +227,29 @@ def _export(options: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
+def _import(options: argparse.Namespace) -> int:
+    from anemoi_dist.checkpoint.foreign import import_checkpoint
+
+    rename = dict(entry.partition("=")[::2] for entry in options.rename)
+    for entry in options.rename:
+        if "=" not in entry:
+            raise ConfigError("--rename", entry, "must be OLD=NEW", fix="--rename encoder=model.encoder")
+    imported = import_checkpoint(
+        options.source,
+        _run(options.run, options.root),
+        format=options.format,
+        step=options.step,
+        rename=rename,
+        weights_only=options.weights_only,
+        keep_adamw=options.keep_adamw,
+        trust_pickle=options.trust_pickle,
+    )
+    print(f"{imported.path}: step {imported.step}, from {options.source} ({imported.format})")
+    for note in imported.notes:
+        print(f"note: {note}")
+    return ExitCode.FINISHED
+
+
 # Where a checkpoint is
 
 
@@ -245,15 +289,19 @@ def _folders(text: str, root: str, step: int | None = None) -> list[Path]:
 
 
 def _checkpoints_dir(text: str, root: str) -> Path:
-    from anemoi_dist.run_directory import RunDirectory
-
-    is_path = "/" in text or Path(text, "checkpoints").is_dir()
-    run = RunDirectory(Path(text).absolute()) if is_path else RunDirectory.locate(root, text)
+    run = _run(text, root)
     if not run.checkpoints_dir.is_dir():
         parent = run.path.parent
         known = sorted(path.parent.name for path in parent.glob("*/checkpoints")) if parent.is_dir() else []
         raise ConfigError("RUN", text, f"is not a run ({run.checkpoints_dir} is missing)", valid=known)
     return run.checkpoints_dir
+
+
+def _run(text: str, root: str) -> RunDirectory:
+    from anemoi_dist.run_directory import RunDirectory
+
+    is_path = "/" in text or Path(text, "checkpoints").is_dir()
+    return RunDirectory(Path(text).absolute()) if is_path else RunDirectory.locate(root, text)
 
 
 def _print_json(value: Any) -> None:

@@ -132,7 +132,7 @@ def import_checkpoint(
         shards = [replace(shard, kind=FROM_ADAMW.get(shard.kind, shard.kind)) for shard in shards]
         notes.append(
             f"AdamW's averages are AdEMAMix's fast ones now, the slow one begins at zero: go on with "
-            f"training.optimizer.schedule_start={step}, so that alpha and beta3 warm up from here"
+            f"++training.optimizer.schedule_start={step}, so that alpha and beta3 warm up from here"
         )
     run.create()
     with unused(run):

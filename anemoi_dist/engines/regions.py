@@ -283,7 +283,7 @@ class RegionEngine(ABC):
         if "exp_avg_slow" in absent and warms_up and not group["schedule_start"]:
             note += (
                 f"; this goes on at step {num_updates}, but the warm-ups of alpha and beta3 count from step 0: set "
-                f"training.optimizer.schedule_start={num_updates}"
+                f"++training.optimizer.schedule_start={num_updates}"
             )
         return [note]
 

@@ -15,6 +15,8 @@ from anemoi_dist.errors import CheckpointError
 Key = tuple[str, str]
 
 _KINDS = {"param": "parameter", "buffer": "buffer"}
+#: How many names the nearest is looked for: it takes all names for each, and another model has thousands.
+_NUM_NEAREST = 20
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -150,7 +152,8 @@ def fit(
             continue
         missing.append(fqn)
         if fqn not in allowed:
-            near = "" if found in tensors else _nearest(fqn, info, tensors, wanted)
+            is_searched = found not in tensors and len(report.only_model) < _NUM_NEAREST
+            near = _nearest(fqn, info, tensors, wanted) if is_searched else ""
             (report.changed if found in tensors else report.only_model).append(f"  {fqn}: {text}{near}")
     known = {fqn for fqn, _ in wanted}
     unused = sorted({fqn for fqn, _ in tensors if fqn not in known})
@@ -159,7 +162,8 @@ def fit(
             kind = next((kind for kind in _KINDS if (fqn, kind) in tensors), "state")
             report.only_checkpoint.append(f"  {fqn}: {_KINDS.get(kind, kind)}{_describe(tensors.get((fqn, kind)))}")
     report.raise_if_any()
-    fits = {key for key in wanted if key[0] not in missing}
+    left_out = set(missing)
+    fits = {key for key in wanted if key[0] not in left_out}
     kept = {key: names[_weight_key(*key, tensors)] for key in fits}
     kept |= {key: names[key] for key in names if key[1] not in _KINDS and (key[0], "param") in fits}
     return FittedSource(source, kept, missing=missing, unused=unused)

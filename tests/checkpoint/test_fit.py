@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +69,15 @@ def test_nothing_is_matched_by_position() -> None:
     with pytest.raises(CheckpointError) as raised:
         fitted(source, wanted(other=(3,), second=(3,)))
     assert "other: parameter (3,) float32" in str(raised.value) and "first: parameter (3,)" in str(raised.value)
+
+
+def test_another_model_of_thousands_of_names_is_reported_whole_and_soon() -> None:
+    source = Source(**{f"encoder__{i}__weight": torch.ones(1) for i in range(2000)})
+    begin = time.monotonic()
+    with pytest.raises(CheckpointError) as raised:
+        fitted(source, wanted(**{f"decoder__{i}__weight": (1,) for i in range(2000)}))
+    assert len(str(raised.value).splitlines()) == 4000 + 4
+    assert time.monotonic() - begin < 20
 
 
 def test_a_renamed_checkpoint_is_resumed_with_the_same_configuration() -> None:

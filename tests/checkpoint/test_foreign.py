@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support import toy
-from support.tied import TiedModel, trained
+from support.foreign_model import TiedModel, trained
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, get_state_dict
 
+from anemoi_dist.checkpoint.compare import differences
+from anemoi_dist.checkpoint.export import export
 from anemoi_dist.checkpoint.foreign import Imported, import_checkpoint
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.errors import ConfigError, PreflightError
@@ -89,6 +91,16 @@ def test_a_bare_state_dictionary(tmp_path: Path) -> None:
     assert tensors["third.weight:param"].dtype == torch.float32
     assert torch.equal(tensors["third.weight:param"], model.second.weight.float())
     assert "model.first.weight:param" in tensors and tensors["model.norm.num_batches_tracked:buffer"] == 0
+
+
+def test_what_export_wrote_is_read_again(tmp_path: Path) -> None:
+    model, ademamix = trained(AdEMAMix)
+    torch.save({"model": model.state_dict(), "optimizer": ademamix.state_dict()}, tmp_path / "plain.pt")
+    first, tensors = imported(tmp_path / "plain.pt", tmp_path)
+    export(first_checkpoint := Checkpoint(first.path), tmp_path / "out.pt", with_optimizer=True, force=False)
+    again = import_checkpoint(tmp_path / "out.pt", RunDirectory(tmp_path / "again"))
+    assert list(differences(first_checkpoint, Checkpoint(again.path))) == []
+    assert again.step == first.step == 3 and "second.weight:exp_avg_slow" in tensors
 
 
 def test_an_optimizer_that_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:

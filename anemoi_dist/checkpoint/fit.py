@@ -17,7 +17,6 @@ Key = tuple[str, str]
 _KINDS = {"param": "parameter", "buffer": "buffer"}
 #: How many names the nearest is looked for: it takes all names for each, and another model has thousands.
 _NUM_NEAREST = 20
-_NARROW = (torch.bfloat16, torch.float16)
 
 
 def renamed(name: str, rename: Mapping[str, str]) -> str:
@@ -117,7 +116,6 @@ def fit(
     *,
     rename: Mapping[str, str],
     allow_missing: Iterable[str],
-    has_masters: bool,
 ) -> FittedSource:
     """Find each parameter and buffer of a model in a checkpoint.
 
@@ -131,8 +129,6 @@ def fit(
         As in :func:`renamed`. A checkpoint that has the new names already is left as it is.
     allow_missing : Iterable[str]
         Patterns of names that may be on one side only, or be another tensor on the two sides.
-    has_masters : bool
-        The engine keeps fp32 masters of parameters that are declared in a narrower type.
 
     Raises
     ------
@@ -147,7 +143,7 @@ def fit(
     missing = []
     for (fqn, kind), info in wanted.items():
         found = _weight_key(fqn, kind, tensors)
-        text = _difference(kind, info, tensors.get(found), has_masters=has_masters)
+        text = _difference(kind, info, tensors.get(found))
         if text is None:
             continue
         missing.append(fqn)
@@ -195,23 +191,22 @@ def _is_below(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
-def _difference(kind: str, info: TensorInfo, found: TensorInfo | None, *, has_masters: bool) -> str | None:
+def _difference(kind: str, info: TensorInfo, found: TensorInfo | None) -> str | None:
     """Say how a tensor of the model is not that of the checkpoint; None where it is."""
     if found is None:
         return f"{_KINDS[kind]}{_describe(info)}"
     differences = []
     if found.global_shape != info.global_shape:
         differences.append(f"shape {found.global_shape} in the checkpoint, {info.global_shape} in the model")
-    if not _same_type(found.dtype, info.dtype, has_masters=has_masters and kind == "param"):
+    if not _same_type(found.dtype, info.dtype):
         differences.append(f"type {_short(found.dtype)} in the checkpoint, {_short(info.dtype)} in the model")
     return "; ".join(differences) or None
 
 
-def _same_type(saved: torch.dtype, declared: torch.dtype, *, has_masters: bool) -> bool:
+def _same_type(saved: torch.dtype, declared: torch.dtype) -> bool:
     """Whether the difference of two types, if any, is of an engine's making."""
-    if saved == torch.bfloat16 and declared == torch.float32:
-        return True  # frozen parameters and buffers under an engine that computes in bf16; nothing is lost
-    return saved == declared or (has_masters and saved == torch.float32 and declared in _NARROW)
+    # Frozen parameters and buffers under an engine that computes in bf16; nothing is lost.
+    return saved == declared or (saved == torch.bfloat16 and declared == torch.float32)
 
 
 def _nearest(fqn: str, info: TensorInfo, tensors: Mapping[Key, TensorInfo], wanted: Mapping[Key, TensorInfo]) -> str:

@@ -41,8 +41,8 @@ def wanted(**shapes: tuple[int, ...]) -> dict[tuple[str, str], TensorInfo]:
     return {(name.replace("__", "."), "param"): TensorInfo(shape, torch.float32) for name, shape in shapes.items()}
 
 
-def fitted(source: Source, want: dict, rename: dict | None = None, allow: list | None = None, masters: bool = False):
-    return fit(source, want, rename=rename or {}, allow_missing=allow or [], has_masters=masters)
+def fitted(source: Source, want: dict, rename: dict | None = None, allow: list | None = None):
+    return fit(source, want, rename=rename or {}, allow_missing=allow or [])
 
 
 @pytest.mark.parametrize(
@@ -105,26 +105,25 @@ def test_a_parameter_that_became_a_buffer_has_its_name_still() -> None:
 
 
 @pytest.mark.parametrize(
-    ("saved", "declared", "masters", "same"),
+    ("saved", "declared", "same"),
     [
-        (torch.float32, torch.float64, False, False),
-        (torch.float64, torch.float32, True, False),
-        (torch.float32, torch.bfloat16, False, False),
-        (torch.float32, torch.bfloat16, True, True),  # the fp32 master of a bf16 parameter
-        (torch.bfloat16, torch.float32, False, True),  # frozen under an engine that computes in bf16
-        (torch.int64, torch.float32, False, False),
+        (torch.float32, torch.float64, False),
+        (torch.float64, torch.float32, False),
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, torch.float32, True),  # frozen under an engine that computes in bf16
+        (torch.int64, torch.float32, False),
     ],
 )
-def test_a_retyped_parameter(saved: torch.dtype, declared: torch.dtype, masters: bool, same: bool) -> None:
+def test_a_retyped_parameter(saved: torch.dtype, declared: torch.dtype, same: bool) -> None:
     source, want = Source(w=torch.ones(2).to(saved)), {("w", "param"): TensorInfo((2,), declared)}
     if same:
-        assert fitted(source, want, masters=masters).missing == []
+        assert fitted(source, want).missing == []
         return
     with pytest.raises(
         CheckpointError, match=rf"w: type {saved} in the checkpoint, .* in the model".replace("torch.", "")
     ):
-        fitted(source, want, masters=masters)
-    assert fitted(source, want, allow=["w"], masters=masters).missing == ["w"]
+        fitted(source, want)
+    assert fitted(source, want, allow=["w"]).missing == ["w"]
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,10 @@ class CheckpointConfig:
     url: str | None = None
     #: Refuse to go on where the newest checkpoint is damaged, instead of taking the one before.
     strict: bool = False
+    #: Old name, or prefix before a dot, of parameters and buffers in the checkpoint -> name in the model.
+    rename: dict[str, str] = field(default_factory=dict)
+    #: Patterns of parameters and buffers that the model or the checkpoint may have alone, or that have changed.
+    allow_missing: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -513,6 +517,7 @@ def check(config: Config) -> None:
             "must be a list of steps from 1 on",
             fix="validation.lead_steps=[1,2,4]",
         )
+    _check_rename(config.checkpoint.rename)
     _check_engine(config.engine)
     _check_checkpoint(config)
     _check_target("model", config.model)
@@ -527,6 +532,21 @@ def check(config: Config) -> None:
 def _one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise ConfigError(key, value, "is not a valid name", valid=valid)
+
+
+def _check_rename(rename: dict[str, str]) -> None:
+    """Refuse renames that would be done again, to something else, when the renamed checkpoint is resumed."""
+    for old, new in rename.items():
+        key = f"checkpoint.rename.{old}"
+        if not old or "" in old.split(".") or (new and "" in new.split(".")):
+            raise ConfigError(key, new, "must be names, or prefixes without a dot at the end")
+        if not new:
+            raise ConfigError(key, new, "must name what it becomes", fix="checkpoint.rename={old: new}")
+        for other in rename:
+            if new == other or new.startswith(f"{other}."):
+                raise ConfigError(
+                    key, new, f"would be renamed again by {other} when the run is resumed", fix="choose another name"
+                )
 
 
 def _check_engine(engine: EngineConfig) -> None:

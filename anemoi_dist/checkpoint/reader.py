@@ -2,113 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-import xxhash
 
-from anemoi_dist.checkpoint.manifest import (
-    BLOCK_BYTES,
-    DTYPES,
-    MANIFEST_FILE,
-    TRAINER_FILE,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-)
-from anemoi_dist.checkpoint.store import File, Folder
+from anemoi_dist.checkpoint.dtypes import DTYPES
+from anemoi_dist.checkpoint.ranges import SavedCheckpoint
 from anemoi_dist.engines.base import TensorInfo
-from anemoi_dist.errors import CheckpointError
 
 
-class VerifiedFile:
-    """Reads any range of a file through one block-sized buffer, and only from blocks whose hash is right."""
-
-    def __init__(self, path: File, record: FileRecord) -> None:
-        self._path, self._record = path, record
-        try:
-            self._stream = path.open("rb", buffering=0)
-            size_bytes = self._stream.seek(0, os.SEEK_END)
-        except OSError as error:
-            raise CheckpointError(f"{path.name} cannot be opened: {error.strerror or error}") from error
-        if size_bytes != record.size_bytes:
-            raise CheckpointError(f"{path.name} has {size_bytes} bytes, the manifest says {record.size_bytes}")
-        self._buffer = memoryview(bytearray(min(BLOCK_BYTES, max(size_bytes, 1))))
-        self._loaded: int | None = None
-
-    def read_into(self, offset_bytes: int, out: memoryview) -> None:
-        """Fill ``out`` with the bytes from ``offset_bytes`` on."""
-        done = 0
-        while done < len(out):
-            index, begin = divmod(offset_bytes + done, BLOCK_BYTES)
-            size_bytes = self._block_bytes(index)
-            if begin == 0 and len(out) - done >= size_bytes:  # a whole block: no copy
-                self._read_block(index, out[done : done + size_bytes])
-                done += size_bytes
-                continue
-            if index != self._loaded:
-                self._loaded = None
-                self._read_block(index, self._buffer[:size_bytes])
-                self._loaded = index
-            piece = self._buffer[begin : min(begin + len(out) - done, size_bytes)]
-            out[done : done + len(piece)] = piece
-            done += len(piece)
-
-    def verify(self, first: int = 0, last: int | None = None) -> None:
-        """Check the blocks from ``first`` to before ``last``, by default all."""
-        self._loaded = None
-        for index in range(len(self._record.blocks))[first:last]:
-            self._read_block(index, self._buffer[: self._block_bytes(index)])
-
-    def _block_bytes(self, index: int) -> int:
-        return min(BLOCK_BYTES, self._record.size_bytes - index * BLOCK_BYTES)
-
-    def _read_block(self, index: int, out: memoryview) -> None:
-        begin = index * BLOCK_BYTES
-        try:
-            self._stream.seek(begin)
-            done = 0
-            while done < len(out):
-                count = self._stream.readinto(out[done:])
-                if not count:
-                    raise CheckpointError(f"{self._path.name} ends at byte {begin + done}")
-                done += count
-        except OSError as error:
-            raise CheckpointError(f"{self._path.name} cannot be read: {error}") from error
-        if xxhash.xxh3_128_hexdigest(out) != self._record.blocks[index]:
-            raise CheckpointError(f"{self._path.name} is damaged between bytes {begin} and {begin + len(out)}")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
-
-
-class Checkpoint:
-    """A committed checkpoint, as a source for an engine to load from.
-
-    Parameters
-    ----------
-    folder : Folder
-        The checkpoint's directory, or what stands for one in another store.
-
-    Raises
-    ------
-    CheckpointError
-        There is no manifest, or it cannot be trusted.
-    """
-
-    def __init__(self, folder: Folder) -> None:
-        self.folder = folder
-        try:
-            text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{folder.name} has no readable manifest: {error}") from error
-        self.manifest = Manifest.from_json(text)
-        self._tensors: dict[tuple[str, str], TensorRecord] = {(t.fqn, t.kind): t for t in self.manifest.tensors}
-        self._files: dict[str, VerifiedFile] = {}
+class Checkpoint(SavedCheckpoint):
+    """A committed checkpoint, as a source for an engine to load from."""
 
     def tensors(self) -> Mapping[tuple[str, str], TensorInfo]:
         """Return what there is, by ``(fqn, kind)``."""
@@ -116,50 +20,9 @@ class Checkpoint:
 
     def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
         """Fill the 1-D ``out`` with the elements from ``start`` on, converted to its type."""
-        record = self._tensors[fqn, kind]
-        dtype = DTYPES[record.dtype]
+        dtype = DTYPES[self._tensors[fqn, kind].dtype]
         direct = out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
         target = out if direct else torch.empty(out.numel(), dtype=dtype)
-        view = target.detach().view(torch.uint8).numpy().data
-        end = start + out.numel()
-        for file, first, numel, offset_bytes in record.ranges:
-            low, high = max(start, first), min(end, first + numel)
-            if low < high:
-                begin = (low - start) * dtype.itemsize
-                piece = view[begin : begin + (high - low) * dtype.itemsize]
-                self._open(file).read_into(offset_bytes + (low - first) * dtype.itemsize, piece)
+        self.read_bytes(fqn, kind, start=start, out=target.detach().view(torch.uint8).numpy().data)
         if not direct:
             out.copy_(target)
-
-    def trainer(self) -> dict[str, Any]:
-        """Return what the trainer saved beside the tensors."""
-        data = bytearray(self.manifest.files[TRAINER_FILE].size_bytes)
-        self._open(TRAINER_FILE).read_into(0, memoryview(data))
-        return json.loads(data)
-
-    def verify(self, *, share: int = 0, num_shares: int = 1) -> None:
-        """Check every byte of every file, or one of ``num_shares`` equal shares of all blocks.
-
-        Raises
-        ------
-        CheckpointError
-            Naming the first file, and the bytes in it, that are not as they were saved.
-        """
-        total = sum(len(record.blocks) for record in self.manifest.files.values())
-        first, last = total * share // num_shares, total * (share + 1) // num_shares
-        for name, record in self.manifest.files.items():
-            low, high = max(first, 0), min(last, len(record.blocks))
-            if low < high:
-                self._open(name).verify(low, high)
-            first, last = first - len(record.blocks), last - len(record.blocks)
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-
-    def _open(self, name: str) -> VerifiedFile:
-        if name not in self._files:
-            self._files[name] = VerifiedFile(self.folder / name, self.manifest.files[name])
-        return self._files[name]

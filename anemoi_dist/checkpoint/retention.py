@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
-from anemoi_dist.checkpoint.reader import Checkpoint, VerifiedFile
+from anemoi_dist.checkpoint.ranges import SavedCheckpoint
 from anemoi_dist.checkpoint.store import Store
 from anemoi_dist.config import SAVE_METRICS
 from anemoi_dist.errors import CheckpointError
@@ -87,12 +87,11 @@ def prune(store: Store, policy: Policy, *, broken: Collection[int] = ()) -> list
 def _candidate(store: Store, step: int) -> Candidate | None:
     """Return the checkpoint if its manifest is valid and its files have their sizes; hashing it would read it all."""
     try:
-        checkpoint = Checkpoint(store.path(step))
+        checkpoint = SavedCheckpoint(store.path(step))
         try:
             if checkpoint.manifest.step != step:
                 return None
-            for name, record in checkpoint.manifest.files.items():
-                VerifiedFile(checkpoint.folder / name, record).close()
+            checkpoint.check_sizes()
             return Candidate(step, checkpoint.trainer().get("scores") or {})
         finally:
             checkpoint.close()

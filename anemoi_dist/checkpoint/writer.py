@@ -12,16 +12,16 @@ from typing import Any
 import torch
 import xxhash
 
+from anemoi_dist.checkpoint.dtypes import DTYPE_NAMES
 from anemoi_dist.checkpoint.manifest import (
     BLOCK_BYTES,
-    DTYPE_NAMES,
     TRAINER_FILE,
     FileRecord,
     Manifest,
     TensorRecord,
     file_name,
 )
-from anemoi_dist.checkpoint.reader import VerifiedFile
+from anemoi_dist.checkpoint.ranges import VerifiedFile
 from anemoi_dist.checkpoint.store import File, Folder, Store, make_durable
 from anemoi_dist.engines.base import Shard
 from anemoi_dist.errors import CheckpointError

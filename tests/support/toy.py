@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import nn
 
 from anemoi_dist.config import Config, from_container, plan_batches
 from anemoi_dist.data.batch import Batch, DataSpec
-from anemoi_dist.engines.base import Engine
+from anemoi_dist.engines.base import Engine, Shard
 from anemoi_dist.engines.factory import create_engine
 from anemoi_dist.module import BaseGraphModule
 from anemoi_dist.world import World
@@ -192,6 +194,8 @@ def build(world: World, config: Config) -> Engine:
 
 
 def clone_shards(engine: Engine) -> list[Any]:
-    import dataclasses
+    return clone_shards_of(engine.shards())
 
-    return [dataclasses.replace(s, tensor=s.tensor.detach().clone()) for s in engine.shards()]
+
+def clone_shards_of(shards: Iterable[Shard]) -> list[Shard]:
+    return [dataclasses.replace(s, tensor=s.tensor.detach().clone()) for s in shards]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Collection
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 
 from anemoi_dist.attempt import end_state
 from anemoi_dist.baselines import Baselines
-from anemoi_dist.checkpoint.reader import Checkpoint, find_newest
-from anemoi_dist.checkpoint.store import LocalStore
+from anemoi_dist.checkpoint.choice import choose
+from anemoi_dist.checkpoint.remote import FsspecStore
+from anemoi_dist.checkpoint.store import LocalStore, Store
 from anemoi_dist.config import Config, engine_name, plan_batches
 from anemoi_dist.control import StopRequest
 from anemoi_dist.data.anemoi import WeatherDataset, open_split
@@ -23,14 +25,14 @@ from anemoi_dist.data.loader import build_loader
 from anemoi_dist.data.sampler import GlobalSampleOrder
 from anemoi_dist.engines.base import Engine
 from anemoi_dist.engines.factory import create_engine
-from anemoi_dist.errors import AnemoiDistError, ExitCode
+from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 from anemoi_dist.module import BaseGraphModule
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.schedulers.factory import scaled_rate
 from anemoi_dist.telemetry.progress import format_bytes
 from anemoi_dist.telemetry.telemetry import Telemetry
 from anemoi_dist.trainer import Trainer
-from anemoi_dist.validation import Validator, format_table, save_forecast_maps
+from anemoi_dist.validation import Score, Validator, format_table, save_forecast_maps
 from anemoi_dist.world import World
 
 _PACKAGES = ("anemoi-dist", "torch", "deepspeed", "timm", "hydra-core", "anemoi-datasets", "numpy", "safetensors")
@@ -70,8 +72,8 @@ class Evaluation:
                     f"block too: its scores flatter the model (data.train.end, data.{split}.start keep them apart)"
                 )
 
-    def __call__(self, split: str, step: int) -> None:
-        """Score, record and show. Collective. The test block also gives the maps of the report."""
+    def __call__(self, split: str, step: int) -> list[Score]:
+        """Score, record, show and return. Collective. The test block also gives the maps of the report."""
         validator = self._validator(split)
         scores = validator.run(self._predict)
         table = f"{split} block after step {step}:\n{format_table(scores)}"
@@ -80,6 +82,7 @@ class Evaluation:
             maps = validator.forecast_maps(self._predict)
             if self._world.is_main:
                 save_forecast_maps(self._run.report_dir / "forecast.npz", maps=maps)
+        return scores
 
     def _predict(self, batch: Any, rollout: int) -> torch.Tensor:
         return self._engine.predict(batch.to(self._world.device), rollout=rollout)
@@ -112,18 +115,28 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
     """
     stop = StopRequest(run, is_main=world.is_main)
     stop.listen()
-    checkpoint, notes = _newest(LocalStore(run.checkpoints_dir), world)
+    choice = choose(_store(config, run), world=world, strict=config.checkpoint.strict)
+    checkpoint = choice.checkpoint
     first_step = checkpoint.manifest.step if checkpoint else 0
     telemetry = Telemetry(
         run, config, is_main=world.is_main, total_steps=config.training.max_steps, first_step=first_step
     )
     code, trainer, loader = ExitCode.INTERNAL, None, None
     try:
-        for note in notes:
-            telemetry.message(note)
+        for step, reason in choice.passed_over.items():
+            telemetry.event("passed_over", step=step, reason=reason)
+            telemetry.message(f"checkpoint of step {step} is passed over: {reason}")
         with telemetry.phase("startup"):
             dataset = open_split(config.data, "train", rollout=config.training.rollout)
-            trainer = _build(config, run=run, world=world, telemetry=telemetry, stop=stop, dataset=dataset)
+            trainer = _build(
+                config,
+                run=run,
+                world=world,
+                telemetry=telemetry,
+                stop=stop,
+                dataset=dataset,
+                broken=choice.passed_over,
+            )
             if checkpoint is not None:
                 _note_scaled_rate(
                     config, telemetry, step=first_step, was=checkpoint.manifest.world_size, now=world.world_size
@@ -163,6 +176,7 @@ def _build(
     telemetry: Telemetry,
     stop: StopRequest,
     dataset: WeatherDataset,
+    broken: Collection[int],
 ) -> Trainer:
     torch.manual_seed(config.run.seed)  # the same initial parameters on every rank
     module = BaseGraphModule(config, spec=dataset.spec(), world_size=world.world_size)
@@ -171,11 +185,12 @@ def _build(
         config=config,
         world=world,
         engine=engine,
-        store=LocalStore(run.checkpoints_dir),
+        store=_store(config, run),
         telemetry=telemetry,
         stop=stop,
         validate=Evaluation(config=config, world=world, engine=engine, run=run, telemetry=telemetry, train=dataset),
         facts=_facts(config),
+        broken=broken,
     )
 
 
@@ -230,15 +245,13 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _newest(store: LocalStore, world: World) -> tuple[Checkpoint | None, list[str]]:
-    """Let rank 0 choose the newest checkpoint that verifies; all ranks open that one."""
-    notes: list[str] = []
-    name = ""
-    if world.is_main and (found := find_newest(store, report=notes.append)) is not None:
-        name = found.folder.name
-        found.close()
-    name = world.broadcast_text(name if world.is_main else None)
-    return (Checkpoint(store.folder / name) if name else None), notes
+def _store(config: Config, run: RunDirectory) -> Store:
+    if config.checkpoint.url is None:
+        return LocalStore(run.checkpoints_dir)
+    try:
+        return FsspecStore(f"{config.checkpoint.url.rstrip('/')}/{run.run_id}")
+    except (ValueError, ImportError) as error:
+        raise ConfigError("checkpoint.url", config.checkpoint.url, str(error)) from error
 
 
 def _facts(config: Config) -> dict[str, Any]:

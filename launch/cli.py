@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _add(commands, "train", _train, "compose a configuration and train it on this machine", groups=True)
     train.add_argument("--dry-run", action="store_true", help="print the torchrun command and start nothing")
+    train.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse a damaged newest checkpoint instead of going on from the one before it",
+    )
     _add(commands, "config", _config, "print the resolved configuration and where each value came from", groups=True)
 
     report = _add(commands, "report", _report, "write a run's HTML report")
@@ -117,6 +122,8 @@ def _train(options: argparse.Namespace) -> int:
 
     from . import local
 
+    if options.strict:
+        options.overrides.append("checkpoint.strict=true")
     composed = _compose(options)
     ranks = local.num_ranks(composed.config)
     if options.dry_run:

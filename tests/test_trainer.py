@@ -47,12 +47,16 @@ class Recorder:
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
         self.steps: list[int] = []
+        self.messages: list[str] = []
 
     def event(self, name: str, *, step: int, **fields: Any) -> None:
         self.events.append((name, step))
 
     def step(self, step: int, report: StepReport, **_: Any) -> None:
         self.steps.append(step)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
     def phase(self, name: str) -> Any:
         return nullcontext()
@@ -84,7 +88,7 @@ def make(world: Any, folder: Path, *, bad_steps: set[int] = frozenset(), stop_at
         store=LocalStore(folder),
         telemetry=recorder,  # type: ignore[arg-type]
         stop=Wish(recorder, at_step=stop_at),  # type: ignore[arg-type]
-        validate=lambda split, step: scored.append((split, step)),
+        validate=lambda split, step: scored.append((split, step)) or [],
         facts={"engine": "toy", "config_hash": "0", "versions": {}},
     )
     return trainer, recorder, scored

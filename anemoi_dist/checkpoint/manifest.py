@@ -45,7 +45,7 @@ def file_name(rank: int) -> str:
 
 @dataclass
 class FileRecord:
-    """Size and hashes of one file: of the whole, and of each block, so that a reader can check just what it reads."""
+    """One file: its size, the hash of each block, so that a reader can check what it reads, and a hash of those."""
 
     size_bytes: int
     xxh3_128: str
@@ -119,7 +119,7 @@ class Manifest:
             raise CheckpointError("the manifest's checksum does not match: it is damaged")
         try:
             manifest._check()
-        except (ValueError, TypeError) as error:  # an entry of another type than it must have
+        except (ValueError, TypeError, AttributeError) as error:  # an entry of another type than it must have
             raise CheckpointError(f"the manifest cannot be read: {error!r}") from error
         return manifest
 

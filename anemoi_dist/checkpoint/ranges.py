@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -20,6 +19,7 @@ from anemoi_dist.checkpoint.manifest import (
     Manifest,
     TensorRecord,
 )
+from anemoi_dist.checkpoint.store import File, Folder
 from anemoi_dist.errors import CheckpointError
 
 
@@ -39,7 +39,7 @@ class Damage:
 class VerifiedFile:
     """Reads any range of a file through one block-sized buffer, and only from blocks whose hash is right."""
 
-    def __init__(self, path: Path, record: FileRecord) -> None:
+    def __init__(self, path: File, record: FileRecord) -> None:
         self._path, self._record = path, record
         try:
             self._stream = path.open("rb", buffering=0)
@@ -57,32 +57,42 @@ class VerifiedFile:
         done = 0
         while done < len(out):
             index, begin = divmod(offset_bytes + done, BLOCK_BYTES)
-            block = self._block(index)
-            piece = block[begin : begin + len(out) - done]
+            size_bytes = self._block_bytes(index)
+            if begin == 0 and len(out) - done >= size_bytes:  # a whole block: no copy
+                self._read_block(index, out[done : done + size_bytes])
+                done += size_bytes
+                continue
+            if index != self._loaded:
+                self._loaded = None
+                self._read_block(index, self._buffer[:size_bytes])
+                self._loaded = index
+            piece = self._buffer[begin : min(begin + len(out) - done, size_bytes)]
             out[done : done + len(piece)] = piece
             done += len(piece)
 
-    def verify(self) -> None:
-        """Check every block."""
-        for index in range(len(self._record.blocks)):
-            self._block(index)
+    def verify(self, first: int = 0, last: int | None = None) -> None:
+        """Check the blocks from ``first`` to before ``last``, by default all."""
+        self._loaded = None
+        for index in range(len(self._record.blocks))[first:last]:
+            self._read_block(index, self._buffer[: self._block_bytes(index)])
 
-    def _block(self, index: int) -> memoryview:
+    def _block_bytes(self, index: int) -> int:
+        return min(BLOCK_BYTES, self._record.size_bytes - index * BLOCK_BYTES)
+
+    def _read_block(self, index: int, out: memoryview) -> None:
         begin = index * BLOCK_BYTES
-        block = self._buffer[: min(BLOCK_BYTES, self._record.size_bytes - begin)]
-        if index != self._loaded:
-            self._loaded = None
+        try:
             self._stream.seek(begin)
             done = 0
-            while done < len(block):
-                count = self._stream.readinto(block[done:])
+            while done < len(out):
+                count = self._stream.readinto(out[done:])
                 if not count:
                     raise CheckpointError(f"{self._path.name} ends at byte {begin + done}")
                 done += count
-            if xxhash.xxh3_128_hexdigest(block) != self._record.blocks[index]:
-                raise CheckpointError(f"{self._path.name} is damaged between bytes {begin} and {begin + len(block)}")
-            self._loaded = index
-        return block
+        except OSError as error:
+            raise CheckpointError(f"{self._path.name} cannot be read: {error}") from error
+        if xxhash.xxh3_128_hexdigest(out) != self._record.blocks[index]:
+            raise CheckpointError(f"{self._path.name} is damaged between bytes {begin} and {begin + len(out)}")
 
     def close(self) -> None:
         """Close the file."""
@@ -94,8 +104,8 @@ class SavedCheckpoint:
 
     Parameters
     ----------
-    folder : Path
-        The checkpoint's directory.
+    folder : Folder
+        The checkpoint's directory, or what stands for one in another store.
 
     Raises
     ------
@@ -103,7 +113,7 @@ class SavedCheckpoint:
         There is no manifest, or it cannot be trusted.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder = folder
         try:
             text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
@@ -140,16 +150,21 @@ class SavedCheckpoint:
         for name in self.manifest.files:
             self._open(name)
 
-    def verify(self) -> None:
-        """Check every byte of every file.
+    def verify(self, *, share: int = 0, num_shares: int = 1) -> None:
+        """Check every byte of every file, or one of ``num_shares`` equal shares of all blocks.
 
         Raises
         ------
         CheckpointError
             Naming the first file, and the bytes in it, that are not as they were saved.
         """
-        for name in self.manifest.files:
-            self._open(name).verify()
+        total = sum(len(record.blocks) for record in self.manifest.files.values())
+        first, last = total * share // num_shares, total * (share + 1) // num_shares
+        for name, record in self.manifest.files.items():
+            low, high = max(first, 0), min(last, len(record.blocks))
+            if low < high:
+                self._open(name).verify(low, high)
+            first, last = first - len(record.blocks), last - len(record.blocks)
 
     def damages(self) -> Iterator[Damage]:
         """Check every byte of every file and yield all that is not as it was saved."""
@@ -168,7 +183,7 @@ class SavedCheckpoint:
         return self._files[name]
 
 
-def _damages(path: Path, record: FileRecord) -> Iterator[Damage]:
+def _damages(path: File, record: FileRecord) -> Iterator[Damage]:
     """Compare a file with its record, block by block; adjacent damaged blocks are one region."""
     try:
         stream = path.open("rb", buffering=0)

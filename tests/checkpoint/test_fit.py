@@ -11,8 +11,9 @@ import pytest
 import torch
 from support import changed, toy
 
+from anemoi_dist.checkpoint.choice import choose
 from anemoi_dist.checkpoint.fit import fit, renamed
-from anemoi_dist.checkpoint.reader import Checkpoint, find_newest
+from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.config import from_yaml, to_yaml
@@ -188,7 +189,7 @@ def load_changed(world: World, engine: str, folder: Path, precision: str) -> dic
     trained = toy.clone_shards(built)
     built.close()
     again = toy.build(world, config)
-    found = find_newest(store, report=pytest.fail)
+    found = choose(store, world=world).checkpoint
     assert found is not None
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

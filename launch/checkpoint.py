@@ -211,9 +211,8 @@ def _diff(options: argparse.Namespace) -> int:
     a, b = _open(options.a, options.root, None), _open(options.b, options.root, None)
     for letter, checkpoint in (("A", a), ("B", b)):
         manifest = checkpoint.manifest
-        print(
-            f"{letter}: {_path_of(checkpoint.folder)}: step {manifest.step}, {manifest.engine} on {manifest.world_size} ranks"
-        )
+        ranks = f"{manifest.engine} on {manifest.world_size} ranks"
+        print(f"{letter}: {_path_of(checkpoint.folder)}: step {manifest.step}, {ranks}")
     differing = set()
     for difference in differences(a, b):
         differing.add((difference.fqn, difference.kind))

@@ -16,8 +16,7 @@ import torch
 from anemoi_dist.attempt import end_state
 from anemoi_dist.baselines import Baselines
 from anemoi_dist.checkpoint.choice import choose
-from anemoi_dist.checkpoint.remote import FsspecStore
-from anemoi_dist.checkpoint.store import LocalStore, Store
+from anemoi_dist.checkpoint.locate import open_store
 from anemoi_dist.config import Config, engine_name, plan_batches
 from anemoi_dist.control import StopRequest
 from anemoi_dist.data.anemoi import WeatherDataset, open_split
@@ -25,7 +24,7 @@ from anemoi_dist.data.loader import build_loader
 from anemoi_dist.data.sampler import GlobalSampleOrder
 from anemoi_dist.engines.base import Engine
 from anemoi_dist.engines.factory import create_engine
-from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
+from anemoi_dist.errors import AnemoiDistError, ExitCode
 from anemoi_dist.module import BaseGraphModule
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.schedulers.factory import scaled_rate
@@ -115,7 +114,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
     """
     stop = StopRequest(run, is_main=world.is_main)
     stop.listen()
-    choice = choose(_store(config, run), world=world, strict=config.checkpoint.strict)
+    choice = choose(open_store(run, config.checkpoint.url), world=world, strict=config.checkpoint.strict)
     checkpoint = choice.checkpoint
     first_step = checkpoint.manifest.step if checkpoint else 0
     telemetry = Telemetry(
@@ -185,7 +184,7 @@ def _build(
         config=config,
         world=world,
         engine=engine,
-        store=_store(config, run),
+        store=open_store(run, config.checkpoint.url),
         telemetry=telemetry,
         stop=stop,
         validate=Evaluation(config=config, world=world, engine=engine, run=run, telemetry=telemetry, train=dataset),
@@ -243,15 +242,6 @@ def _states_text(memory: dict[str, Any]) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _store(config: Config, run: RunDirectory) -> Store:
-    if config.checkpoint.url is None:
-        return LocalStore(run.checkpoints_dir)
-    try:
-        return FsspecStore(f"{config.checkpoint.url.rstrip('/')}/{run.run_id}")
-    except (ValueError, ImportError) as error:
-        raise ConfigError("checkpoint.url", config.checkpoint.url, str(error)) from error
 
 
 def _facts(config: Config) -> dict[str, Any]:

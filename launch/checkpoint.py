@@ -14,6 +14,7 @@ from anemoi_dist.errors import CheckpointError, ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from anemoi_dist.checkpoint.ranges import SavedCheckpoint
+    from anemoi_dist.checkpoint.store import Folder
     from anemoi_dist.run_directory import RunDirectory
 
 #: What ``diff`` returns where the checkpoints differ, as diff(1) does.
@@ -100,12 +101,12 @@ def _list(options: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-def _row(folder: Path) -> dict[str, Any]:
+def _row(folder: Folder) -> dict[str, Any]:
     from anemoi_dist.checkpoint.ranges import SavedCheckpoint
 
     row: dict[str, Any] = {
         "step": int(folder.name.removeprefix("step-")),
-        "size_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        "size_bytes": sum(f.stat().st_size for f in folder.iterdir()) if isinstance(folder, Path) else 0,
         "world_size": None,
         "engine": None,
         "error": None,
@@ -113,6 +114,7 @@ def _row(folder: Path) -> dict[str, Any]:
     try:
         checkpoint = SavedCheckpoint(folder)
         row |= {"world_size": checkpoint.manifest.world_size, "engine": checkpoint.manifest.engine}
+        row["size_bytes"] = sum(record.size_bytes for record in checkpoint.manifest.files.values())
         if checkpoint.manifest.step != row["step"]:
             raise CheckpointError(f"its manifest is of step {checkpoint.manifest.step}")
         checkpoint.check_sizes()
@@ -157,7 +159,7 @@ def _facts(checkpoint: SavedCheckpoint) -> dict[str, Any]:
             "dtypes": sorted({record.dtype for record in records}),
         }
     return {
-        "path": str(checkpoint.folder),
+        "path": _path_of(checkpoint.folder),
         "step": manifest.step,
         "samples_seen": manifest.samples_seen,
         "world_size": manifest.world_size,
@@ -180,7 +182,7 @@ def _verify(options: argparse.Namespace) -> int:
     return ExitCode.NO_CHECKPOINT if damaged else ExitCode.FINISHED
 
 
-def _verify_one(folder: Path) -> bool:
+def _verify_one(folder: Folder) -> bool:
     """Print everything that is wrong with one checkpoint; return whether nothing is."""
     from anemoi_dist.checkpoint.ranges import SavedCheckpoint
     from anemoi_dist.telemetry.progress import format_bytes
@@ -194,7 +196,8 @@ def _verify_one(folder: Path) -> bool:
     for damage in damages:
         print(f"{folder.name}: damaged: {damage}")
     files = checkpoint.manifest.files
-    for name in sorted(entry.name for entry in folder.iterdir() if entry.name not in {"manifest.json", *files}):
+    beside = [entry.name for entry in folder.iterdir()] if isinstance(folder, Path) else []
+    for name in sorted({*beside} - {"manifest.json", *files}):
         print(f"{folder.name}: note: {name} is not part of the checkpoint, and is never read")
     if not damages:
         size = format_bytes(sum(record.size_bytes for record in files.values()))
@@ -208,7 +211,8 @@ def _diff(options: argparse.Namespace) -> int:
     a, b = _open(options.a, options.root, None), _open(options.b, options.root, None)
     for letter, checkpoint in (("A", a), ("B", b)):
         manifest = checkpoint.manifest
-        print(f"{letter}: {checkpoint.folder}: step {manifest.step}, {manifest.engine} on {manifest.world_size} ranks")
+        ranks = f"{manifest.engine} on {manifest.world_size} ranks"
+        print(f"{letter}: {_path_of(checkpoint.folder)}: step {manifest.step}, {ranks}")
     differing = set()
     for difference in differences(a, b):
         differing.add((difference.fqn, difference.kind))
@@ -244,7 +248,7 @@ def _import(options: argparse.Namespace) -> int:
         keep_adamw=options.keep_adamw,
         trust_pickle=options.trust_pickle,
     )
-    print(f"{imported.path}: step {imported.step}, from {options.source} ({imported.format})")
+    print(f"{_path_of(imported.folder)}: step {imported.step}, from {options.source} ({imported.format})")
     for note in imported.notes:
         print(f"note: {note}")
     return ExitCode.FINISHED
@@ -268,9 +272,13 @@ def _open(text: str, root: str, step: int | None) -> SavedCheckpoint:
     raise CheckpointError(f"{text} has no checkpoint with a valid manifest")
 
 
-def _folders(text: str, root: str, step: int | None = None) -> list[Path]:
-    """Return the directories of the checkpoints that a name stands for, newest first."""
-    from anemoi_dist.checkpoint.store import LocalStore
+def _path_of(folder: Folder) -> str:
+    return str(getattr(folder, "path", folder))
+
+
+def _folders(text: str, root: str, step: int | None = None) -> list[Folder]:
+    """Return the checkpoints that a name stands for, newest first."""
+    from anemoi_dist.checkpoint.locate import store_of
 
     path = Path(text)
     if re.fullmatch(r"step-\d{8,}", path.absolute().name) and path.is_dir():
@@ -280,7 +288,7 @@ def _folders(text: str, root: str, step: int | None = None) -> list[Path]:
         if step is not None and step != int(number):
             raise ConfigError("--step", step, f"is not the step of {text}", fix="give one of the two")
         text, step = name, int(number)
-    store = LocalStore(_checkpoints_dir(text, root))
+    store = store_of(_existing_run(text, root))
     steps = store.steps()
     if step is not None and step not in steps:
         known = ", ".join(map(str, steps)) or "none"
@@ -288,13 +296,13 @@ def _folders(text: str, root: str, step: int | None = None) -> list[Path]:
     return [store.path(found) for found in steps if step in (None, found)]
 
 
-def _checkpoints_dir(text: str, root: str) -> Path:
+def _existing_run(text: str, root: str) -> RunDirectory:
     run = _run(text, root)
     if not run.checkpoints_dir.is_dir():
         parent = run.path.parent
         known = sorted(path.parent.name for path in parent.glob("*/checkpoints")) if parent.is_dir() else []
         raise ConfigError("RUN", text, f"is not a run ({run.checkpoints_dir} is missing)", valid=known)
-    return run.checkpoints_dir
+    return run
 
 
 def _run(text: str, root: str) -> RunDirectory:

@@ -16,7 +16,8 @@ from anemoi_dist.checkpoint.fit import renamed
 from anemoi_dist.checkpoint.foreign_dcp import read_dcp
 from anemoi_dist.checkpoint.foreign_deepspeed import read_deepspeed
 from anemoi_dist.checkpoint.foreign_torch import read_torch_file
-from anemoi_dist.checkpoint.store import LocalStore
+from anemoi_dist.checkpoint.locate import store_of
+from anemoi_dist.checkpoint.store import Folder
 from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.engines.base import Shard
 from anemoi_dist.errors import ConfigError
@@ -40,7 +41,7 @@ class Imported:
 
     Attributes
     ----------
-    path : Path
+    folder : Folder
         The committed checkpoint.
     format : str
         The format that was found.
@@ -50,7 +51,7 @@ class Imported:
         What the user should know.
     """
 
-    path: Path
+    folder: Folder
     format: str
     step: int
     notes: list[str] = field(default_factory=list)
@@ -136,7 +137,7 @@ def import_checkpoint(
         )
     run.create()
     with unused(run):
-        store = LocalStore(run.checkpoints_dir)
+        store = store_of(run)
         if newer := [known for known in store.steps() if known >= step]:
             raise ConfigError(
                 "--run", run.run_id, f"has a checkpoint of step {newer[0]}, not before step {step}", fix="another run"

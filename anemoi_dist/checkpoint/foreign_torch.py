@@ -70,11 +70,11 @@ def _weights(source: Path, content: Mapping[str, Any]) -> dict[str, torch.Tensor
     """Return the model's tensors in their order, one name for each that is tied."""
     found = next((content[key] for key in _MODEL_KEYS if isinstance(content.get(key), Mapping)), content)
     weights: dict[str, torch.Tensor] = {}
-    known: set[tuple[int, tuple[int, ...]]] = set()
+    known: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
     for name, tensor in found.items():
         if not isinstance(tensor, torch.Tensor):
             continue
-        place = (tensor.data_ptr(), tuple(tensor.shape))
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and place in known:
             continue
         known.add(place)

@@ -30,7 +30,7 @@ ADEMAMIX = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
 def imported(source: Path, tmp_path: Path, **options: Any) -> tuple[Imported, dict[str, torch.Tensor]]:
     """Import into a new run; return what was said and every tensor as ``fqn:kind``."""
     result = import_checkpoint(source, RunDirectory(tmp_path / "run"), **options)
-    checkpoint = Checkpoint(result.path)
+    checkpoint = Checkpoint(result.folder)
     checkpoint.verify()
     assert checkpoint.trainer()["progress"]["step"] == result.step == checkpoint.manifest.step
     tensors = {}
@@ -97,9 +97,9 @@ def test_what_export_wrote_is_read_again(tmp_path: Path) -> None:
     model, ademamix = trained(AdEMAMix)
     torch.save({"model": model.state_dict(), "optimizer": ademamix.state_dict()}, tmp_path / "plain.pt")
     first, tensors = imported(tmp_path / "plain.pt", tmp_path)
-    export(first_checkpoint := Checkpoint(first.path), tmp_path / "out.pt", with_optimizer=True, force=False)
+    export(first_checkpoint := Checkpoint(first.folder), tmp_path / "out.pt", with_optimizer=True, force=False)
     again = import_checkpoint(tmp_path / "out.pt", RunDirectory(tmp_path / "again"))
-    assert list(differences(first_checkpoint, Checkpoint(again.path))) == []
+    assert list(differences(first_checkpoint, Checkpoint(again.folder))) == []
     assert again.step == first.step == 3 and "second.weight:exp_avg_slow" in tensors
 
 
@@ -276,7 +276,7 @@ def load(world: World, engine: str, folder: Path) -> list[Any]:
 def test_dcp_of_fsdp2_ranks_loads_under_zero2(ranks, tmp_path: Path) -> None:
     written = toy.whole_tensors(ranks(2).run(save_dcp, tmp_path / "dcp"))
     result, _ = imported(tmp_path / "dcp", tmp_path)
-    loaded = toy.whole_tensors(ranks(2).run(load, "zero2", result.path))
+    loaded = toy.whole_tensors(ranks(2).run(load, "zero2", result.folder))
     assert result.step == 3 and written.keys() == loaded.keys()
     assert_holds(loaded, written)
 
@@ -304,7 +304,7 @@ def test_deepspeed_partitions(ranks, tmp_path: Path, engine: str, precision: str
     assert written.keys() == tensors.keys() and {key.partition(":")[2] for key in tensors} >= {*ADEMAMIX, "buffer"}
     assert_holds(tensors, {key: value.to(tensors[key].dtype) for key, value in written.items()})
     if precision == "fp32":
-        loaded = toy.whole_tensors(ranks(2).run(load, "fsdp2", result.path))
+        loaded = toy.whole_tensors(ranks(2).run(load, "fsdp2", result.folder))
         assert_holds(loaded, written)
 
 

@@ -68,7 +68,7 @@ def test_ademamix_of_lightning_goes_on(ranks, tmp_path: Path, engine: str) -> No
     expected, file = fit_and_save(tmp_path)
     result = import_checkpoint(file, RunDirectory(tmp_path / "run"))
     assert result.format == "lightning" and result.step == NUM_STEPS and result.notes == []
-    results = ranks(2).run(load, engine, result.path, {})
+    results = ranks(2).run(load, engine, result.folder, {})
     loaded = toy.whole_tensors([shards for shards, *_ in results])
     assert loaded.keys() == expected.keys()
     for key, value in expected.items():
@@ -83,7 +83,7 @@ def test_adamw_of_lightning_becomes_ademamix(ranks, tmp_path: Path, engine: str)
     result = import_checkpoint(file, RunDirectory(tmp_path / "run"))
     assert "training.optimizer.schedule_start=4" in result.notes[0]
     ademamix = {**toy.make_config("ddp").training.optimizer, "schedule_start": NUM_STEPS}
-    results = ranks(2).run(load, engine, result.path, {"optimizer": ademamix})
+    results = ranks(2).run(load, engine, result.folder, {"optimizer": ademamix})
     loaded = toy.whole_tensors([shards for shards, *_ in results])
     for key, value in expected.items():
         ours = key.replace(":exp_avg", ":exp_avg_fast") if key.endswith(":exp_avg") else key
@@ -93,6 +93,6 @@ def test_adamw_of_lightning_becomes_ademamix(ranks, tmp_path: Path, engine: str)
     assert notes == ["the checkpoint has no exp_avg_slow: they start at zero"]
     assert schedule["alpha"] == pytest.approx(5.0 * 1 / 30), "the first step of the warm-up, not the fifth"
 
-    (_, notes, _, schedule), _ = ranks(2).run(load, engine, result.path, {})
+    (_, notes, _, schedule), _ = ranks(2).run(load, engine, result.folder, {})
     assert schedule["alpha"] == pytest.approx(5.0 * 5 / 30)
     assert notes[0].endswith("set ++training.optimizer.schedule_start=4")

@@ -6,15 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from anemoi_dist.launch import cli
 from safetensors.torch import load_file
-from support.saved import example_tensors, save_tensors
+from support.saved import Alone, example_tensors, save_tensors
 
 from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE
+from anemoi_dist.checkpoint.remote import FsspecStore
+from anemoi_dist.checkpoint.writer import save
+from anemoi_dist.engines.base import Shard
 from anemoi_dist.errors import ExitCode
+from anemoi_dist.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -156,3 +161,39 @@ def test_reading_needs_no_torch(root: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert torch.equal(load_file(tmp_path / "w.safetensors")["net.bias"], example_tensors()["net.bias", "param"] + 10)
+
+
+def test_checkpoints_in_another_store(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    store = FsspecStore(f"file://{tmp_path}/bucket/away")
+    world: Any = Alone()
+    for step in (1, 2):
+        values = torch.full((4,), float(step))
+        save(
+            store,
+            [Shard("w", "param", (4,), 0, values)],
+            world=world,
+            step=step,
+            samples_seen=0,
+            trainer={},
+            facts={"engine": "toy", "config_hash": "0", "versions": {}},
+        )
+    RunDirectory(root / "away").create()
+    (root / "away" / "config.yaml").write_text(f"checkpoint: {{url: 'file://{tmp_path}/bucket'}}\n")
+    assert run(root, "list", "away", "--json") == 0
+    assert [(row["step"], row["error"]) for row in json.loads(capsys.readouterr().out)] == [(2, None), (1, None)]
+    assert run(root, "verify", "away") == 0
+    assert run(root, "diff", "away@1", "away@2") == cli.checkpoint.DIFFERENT
+    assert "4 of 4 elements differ, by at most 1" in capsys.readouterr().out
+    assert run(root, "export", "away", str(tmp_path / "w.safetensors")) == 0
+    assert torch.equal(load_file(tmp_path / "w.safetensors")["w"], torch.full((4,), 2.0))
+    torch.save({"w": torch.ones(4)}, tmp_path / "w.pt")
+    assert (
+        cli.main(["checkpoint", "import", str(tmp_path / "w.pt"), "--run", "away", "--step", "3", "--root", str(root)])
+        == 0
+    )
+    assert store.steps() == [3, 2, 1]
+    [file] = (tmp_path / "bucket" / "away" / "step-00000001").glob("*/rank-00000.safetensors")
+    flip(file)
+    capsys.readouterr()
+    assert run(root, "verify", "away@1") == ExitCode.NO_CHECKPOINT
+    assert "step-00000001: damaged: rank-00000.safetensors: bytes 0 to " in capsys.readouterr().out

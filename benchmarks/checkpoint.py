@@ -300,7 +300,8 @@ def report(size_mib: int, compared: dict[str, Any], loops: dict[str, Any], *, wh
             ]
     lines += [
         f"\nA loop of {loops['num_steps']} steps that saves {loops['state_mib']:.0f} MiB every {loops['interval']}. "
-        "Standing still: time inside the calls that save.\n",
+        "Standing still: time inside the calls that save. On a machine that others use too the length of the loop says "
+        "little.\n",
         "| loop | s/step | standing still | longer than without saves | CPU s |",
         "|---|---|---|---|---|",
     ]

@@ -70,6 +70,14 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     pytest.fail(f"step {step} was not reached: {process.communicate()[0] if process.poll() is not None else 'timeout'}")
 
 
+def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
+    """Saving goes on in the background: wait until something is committed."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not any((run / "checkpoints").glob("step-????????")):
+        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint was committed"
+        time.sleep(0.01)
+
+
 def ranks_of(process: subprocess.Popen[str], run: Path) -> list[psutil.Process]:
     """The training processes below the launcher, without their data workers."""
     found = []
@@ -144,6 +152,7 @@ def test_a_killed_run_goes_on_bit_for_bit(undisturbed: Path, tmp_path: Path, vic
     step = random.randint(6, NUM_STEPS - 4)
     process = start(command(tmp_path, "b"))
     wait_for_step(tmp_path / "b", step, process)
+    wait_for_checkpoint(tmp_path / "b", process)
     ranks = ranks_of(process, tmp_path / "b")
     assert len(ranks) == 2
     ranks[victim].send_signal(signal.SIGKILL)

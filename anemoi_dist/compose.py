@@ -34,7 +34,7 @@ from anemoi_dist.overrides import (
     place,
     remove,
 )
-from anemoi_dist.prepare import Change, changes_table, config_changes, derive_run_id, prepare_run
+from anemoi_dist.prepare import derive_run_id
 from anemoi_dist.provenance import COMMAND_LINE, DERIVED, Provenance, leaves, read_yaml
 
 #: Nodes that are one choice, by the key that makes the choice: another one replaces the node instead of merging, or
@@ -303,14 +303,3 @@ def _resolved(container: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(key, find(container, key)[1], f"cannot be resolved: {rule}") from error
     assert isinstance(resolved, dict)
     return resolved  # type: ignore[return-value]
-
-
-__all__ = [
-    "Change",
-    "Composed",
-    "changes_table",
-    "compose",
-    "config_changes",
-    "derive_run_id",
-    "prepare_run",
-]

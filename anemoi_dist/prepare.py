@@ -10,15 +10,12 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anemoi_dist.config import GUARDED, Config, to_yaml
 from anemoi_dist.errors import ConfigError, PreflightError
 from anemoi_dist.provenance import leaves, read_yaml
 from anemoi_dist.run_directory import RunDirectory, write_atomically
-
-if TYPE_CHECKING:
-    from anemoi_dist.compose import Composed
 
 #: Not part of what a run computes: the same work elsewhere or with other logs is the same run.
 _NOT_IDENTITY = ("run.root", "run.id", "run.allow_changed", "launcher", "telemetry")
@@ -69,7 +66,7 @@ def changes_table(changes: Sequence[Change]) -> str:
     return "\n".join(f"  {key:<{widths[0]}}  {was:<{widths[1]}}  {now}" for key, was, now in rows)
 
 
-def prepare_run(composed: Composed) -> RunDirectory:
+def prepare_run(config: Config) -> RunDirectory:
     """Create the run's directory and freeze the configuration in it, or check it against the one frozen there.
 
     What differs from the frozen configuration is left in ``run.json`` under ``changes`` (key, was, is), for the one who
@@ -82,7 +79,6 @@ def prepare_run(composed: Composed) -> RunDirectory:
     PreflightError
         The directory cannot be written, or the run is running.
     """
-    config = composed.config
     assert config.run.id is not None
     run = RunDirectory.locate(config.run.root, config.run.id)
     try:

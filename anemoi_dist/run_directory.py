@@ -13,6 +13,8 @@ from typing import Any
 from anemoi_dist.errors import ConfigError
 
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+#: Set in the ranks' environment by a launcher that takes the exit code from ``run.json``.
+LAUNCHED = "ANEMOI_DIST_LAUNCHED"
 STATES = ("planned", "submitted", "running", "preempted", "finished", "failed", "cancelled")
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 
 from anemoi_dist.attempt import end_state
@@ -36,7 +37,7 @@ _PACKAGES = ("anemoi-dist", "torch", "deepspeed", "timm", "hydra-core", "anemoi-
 
 
 class Evaluation:
-    """Scores the forecast on a block of the data; opens the block when it is first asked for.
+    """Scores the forecast on the validation and the test block; both are opened at once, so that neither fails late.
 
     Parameters
     ----------
@@ -60,6 +61,14 @@ class Evaluation:
         self._telemetry, self._train = telemetry, train
         self._baselines: Baselines | None = None
         self._validators: dict[str, Validator] = {}
+        longest = max(config.validation.lead_steps)
+        self._blocks = {split: open_split(config.data, split, rollout=longest) for split in ("validation", "test")}
+        for split, block in self._blocks.items():
+            if shared := np.intersect1d(train.dates_s, block.dates_s).size:
+                telemetry.message(
+                    f"warning: {shared} of the {block.dates_s.size} dates of the {split} block are in the training "
+                    f"block too: its scores flatter the model (data.train.end, data.{split}.start keep them apart)"
+                )
 
     def __call__(self, split: str, step: int) -> None:
         """Score, record and show. Collective. The test block also gives the maps of the report."""
@@ -82,7 +91,7 @@ class Evaluation:
         if split not in self._validators:
             options = self._config.validation
             self._validators[split] = Validator(
-                open_split(self._config.data, split, rollout=max(options.lead_steps)),
+                self._blocks[split],
                 baselines=self._baselines,
                 spec=self._train.spec(),
                 lead_steps=options.lead_steps,

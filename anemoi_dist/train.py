@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from anemoi_dist.attempt import Attempt, is_finished, record_end
-from anemoi_dist.compose import Change, changes_table, compose, prepare_run
+from anemoi_dist.compose import compose
 from anemoi_dist.config import from_yaml, plan_batches
 from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
-from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.prepare import Change, changes_table, prepare_run
+from anemoi_dist.run_directory import LAUNCHED, RunDirectory
 from anemoi_dist.session import train
 from anemoi_dist.world import World, die_with_parent
 
@@ -52,7 +53,7 @@ def _prepare(arguments: argparse.Namespace) -> RunDirectory:
     for message in composed.messages:
         print(message, flush=True)  # noqa: T201
     plan_batches(composed.config.training, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    return prepare_run(composed)
+    return prepare_run(composed.config)
 
 
 def _train(run: RunDirectory | None) -> ExitCode:
@@ -95,8 +96,8 @@ def _begin(run: RunDirectory, world: World) -> tuple[Attempt | None, dict[str, o
         config = from_yaml(text)
         if is_finished(run, max_steps=config.training.max_steps):
             print(  # noqa: T201
-                f"run {run.run_id} is finished (training.max_steps={config.training.max_steps}); raise "
-                "training.max_steps to train on, or take another run.id",
+                f"run {run.run_id} is finished (training.max_steps={config.training.max_steps}); to train on, give "
+                f"run.id={run.run_id} and a larger training.max_steps",
                 flush=True,
             )
             return None, {"exit_code": ExitCode.FINISHED}
@@ -142,11 +143,10 @@ def _exit(code: ExitCode) -> NoReturn:
     sys.stderr.flush()
     if code == ExitCode.FINISHED:
         sys.exit(code)
-    restarts_left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    )
-    if restarts_left > 0 and code not in (ExitCode.INTERNAL, ExitCode.HANG):
-        os._exit(0)  # torchrun would start all over again; what a restart cannot mend stands in run.json
+    counts = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    restart_count, max_restarts = map(int, counts)
+    if LAUNCHED in os.environ and restart_count < max_restarts and code not in (ExitCode.INTERNAL, ExitCode.HANG):
+        os._exit(0)  # torchrun would start all over again what a restart cannot mend; the launcher reads run.json
     os._exit(code)
 
 

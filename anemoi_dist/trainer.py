@@ -102,6 +102,7 @@ class Trainer:
         self._save()
         self._validate("validation")
         self._validate("test")
+        self.stop.clear()  # a request that came too late must not stop a continuation with more steps
 
     def _record(self, report: StepReport) -> None:
         self.telemetry.step(

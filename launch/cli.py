@@ -107,7 +107,7 @@ def _compose(options: argparse.Namespace) -> Composed:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from anemoi_dist.compose import prepare_run
+    from anemoi_dist.prepare import prepare_run
 
     from . import local
 
@@ -119,7 +119,7 @@ def _train(options: argparse.Namespace) -> int:
         run = RunDirectory.locate(composed.config.run.root, str(composed.config.run.id))
         print(local.printable(local.torchrun_command(run, composed.config, ranks)))
         return ExitCode.FINISHED
-    return local.train(prepare_run(composed), composed.config, num_ranks=ranks)
+    return local.train(prepare_run(composed.config), composed.config, num_ranks=ranks)
 
 
 def _config(options: argparse.Namespace) -> int:

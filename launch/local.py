@@ -15,7 +15,7 @@ from typing import Any
 
 from anemoi_dist.config import Config, plan_batches
 from anemoi_dist.errors import ExitCode
-from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.run_directory import LAUNCHED, RunDirectory
 
 #: Ranks where there is no GPU: the fewest that still partition the optimizer's states.
 RANKS_WITHOUT_GPU = 2
@@ -108,6 +108,7 @@ def rank_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         # A stop request is answered by a checkpoint: torchrun's 30 s before SIGKILL may be too few to write it.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120",
+        LAUNCHED: "1",
     }
     return {**defaults, **(os.environ if environ is None else environ)}
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from data.conftest import load, load_waves
+from data.conftest import MSL, load, load_waves
 
 from anemoi_dist.baselines import BASELINES, Baselines, latitude_weights, time_of_day
 from anemoi_dist.data.anemoi import open_split
@@ -21,7 +21,7 @@ def era5() -> tuple[WeatherDataset, Baselines]:
 
 def test_climatology_is_the_mean_of_the_training_block(era5):
     train, baselines = era5
-    states = np.stack([train[i].fields[1, 0, :, 5].numpy() for i in range(len(train))]).astype(np.float64)
+    states = np.stack([train[i].fields[1, 0, :, MSL].numpy() for i in range(len(train))]).astype(np.float64)
     np.testing.assert_allclose(baselines.climatology[0, :, 0], states.mean(0), rtol=1e-6)
 
 
@@ -30,14 +30,14 @@ def test_tide_is_the_mean_change_at_that_time_of_day(era5):
     changes = {hour: [] for hour in range(4)}
     for i in range(len(train)):
         fields, date = train[i]
-        changes[int(date) // 21600 % 4].append((fields[2] - fields[1])[0, :, 5].numpy().astype(np.float64))
+        changes[int(date) // 21600 % 4].append((fields[2] - fields[1])[0, :, MSL].numpy().astype(np.float64))
     for hour, values in changes.items():
         np.testing.assert_allclose(baselines.tide[hour, 0, :, 0], np.mean(values, 0), atol=1e-2)
 
 
 def test_damping_is_the_weighted_least_squares_slope(era5):
     train, baselines = era5
-    fields = torch.stack([train[i].fields[:, 0, :, 5] for i in range(len(train))]).double().numpy()
+    fields = torch.stack([train[i].fields[:, 0, :, MSL] for i in range(len(train))]).double().numpy()
     hours = np.array([int(train[i].dates) // 21600 % 4 for i in range(len(train))])
     now, before = fields[:, 2] - fields[:, 1], fields[:, 1] - fields[:, 0]
     for hour in range(4):
@@ -53,7 +53,7 @@ def test_tide_tendency_iterates_over_steps(era5):
     train, baselines = era5
     batch = sample_batch(train, 6)
     forecast = baselines.forecast("tide_tendency", batch, rollout=3)
-    previous, state = batch.fields[:, 0][..., [5]], batch.fields[:, 1][..., [5]]
+    previous, state = batch.fields[:, 0][..., [MSL]], batch.fields[:, 1][..., [MSL]]
     hour, damping = int(batch.dates) // 21600 % 4, float(baselines.damping)
     departure = state - previous - baselines.tide[(hour - 1) % 4]
     for step in range(3):
@@ -67,7 +67,7 @@ def test_persistence_and_climatology_do_not_move(era5):
     batch = sample_batch(train, 0)
     for step in range(3):
         persistence = baselines.forecast("persistence", batch, rollout=3)
-        torch.testing.assert_close(persistence[:, step], batch.fields[:, 1][..., [5]])
+        torch.testing.assert_close(persistence[:, step], batch.fields[:, 1][..., [MSL]])
         climatology = baselines.forecast("climatology", batch, rollout=3)
         torch.testing.assert_close(climatology[0, step], baselines.climatology)
 
@@ -103,7 +103,7 @@ def test_one_input_state_leaves_the_tide_alone(era5):
     assert float(baselines.damping) == 0
     batch = sample_batch(train, 3)
     hour = int(batch.dates) // 21600 % 4
-    expected = batch.fields[:, 0][..., [5]] + baselines.tide[hour]
+    expected = batch.fields[:, 0][..., [MSL]] + baselines.tide[hour]
     torch.testing.assert_close(baselines.forecast("tide_tendency", batch, rollout=1)[:, 0], expected)
 
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.hydra_cache import use_hydra_cache
 
-from anemoi_dist.compose import changes_table, compose, config_changes, derive_run_id, prepare_run
+from anemoi_dist.compose import compose
 from anemoi_dist.config import from_yaml
 from anemoi_dist.errors import ConfigError, PreflightError
+from anemoi_dist.prepare import changes_table, config_changes, derive_run_id, prepare_run
 from anemoi_dist.run_directory import RunDirectory, check_run_id, write_atomically
 
 
@@ -130,7 +131,7 @@ _CONFIG = compose([]).config
 
 def prepare(*overrides: str):
     composed = compose(["run.id=r", *overrides])
-    return composed, prepare_run(composed)
+    return composed, prepare_run(composed.config)
 
 
 def test_a_new_run_is_frozen():
@@ -154,7 +155,7 @@ def test_what_differs_is_left_for_the_trainer():
     assert from_yaml(run.config_file.read_text()) == composed.config
     assert run.read_state()["changes"] == [
         {"key": "training.lr.rate", "was": 0.006, "is": 0.5},
-        {"key": "training.optimizer.alpha", "was": 2.0, "is": None},
+        {"key": "training.optimizer.alpha", "was": 5.0, "is": None},
         {"key": "data.num_workers", "was": 1, "is": 3},
     ]
     prepare("training.lr.rate=0.5", "~training.optimizer.alpha", "data.num_workers=3")

@@ -45,3 +45,28 @@ def test_facts_name_the_engine_and_follow_the_configuration() -> None:
     first, second = _facts(toy.make_config("ddp")), _facts(toy.make_config("ddp", rollout=2))
     assert first["config_hash"] == _facts(toy.make_config("ddp"))["config_hash"] != second["config_hash"]
     assert first["versions"]["torch"]
+
+
+def test_blocks_that_overlap_are_named(tmp_path) -> None:
+    from anemoi_dist.compose import compose
+    from anemoi_dist.data.anemoi import open_split
+    from anemoi_dist.run_directory import RunDirectory
+    from anemoi_dist.session import Evaluation
+
+    def messages(*overrides: str) -> list[str]:
+        config = compose(list(overrides)).config
+        recorder = Recorder()
+        train = open_split(config.data, "train", rollout=1)
+        Evaluation(
+            config=config,
+            world=None,  # type: ignore[arg-type]
+            engine=None,  # type: ignore[arg-type]
+            run=RunDirectory(tmp_path),
+            telemetry=recorder,  # type: ignore[arg-type]
+            train=train,
+        )
+        return recorder.messages
+
+    assert messages() == []
+    (message,) = messages("data.train.end=2025-12-23")
+    assert "8 of the 16 dates of the validation block are in the training block" in message

@@ -119,6 +119,7 @@ def test_validates_and_saves_at_intervals_and_at_the_end(world, tmp_path: Path) 
     assert [step for name, step in recorder.events if name == "checkpoint"] == [4, 8, 10]
     assert scored == [("validation", 3), ("validation", 6), ("validation", 9), ("validation", 10), ("test", 10)]
     assert LocalStore(tmp_path).steps() == [10, 8, 4]
+    assert trainer.stop.cleared
 
 
 def test_resumes_where_it_was_saved_with_the_same_random_draws(world, tmp_path: Path) -> None:

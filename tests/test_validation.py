@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from data.conftest import load
+from data.conftest import MSL, load
 
 from anemoi_dist.baselines import Baselines
 from anemoi_dist.data.anemoi import open_split
@@ -21,7 +21,7 @@ def validator(split="test", *, name="era5_sample", leads=(1, 2, 4), rollout=None
 
 def noisy_persistence(batch, rollout):
     """A forecast that depends on the sample alone, whatever batch it comes in."""
-    last = batch.fields[:, 1:2][..., [5]].expand(-1, rollout, -1, -1, -1)
+    last = batch.fields[:, 1:2][..., [MSL]].expand(-1, rollout, -1, -1, -1)
     noise = torch.sin(torch.arange(last.shape[3]) + batch.dates.view(-1, 1) % 1000)
     return last + 100 * noise[:, None, None, :, None]
 
@@ -43,9 +43,9 @@ def test_scores_equal_a_plain_computation(scores):
         squared, correlations = [], []
         for index in range(len(dataset)):
             fields, date = dataset[index]
-            truth = fields[1 + lead, 0, :, 5].double().numpy()
+            truth = fields[1 + lead, 0, :, MSL].double().numpy()
             noise = np.sin(np.arange(len(truth)) + int(date) % 1000)
-            forecast = fields[1, 0, :, 5].double().numpy() + 100 * noise
+            forecast = fields[1, 0, :, MSL].double().numpy() + 100 * noise
             squared.append(np.average((forecast - truth) ** 2, weights=weights))
             f, t = forecast - climatology, truth - climatology
             cov = np.average(f * t, weights=weights)
@@ -69,7 +69,7 @@ def test_perfect_forecast():
     check = validator("validation", leads=(1, 2))
 
     def truth(batch, rollout):
-        return batch.fields[:, 2 : 2 + rollout][..., [5]]
+        return batch.fields[:, 2 : 2 + rollout][..., [MSL]]
 
     for score in check.run(truth)[:2]:
         assert score.forecast == "model" and score.rmse == 0
@@ -170,7 +170,7 @@ def test_forecast_maps(tmp_path):
         assert str(maps["variable"]) == "msl" and maps["lead_s"].tolist() == [21600, 86400]
         assert int(maps["date"]) == int(date)
         assert maps["latitudes"][[0, -1]].tolist() == [90, -90] and maps["longitudes"].shape == (144,)
-        np.testing.assert_array_equal(maps["truth"], fields[[2, 5], 0, :, 5].reshape(2, 73, 144))
-        np.testing.assert_array_equal(maps["persistence"][1], fields[1, 0, :, 5].reshape(73, 144))
+        np.testing.assert_array_equal(maps["truth"], fields[[2, 5], 0, :, MSL].reshape(2, 73, 144))
+        np.testing.assert_array_equal(maps["persistence"][1], fields[1, 0, :, MSL].reshape(73, 144))
         assert maps["forecast"].shape == (2, 73, 144) and np.abs(maps["forecast"] - maps["persistence"]).max() > 50
     assert [entry.name for entry in path.parent.iterdir()] == ["forecast.npz"]

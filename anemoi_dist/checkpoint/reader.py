@@ -152,7 +152,7 @@ class Checkpoint:
 
 
 def find_newest(store: LocalStore, *, report: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that verifies, or None where there is none.
+    """Return the newest checkpoint that verifies, or None where nothing was ever saved.
 
     Parameters
     ----------
@@ -160,8 +160,14 @@ def find_newest(store: LocalStore, *, report: Callable[[str], None]) -> Checkpoi
         Where to look.
     report : Callable[[str], None]
         Told of each directory that was passed over, and why.
+
+    Raises
+    ------
+    CheckpointError
+        There are checkpoints and none is whole: to start anew in silence would bury them.
     """
-    for step in store.steps():
+    steps = store.steps()
+    for step in steps:
         try:
             checkpoint = Checkpoint(store.path(step))
             if checkpoint.manifest.step != step:
@@ -171,6 +177,11 @@ def find_newest(store: LocalStore, *, report: Callable[[str], None]) -> Checkpoi
             report(f"checkpoint {store.path(step).name} is passed over: {error}")
         else:
             return checkpoint
+    if steps:
+        raise CheckpointError(
+            f"none of the {len(steps)} checkpoints in {store.folder} is whole; restore one, or take another run.id to "
+            "start anew"
+        )
     return None
 
 

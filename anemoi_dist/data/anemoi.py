@@ -9,11 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from anemoi_dist.config import DataConfig, SplitConfig
 from anemoi_dist.data.dataset import WeatherDataset
-from anemoi_dist.data.fields import Fields
+from anemoi_dist.data.fields import Fields, empty_block
 from anemoi_dist.errors import ConfigError
 
 SAMPLE_PREFIX = "sample:"
@@ -182,13 +180,3 @@ def _between(fields: Any, split: SplitConfig, *, name: str) -> Fields:
     if not size:
         raise empty_block(split, name=name, dates=fields.dates)
     return block
-
-
-def empty_block(split: SplitConfig, *, name: str, dates: np.ndarray) -> ConfigError:
-    """Return the error for a block without a single date."""
-    return ConfigError(
-        f"data.{name}",
-        f"{split.start} to {split.end}",
-        f"must hold dates of the dataset, which has {dates[0]} to {dates[-1]}",
-        fix=f"set data.{name}.start and data.{name}.end within that range",
-    )

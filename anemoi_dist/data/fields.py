@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from anemoi_dist.config import SplitConfig
 from anemoi_dist.errors import ConfigError
 
 DAY_S = 86400
@@ -150,3 +151,13 @@ def evenly_spaced(count: int, *, at_most: int | None, frequency_s: int) -> np.nd
     while math.gcd(stride, day) != 1:
         stride += 1
     return np.arange(0, count, stride)
+
+
+def empty_block(split: SplitConfig, *, name: str, dates: np.ndarray) -> ConfigError:
+    """Return the error for a block without a single date."""
+    return ConfigError(
+        f"data.{name}",
+        f"{split.start} to {split.end}",
+        f"must hold dates of the dataset, which has {dates[0]} to {dates[-1]}",
+        fix=f"set data.{name}.start and data.{name}.end within that range",
+    )

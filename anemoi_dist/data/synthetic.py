@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from anemoi_dist.config import DataConfig, SplitConfig
-from anemoi_dist.data.anemoi import empty_block
+from anemoi_dist.data.fields import empty_block
 from anemoi_dist.errors import ConfigError
 
 NUM_WAVES = 4

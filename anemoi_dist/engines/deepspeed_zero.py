@@ -196,7 +196,10 @@ class Zero3Engine(_PartitionedEngine):
         zero.checkpoint_event_epilogue()
 
     def _working_bytes(self) -> tuple[int, int]:
-        working = sum(parameter.ds_tensor.nbytes for parameter in self._parameters())
+        parameters = self._parameters()
+        working = sum(parameter.ds_tensor.nbytes for parameter in parameters)
+        # Small parameters stay gathered between steps (stage3_param_persistence_threshold), beside their piece.
+        working += sum(parameter.data.nbytes for parameter in parameters if parameter.ds_persist)
         flat = zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_partitioned_groups_flat, strict=True)
         return working, sum(master.nbytes for master, low in flat if master.data_ptr() != low.data_ptr())
 

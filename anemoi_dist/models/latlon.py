@@ -99,7 +99,8 @@ class LatLonCNN(nn.Module):
         pole_rows = self.pole_rows if patch_size == 1 else (False, False)
         num_out = len(data.prognostic)
         num_in = data.multistep_input * len(data.variables) + trainable_channels
-        self.place = nn.Parameter(torch.zeros(1, trainable_channels, *self.shape)) if trainable_channels else None
+        # Latitude first: engines that shard by rows cut along the first dimension, and one channel would not cut.
+        self.place = nn.Parameter(torch.zeros(*self.shape, trainable_channels)) if trainable_channels else None
         self.pad = SphericalPad(1 + self.fill, pole_rows=self.pole_rows)
         self.encode = nn.Conv2d(num_in, hidden_channels, patch_size + 2, stride=patch_size)
         self.blocks = nn.Sequential(
@@ -127,7 +128,7 @@ class LatLonCNN(nn.Module):
         rows, columns = self.shape
         field = x.permute(0, 2, 1, 4, 3).reshape(batch * ensemble, -1, rows, columns)
         if self.place is not None:
-            field = torch.cat((field, self.place.expand(len(field), -1, -1, -1)), 1)
+            field = torch.cat((field, self.place.permute(2, 0, 1).expand(len(field), -1, -1, -1)), 1)
         padded = self.pad(field)[..., self.fill :, self.fill : columns + 2 + self.fill]
         tendency = self.decode(self.blocks(self.encode(padded)))
         if self.patch > 1:

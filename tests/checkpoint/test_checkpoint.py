@@ -122,6 +122,16 @@ def test_damage_is_found_and_the_older_checkpoint_is_taken(tmp_path: Path, file:
     assert len(reports) == 1 and "step-00000002" in reports[0]
 
 
+def test_none_that_is_whole_is_an_error_and_nothing_saved_is_not(tmp_path: Path) -> None:
+    assert find_newest(LocalStore(tmp_path), report=pytest.fail) is None
+    for step in (1, 2):
+        (save_one(tmp_path, step=step) / MANIFEST_FILE).unlink()
+    reports: list[str] = []
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints") as raised:
+        find_newest(LocalStore(tmp_path), report=reports.append)
+    assert raised.value.exit_code == 4 and len(reports) == 2
+
+
 def test_every_flipped_byte_region_of_a_shard_is_named(tmp_path: Path) -> None:
     path = save_one(tmp_path, step=1) / "rank-00000.safetensors"
     data = path.read_bytes()

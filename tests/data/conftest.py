@@ -8,6 +8,8 @@ from anemoi_dist.config import DataConfig
 from anemoi_dist.data.anemoi import SAMPLE_DIRECTORY
 
 SAMPLE = "sample:era5-msl-2025-12-2p5"
+#: Position of mean sea level pressure among the variables that `data=era5_sample` opens.
+MSL = 4
 #: Given to anemoi-datasets: a dataset without a file, four states a day.
 NOISE = {
     "synthetic": {
@@ -32,7 +34,11 @@ def load(name: str, *overrides: str) -> DataConfig:
 
 @pytest.fixture
 def era5() -> DataConfig:
-    return load("era5_sample")
+    """The sample with all of its variables; the shipped configuration leaves the day of the year out."""
+    data = load("era5_sample")
+    assert data.options == {"drop": ["cos_julian_day", "sin_julian_day"]}
+    data.forcing += data.options.pop("drop")
+    return data
 
 
 def load_waves() -> DataConfig:

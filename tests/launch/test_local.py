@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from anemoi_dist.launch import local
 
-from anemoi_dist.compose import compose, prepare_run
+from anemoi_dist.compose import compose
 from anemoi_dist.errors import ConfigError
+from anemoi_dist.prepare import prepare_run
 from anemoi_dist.run_directory import RunDirectory
 
 FAKE = Path(__file__).with_name("fake_train.py")
@@ -251,4 +252,4 @@ def test_torchrun_goes_when_the_launcher_is_killed(run):
 
 def test_prepare_and_locate_agree(tmp_path):
     composed = compose([f"run.root={tmp_path}"])
-    assert prepare_run(composed) == RunDirectory.locate(tmp_path, composed.config.run.id)
+    assert prepare_run(composed.config) == RunDirectory.locate(tmp_path, composed.config.run.id)

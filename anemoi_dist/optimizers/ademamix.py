@@ -126,6 +126,9 @@ class AdEMAMix(Optimizer):
         ``implementation`` can't update a tensor.
     """
 
+    grad_scale: Tensor
+    found_inf: Tensor
+
     def __init__(
         self,
         params: ParamsT,

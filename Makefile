@@ -6,7 +6,7 @@ EXTRAS := anemoi,test,report,tensorboard,dev
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow lint docs clean
+.PHONY: train test test-slow bench lint docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/anemoi-dist train $(ARGS)
@@ -16,6 +16,10 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# bitsandbytes is measured where it is installed; it is no part of the environment.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/optimizer_step.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

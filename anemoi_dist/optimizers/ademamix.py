@@ -255,7 +255,10 @@ class AdEMAMix(Optimizer):
             return loss
         # All gradients are looked at before any parameter changes: a refused step leaves nothing half done.
         ready = [(group, _with_gradient(group["params"])) for group in self.param_groups]
+        is_rehearsal = not self.state and _is_rehearsal(ready)
         chosen = [self._rows(group, params) for group, params in ready]
+        if is_rehearsal:
+            return loss
         for (group, params), rows in zip(ready, chosen, strict=True):
             if params and group["capturable"]:
                 self._update_captured(group, params, rows)
@@ -282,7 +285,7 @@ class AdEMAMix(Optimizer):
                 "AdEMAMix(capturable=False) in a captured graph would repeat one step's numbers for ever"
             )
         steps = [self.state[p]["step"] for p in params]
-        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(steps, torch.ones((), dtype=torch.float64))  # a number would become a tensor for each
         # Parameters that had no gradient in some step are at another one than the rest.
         buckets: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
         for step, (name, row) in zip(steps, rows, strict=True):
@@ -372,6 +375,18 @@ def _tidy_state(p: Tensor, state: dict[str, Any], *, capturable: bool) -> None:
     if "step" in state:
         step = torch.as_tensor(state["step"], dtype=torch.float64)
         state["step"] = step.to(p.device if capturable else "cpu")
+
+
+def _is_rehearsal(ready: list[tuple[dict[str, Any], list[Tensor]]]) -> bool:
+    """Whether a first step is one that moves nothing: rate 0, all gradients 0. Collective for DTensors.
+
+    ``torch.distributed.checkpoint`` takes such a step to see the states. It must not count: ``alpha`` and ``beta3``
+    would be a step ahead from then on; and with ``eps = 0`` it would leave parameters that are not numbers.
+    """
+    if any(float(group["lr"]) for group, params in ready if params):
+        return False
+    sums = [p.grad.abs().sum() for _, params in ready for p in params if p.grad is not None]
+    return bool(sums) and not any(float(x.full_tensor() if isinstance(x, DTensor) else x) for x in sums)
 
 
 def _with_gradient(params: Iterable[Tensor]) -> list[Tensor]:

@@ -289,7 +289,8 @@ def plot(data: dict, path: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    matplotlib.rcParams["svg.hashsalt"] = "optimizer_step"
+    # Letters stay letters, and the same figures give the same file.
+    matplotlib.rcParams |= {"svg.hashsalt": "optimizer_step", "svg.fonttype": "none"}
     key, title = columns(data)[0]
     rows = {n: r for n, r in reversed(data["results"][key].items()) if "missing" not in r}
     figure, axes = plt.subplots(figsize=(8, 0.34 * len(rows) + 1.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""``AdEMAMix`` where others would put an optimizer of torch: DCP, ZeroRedundancyOptimizer, Lightning, anemoi's Hydra."""
+"""``AdEMAMix`` in an optimizer's place: torch alone, DCP, ZeroRedundancyOptimizer, Lightning, Hydra."""
 
 import copy
 

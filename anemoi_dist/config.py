@@ -229,6 +229,13 @@ def plan_batches(training: TrainingConfig, *, world_size: int) -> BatchPlan:
     return BatchPlan(total, micro, share // micro, world_size)
 
 
+def engine_name(engine: EngineConfig) -> str:
+    """Return the name by which ``engine=`` chooses this engine."""
+    if engine.kind != "deepspeed":
+        return engine.kind
+    return f"zero{engine.stage}" + ("_offload" if engine.offload else "")
+
+
 def _divisors(number: int) -> str:
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
@@ -486,6 +493,9 @@ def check(config: Config) -> None:
     _check_engine(config.engine)
     _check_target("model", config.model)
     _check_target("training.optimizer", training.optimizer)
+    if "lr" in training.optimizer:
+        value = training.optimizer["lr"]
+        raise ConfigError("training.optimizer.lr", value, "is injected", fix=f"training.lr.rate={value}")
     if training.scheduler is not None:
         _check_target("training.scheduler", training.scheduler)
 

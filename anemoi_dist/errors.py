@@ -100,7 +100,7 @@ class DivergedError(AnemoiDistError):
         self.num_skipped, self.step = num_skipped, step
         super().__init__(
             f"{num_skipped} updates in a row had a loss or gradient that is not finite; stopped at step {step}. "
-            "The last checkpoint is intact: lower training.lr.rate, lengthen training.lr.warmup or set "
+            "What was saved is intact: lower training.lr.rate, lengthen training.lr.warmup or set "
             "training.clip_grad_norm, and start again (training.max_skipped sets the limit)."
         )
 

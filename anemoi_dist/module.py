@@ -19,7 +19,7 @@ from anemoi_dist.data.batch import Batch, DataSpec
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.factory import create_optimizer
 from anemoi_dist.schedulers.factory import create_scheduler, scaled_rate
-from anemoi_dist.targets import resolve_target
+from anemoi_dist.targets import nested_targets, resolve_target
 
 
 class Float32Constants(nn.Module):
@@ -217,8 +217,11 @@ def build_model(node: dict[str, Any], spec: DataSpec, allowed: Iterable[str] = (
         The target is not allowed or no ``torch.nn.Module``, or an argument is unknown or missing.
     """
     target = node["_target_"]
-    build = resolve_target(target, key="model._target_", allowed=allowed)
+    build = resolve_target(target, key="model._target_", allowed=allowed, base=nn.Module)
     arguments = {name: value for name, value in node.items() if name != "_target_"}
+    if not target.startswith("anemoi_dist."):  # ours look at their own
+        for key, nested in nested_targets(arguments, key="model"):
+            resolve_target(nested, key=key, allowed=allowed)
     parameters = inspect.signature(build).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in arguments:

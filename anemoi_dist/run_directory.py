@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anemoi_dist.errors import ConfigError
+from anemoi_dist.errors import ConfigError, PreflightError
 
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 #: Set in the ranks' environment by a launcher that takes the exit code from ``run.json``.
@@ -151,11 +151,24 @@ class RunDirectory:
             folder.mkdir(mode=0o700, exist_ok=True)
 
     def read_state(self) -> dict[str, Any]:
-        """Return ``run.json``, or the state of a run that was never started."""
+        """Return ``run.json``, or the state of a run that was never started.
+
+        Raises
+        ------
+        PreflightError
+            The file is not what this product wrote.
+        """
         try:
-            return json.loads(self.state_file.read_text(encoding="utf-8"))
+            state = json.loads(self.state_file.read_text(encoding="utf-8"))
+            if not isinstance(state["attempts"], list) or state["state"] not in STATES:
+                raise ValueError("its state or its attempts make no sense")
         except FileNotFoundError:
             return {"state": "planned", "attempts": []}
+        except (ValueError, TypeError, KeyError) as error:
+            raise PreflightError(
+                f"{self.state_file} is damaged ({error!r}); move it away: the run goes on from its checkpoints"
+            ) from error
+        return state
 
     def write_state(self, state: dict[str, Any]) -> None:
         """Write ``run.json`` atomically."""

@@ -16,7 +16,7 @@ from anemoi_dist.attempt import end_state
 from anemoi_dist.baselines import Baselines
 from anemoi_dist.checkpoint.reader import Checkpoint, find_newest
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.config import Config, plan_batches
+from anemoi_dist.config import Config, engine_name, plan_batches
 from anemoi_dist.control import StopRequest
 from anemoi_dist.data.anemoi import WeatherDataset, open_split
 from anemoi_dist.data.loader import build_loader
@@ -242,11 +242,8 @@ def _newest(store: LocalStore, world: World) -> tuple[Checkpoint | None, list[st
 
 
 def _facts(config: Config) -> dict[str, Any]:
-    name = config.engine.kind if config.engine.kind != "deepspeed" else f"zero{config.engine.stage}"
-    if config.engine.offload:
-        name += "_offload"
     digest = hashlib.sha256(repr(asdict(config)).encode()).hexdigest()[:16]
-    return {"engine": name, "config_hash": digest, "versions": _versions()}
+    return {"engine": engine_name(config.engine), "config_hash": digest, "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +24,9 @@ ALIASES = {"anemoi.training.optimizers.AdEMAMix.AdEMAMix": "anemoi_dist.optimize
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
-def resolve_target(name: str, *, key: str, allowed: Iterable[str] = ()) -> Callable[..., Any]:
+def resolve_target(
+    name: str, *, key: str, allowed: Iterable[str] = (), base: type | tuple[type, ...] = object
+) -> Callable[..., Any]:
     """Import what a ``_target_`` names.
 
     Parameters
@@ -36,14 +38,18 @@ def resolve_target(name: str, *, key: str, allowed: Iterable[str] = ()) -> Calla
     allowed : Iterable[str]
         Import paths that the user allows (``security.allowed_targets``), beside :data:`BUILT_IN_ALLOWED`. Each
         covers itself and whatever lies below it.
+    base : type or tuple[type, ...]
+        What a class must derive from. Whatever the user has not allowed must be such a class: a function of an allowed
+        package may do anything with its arguments, call what they name for one.
 
     Raises
     ------
     ConfigError
         The name is no import path, is not allowed (nothing of it has been imported then), does not exist, is not
-        callable, or is another name for something that is not allowed.
+        callable, is no class of the right kind, or is another name for something that is not allowed.
     """
-    prefixes = (*BUILT_IN_ALLOWED, *_checked_prefixes(allowed))
+    trusted = _checked_prefixes(allowed)
+    prefixes = (*BUILT_IN_ALLOWED, *trusted)
     if not isinstance(name, str) or not _DOTTED.fullmatch(name) or "__" in name:
         raise ConfigError(key, name, "must be an import path such as torch.optim.AdamW", valid=prefixes)
     name = ALIASES.get(name, name)
@@ -56,7 +62,33 @@ def resolve_target(name: str, *, key: str, allowed: Iterable[str] = ()) -> Calla
     canonical = f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', None)}"
     if not _covered(canonical, prefixes):
         raise _refusal(key, name, canonical, prefixes)
+    is_kind = isinstance(target, type) and issubclass(target, base)
+    if not is_kind and (isinstance(target, type) or not _covered(canonical, trusted)):
+        kinds = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in _as_tuple(base))
+        raise ConfigError(
+            key,
+            name,
+            f"must be a kind of {kinds}" if base is not object else "must be a class",
+            fix=f"name such a class, or add the function {canonical} to security.allowed_targets if you trust it",
+        )
     return target
+
+
+def nested_targets(node: Any, *, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the key and the value of every ``_target_`` below ``node``: Hydra would call them, whatever they are."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            if name == "_target_":
+                yield f"{key}._target_", value
+            else:
+                yield from nested_targets(value, key=f"{key}.{name}")
+    elif isinstance(node, Sequence) and not isinstance(node, str):
+        for index, value in enumerate(node):
+            yield from nested_targets(value, key=f"{key}[{index}]")
+
+
+def _as_tuple(base: type | tuple[type, ...]) -> tuple[type, ...]:
+    return base if isinstance(base, tuple) else (base,)
 
 
 def _walk(name: str, *, key: str, prefixes: tuple[str, ...]) -> Any:

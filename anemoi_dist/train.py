@@ -9,20 +9,24 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from anemoi_dist.attempt import Attempt, is_finished, record_end
 from anemoi_dist.compose import compose
 from anemoi_dist.config import from_yaml, plan_batches
 from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
+from anemoi_dist.parent import die_with_parent, parent_in_environment
 from anemoi_dist.prepare import Change, changes_table, prepare_run
 from anemoi_dist.run_directory import LAUNCHED, RunDirectory
-from anemoi_dist.session import train
-from anemoi_dist.world import World, die_with_parent
+
+if TYPE_CHECKING:
+    from anemoi_dist.world import World
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Train on this rank and exit with the code that says how it ended."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # before the imports that take seconds: the agent may be killed meanwhile
+        die_with_parent(parent_pid=parent_in_environment())
     arguments = _parse(argv)
     is_main = os.environ.get("RANK", "0") == "0"
     run = None
@@ -32,8 +36,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except AnemoiDistError as error:
         _tell(error)
         sys.exit(error.exit_code)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
     _exit(_train(run))
 
 
@@ -58,8 +60,12 @@ def _prepare(arguments: argparse.Namespace) -> RunDirectory:
 
 def _train(run: RunDirectory | None) -> ExitCode:
     """Join, agree on the run, train it, record how it ended."""
-    world, attempt, number = World.join(), None, 0
+    from anemoi_dist.session import train
+    from anemoi_dist.world import World
+
+    attempt, number = None, 0
     try:
+        world = World.join()
         if world.is_main:
             assert run is not None, "rank 0 has prepared the run"
             attempt, agreed = _begin(run, world)

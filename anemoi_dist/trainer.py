@@ -137,9 +137,18 @@ class Trainer:
                 trainer={"progress": vars(self.progress)},
                 facts=self.facts,
             )
-            deleted = prune(self.store, keep_last=self.config.checkpoint.keep_last) if self.world.is_main else []
+            deleted = self._prune() if self.world.is_main else []
         self._saved_step = self.progress.step
         self.telemetry.event("checkpoint", step=self.progress.step, path=path.name, deleted_steps=deleted)
+
+    def _prune(self) -> list[int]:
+        """Delete what retention does not keep; a file system that refuses is no reason to stop training."""
+        try:
+            return prune(self.store, keep_last=self.config.checkpoint.keep_last)
+        except OSError as error:
+            self.telemetry.message(f"warning: an old checkpoint was not deleted: {error}")
+            self.telemetry.event("prune_failed", step=self.progress.step, error=str(error))
+            return []
 
     def _leave(self, reason: str) -> None:
         self.telemetry.event("stop_requested", step=self.progress.step, reason=reason)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
-import signal
-import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from anemoi_dist.errors import PreflightError
-
-_PR_SET_PDEATHSIG = 1
 
 
 class World:
@@ -60,6 +55,17 @@ class World:
                 )
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
+        try:
+            cls._init_process_group(device, alone=alone, timeout_s=timeout_s)
+        except (ValueError, RuntimeError) as error:  # dist.DistError is a RuntimeError
+            raise PreflightError(
+                f"rank {rank} of {world_size} cannot join the others: {error}. Start ranks with torchrun, or set RANK, "
+                "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+            ) from error
+        return cls(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+
+    @staticmethod
+    def _init_process_group(device: torch.device, *, alone: bool, timeout_s: float) -> None:
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
         if alone:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed reads these nevertheless
@@ -67,7 +73,6 @@ class World:
         else:
             # With a device NCCL connects now and not in the middle of the first step.
             dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
-        return cls(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
 
     def broadcast_text(self, text: str | None) -> str:
         """Return rank 0's ``text`` on every rank. JSON goes through here; nothing is pickled."""
@@ -112,18 +117,3 @@ def seed_step(seed: int, *, step: int, rank: int) -> None:
     """
     digest = hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends (Linux).
-
-    A torchrun agent that is killed with SIGKILL leaves its workers behind, holding GPUs and ports.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    parent = os.getppid()
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:  # it ended between the two calls
-        os.kill(os.getpid(), signal.SIGKILL)

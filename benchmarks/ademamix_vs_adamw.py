@@ -133,6 +133,9 @@ def main() -> None:
         f"{machine}; torch {start['versions']['torch']}; "
         f"{' '.join(arguments.overrides) or 'default configuration'}.\n\n"
     )
+    edges = [o for o, rate in rates.items() if rate in (min(RATES), max(RATES))]
+    if edges:
+        text += f"\n\nThe best rate of {' and '.join(edges)} lies at the edge of the grid."
     (RESULTS / "ademamix_vs_adamw.md").write_text(heading + text + "\n")
     (RESULTS / "ademamix_vs_adamw.json").write_text(json.dumps(data, indent=1) + "\n")
     print(text)

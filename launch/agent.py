@@ -5,20 +5,19 @@ The only file in this package that imports torch; nothing else here imports it, 
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
 import sys
 
 from anemoi_dist.errors import ExitCode
-
-_PR_SET_PDEATHSIG = 1
+from anemoi_dist.parent import PARENT_PID, die_with_parent, parent_in_environment
 
 
 def main() -> int:
     """Run torchrun with this process's arguments; return the code of the first rank that failed, where it is ours."""
-    _die_with_parent()
+    die_with_parent(parent_pid=parent_in_environment(), number=signal.SIGTERM)
+    os.environ[PARENT_PID] = str(os.getpid())  # for the ranks
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -38,16 +37,6 @@ def main() -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the launcher dies, or ranks would train on with nobody watching."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 from anemoi_dist.config import Config, plan_batches
 from anemoi_dist.errors import ExitCode
+from anemoi_dist.parent import PARENT_PID
 from anemoi_dist.run_directory import LAUNCHED, RunDirectory
 
 #: Ranks where there is no GPU: the fewest that still partition the optimizer's states.
@@ -140,7 +141,8 @@ def train(run: RunDirectory, config: Config, *, num_ranks: int) -> int:
     # The same arguments through our agent: torchrun, less its traceback for a rank that has already said why it ended.
     command[2] = "anemoi_dist.launch.agent"
     # A session of its own: Ctrl-C in a terminal reaches this process alone, and torchrun hears of it once.
-    process = subprocess.Popen(command, env=rank_environment(), start_new_session=True)
+    environment = rank_environment() | {PARENT_PID: str(os.getpid())}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
     stopper = _Stopper(process)
     with stopper:
         agent_code = process.wait()

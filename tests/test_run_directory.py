@@ -234,3 +234,12 @@ def test_the_frozen_file_is_plain_yaml():
     text = run.config_file.read_text()
     assert "${" not in text
     assert json.loads(json.dumps(dataclasses.asdict(composed.config))) == dataclasses.asdict(from_yaml(text))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"state": "running"}', '{"state": "odd", "attempts": []}'])
+def test_a_damaged_state_file_is_named(tmp_path, text):
+    run = RunDirectory.locate(tmp_path, "r")
+    run.create()
+    run.state_file.write_text(text)
+    with pytest.raises(PreflightError, match=r"run\.json is damaged"):
+        run.read_state()

@@ -125,3 +125,38 @@ def test_what_is_no_import_path_is_refused(name):
 def test_allow_list_has_no_wildcards(prefix):
     with pytest.raises(ConfigError, match=r"security\.allowed_targets"):
         resolve_target("torch.optim.AdamW", key="k", allowed=[prefix])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "anemoi_dist.module.build_model",
+        "anemoi_dist.optimizers.factory.create_optimizer",
+        "anemoi_dist.run_directory.write_atomically",
+        "anemoi_dist.checkpoint.store.LocalStore",
+    ],
+)
+def test_of_what_is_built_in_only_classes_of_the_right_kind_are_called(name):
+    from torch import nn
+
+    with pytest.raises(ConfigError, match=r"must be a kind of torch\.nn"):
+        resolve_target(name, key="model._target_", base=nn.Module)
+    if name[-5:].islower():
+        with pytest.raises(ConfigError, match="must be a class"):
+            resolve_target(name, key="model._target_")
+
+
+def test_a_model_cannot_carry_a_target_in_its_arguments(tmp_path):
+    from support import toy
+
+    from anemoi_dist.module import build_model
+
+    node = {"_target_": "torch.optim.AdamW", "data": {"inner": [{"_target_": "os.system", "command": "true"}]}}
+    with pytest.raises(ConfigError, match=r"must be a kind of torch\.nn"):
+        build_model(node, toy.make_spec())
+    node["_target_"] = "support.toy.OddModel"
+    with pytest.raises(ConfigError, match=r"model\.data\.inner\[0\]\._target_='os\.system'"):
+        build_model(node, toy.make_spec(), allowed=["support.toy"])
+    evil = {"_target_": "anemoi_dist.module.build_model", "node": {"_target_": "os.system"}, "allowed": ["os", "posix"]}
+    with pytest.raises(ConfigError, match="build_model"):
+        build_model({**evil, "spec": None}, toy.make_spec())

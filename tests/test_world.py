@@ -33,7 +33,7 @@ def test_seed_is_a_function_of_seed_step_and_rank() -> None:
 
 def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     child = (
-        "import sys, time; from pathlib import Path; from anemoi_dist.world import die_with_parent; die_with_parent();"
+        "import sys, time; from pathlib import Path; from anemoi_dist.parent import die_with_parent; die_with_parent();"
         f"import os; Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(60)"
     )
     parent = subprocess.Popen(
@@ -50,3 +50,17 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
         assert time.monotonic() < deadline, "the worker is still there"
         time.sleep(0.05)
     assert os.getpid() != pid
+
+
+def test_a_parent_that_has_gone_already_is_noticed() -> None:
+    code = "import os; from anemoi_dist.parent import die_with_parent; die_with_parent(parent_pid=os.getppid() + 1)"
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_ranks_that_cannot_meet_are_a_preflight_error() -> None:
+    code = "from anemoi_dist.world import World; World.join()"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    environment |= {"RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "PreflightError: rank 0 of 1 cannot join the others" in done.stderr and "MASTER_ADDR" in done.stderr

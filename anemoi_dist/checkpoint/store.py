@@ -63,12 +63,22 @@ class LocalStore:
     def remove(self, step: int) -> None:
         """Delete a checkpoint, manifest first: killed half-way, what is left is no checkpoint."""
         folder = self.path(step)
+        if folder.is_symlink():  # what it points to is somebody's archive
+            folder.unlink()
+            return
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
         fsync_directory(folder)
         shutil.rmtree(folder)
 
     def _clean(self) -> None:
-        """Remove what interrupted saves left behind; a save has just succeeded, so none is under way."""
+        """Remove what interrupted saves left behind; a save has just succeeded, so none is under way.
+
+        The save has succeeded whatever happens here, so what resists stays.
+        """
         for entry in self.folder.iterdir():
-            if _TEMPORARY.fullmatch(entry.name):
-                shutil.rmtree(entry)
+            if not _TEMPORARY.fullmatch(entry.name):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -18,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from anemoi_dist.config import BatchPlan, DataConfig
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.data.sampler import GlobalSampleOrder, MicroBatchSampler
+from anemoi_dist.parent import die_with_parent
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-_PR_SET_PDEATHSIG = 1
 
 
 class BatchLoader(Iterator[list[Batch]]):
@@ -109,10 +107,7 @@ def _start_worker(worker: int, *, parent_pid: int) -> None:
     """
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the line above took effect
-        os._exit(1)
+    die_with_parent(parent_pid=parent_pid)
 
 
 def _end(batches: Any, workers: tuple[Any, ...]) -> None:

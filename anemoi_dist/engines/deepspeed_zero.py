@@ -89,6 +89,9 @@ class Zero0Engine(_ZeroEngine):
 class _PartitionedEngine(_ZeroEngine):
     """Stages 1 to 3: the optimizer steps flat fp32 partitions."""
 
+    # Muon needs matrices; Adagrad is rebuilt by DeepSpeed, which leaves ours and its schedule behind.
+    refused_optimizers = (*RegionEngine.refused_optimizers, "Muon", "Adagrad")
+
     def _wrap(self) -> None:
         zero: dict[str, Any] = {"stage": self.config.engine.stage, "contiguous_gradients": True, "overlap_comm": False}
         if self.config.engine.offload:
@@ -166,6 +169,16 @@ class Zero12Engine(_PartitionedEngine):
 
 class Zero3Engine(_PartitionedEngine):
     """Stage 3: every parameter is cut into equal pieces, gathered when a submodule needs it."""
+
+    def _update(self) -> tuple[float, bool]:
+        report = super()._update()
+        # DeepSpeed writes only the gradients that a step produces: a parameter that is not used in the next one would
+        # be stepped with this one's again.
+        self._zero.grad_partitions_flat_buffer.zero_()
+        for partition in self._zero.fp32_partitioned_groups_flat:  # with offload they keep theirs on the CPU
+            if partition.grad is not None:
+                partition.grad.zero_()
+        return report
 
     def _create_states(self) -> None:
         # Between steps the optimizer's groups are empty here; DeepSpeed puts one partition at a time into them.

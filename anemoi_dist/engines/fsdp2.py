@@ -20,6 +20,9 @@ from anemoi_dist.engines.regions import Region, RegionEngine, local, step_clippe
 class Fsdp2Engine(RegionEngine):
     """fp32 parameters sharded by rows; with ``bf16`` they are gathered in bf16 and gradients are reduced in fp32."""
 
+    # Muon needs whole matrices; Rprop writes by index, which DTensor cannot.
+    refused_optimizers = (*RegionEngine.refused_optimizers, "Muon", "Rprop")
+
     def _wrap(self) -> None:
         policy = MixedPrecisionPolicy()
         if self.config.training.precision == "bf16":

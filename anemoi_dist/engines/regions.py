@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from anemoi_dist.config import Config
+from anemoi_dist.config import Config, engine_name
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.engines.base import MemoryReport, Shard, ShardSource, StepReport
 from anemoi_dist.errors import CheckpointError, ConfigError
@@ -79,6 +79,9 @@ class RegionEngine(ABC):
     """
 
     optimizer: torch.optim.Optimizer
+    #: torch's optimizers that cannot be right here: LBFGS calls the model again from inside its step, SparseAdam wants
+    #: sparse gradients, and Adafactor's factored states are neither of the parameter's shape nor element-wise.
+    refused_optimizers: tuple[str, ...] = ("LBFGS", "SparseAdam", "Adafactor")
 
     def __init__(self, module: BaseGraphModule, *, config: Config, world: World) -> None:
         self.module, self.config, self.world = module, config, world
@@ -144,13 +147,15 @@ class RegionEngine(ABC):
     @torch.no_grad()
     def predict(self, batch: Batch, *, rollout: int) -> torch.Tensor:
         """Forecast without gradient, in physical units. Collective."""
+        self._agree_on_buffers()
         self.module.eval()
         prediction = self._forward(batch, rollout=rollout)
         self.module.train()
         return self.module.denormalise(prediction)
 
     def shards(self) -> Iterator[Shard]:
-        """Yield the ranges that this rank has to save; over all ranks each element comes once."""
+        """Yield the ranges that this rank has to save; over all ranks each element comes once. Collective."""
+        self._agree_on_buffers()
         for region in self.regions():
             low, high = self._share(region)
             for kind, tensor in self._tensors(region):
@@ -215,6 +220,14 @@ class RegionEngine(ABC):
     def _create_optimizer(self) -> None:
         created = self.module.configure_optimizers()
         self.optimizer = created["optimizer"]
+        kind = type(self.optimizer)
+        if kind.__module__.startswith("torch.optim") and kind.__name__ in self.refused_optimizers:
+            raise ConfigError(
+                "training.optimizer._target_",
+                f"{kind.__module__}.{kind.__qualname__}",
+                f"does not work with engine={engine_name(self.config.engine)}",
+                fix="take an element-wise optimizer (AdEMAMix, AdamW, SGD, ...)",
+            )
         self._scheduler = created["lr_scheduler"]["scheduler"] if "lr_scheduler" in created else None
 
     def _create_states(self) -> None:
@@ -264,6 +277,11 @@ class RegionEngine(ABC):
             raise CheckpointError(
                 f"{region.fqn} has shape {tuple(shape)} in the checkpoint and {region.global_shape} in the model"
             )
+
+    def _agree_on_buffers(self) -> None:
+        """Take rank 0's: what ranks gather from their own samples (running statistics) differs, and one is saved."""
+        for _, buffer in self._persistent_buffers():
+            dist.broadcast(buffer, src=0)
 
     def _persistent_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         persistent = self.module.state_dict(keep_vars=True).keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -18,8 +19,12 @@ class DdpEngine(RegionEngine):
     def _wrap(self) -> None:
         if self.config.training.precision == "bf16":
             self.module.autocast_dtype = torch.bfloat16
+        # A branch that some step does not use is an error otherwise. Where all are used it says so, once.
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         self._ddp = DistributedDataParallel(
-            self.module, device_ids=[self.world.device] if self.world.device.type == "cuda" else None
+            self.module,
+            device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
+            find_unused_parameters=True,
         )
         self._create_optimizer()
 

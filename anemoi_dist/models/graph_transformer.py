@@ -5,7 +5,7 @@ Needs the extra ``anemoi``; nothing of it is imported before a model is built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from anemoi_dist.data.batch import DataSpec
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.targets import resolve_target
+from anemoi_dist.targets import nested_targets, resolve_target
 
 #: What the nested ``_target_`` entries of a graph or a model may name.
 ALLOWED_TARGETS = ("anemoi.models", "anemoi.graphs", "torch.nn")
@@ -53,7 +53,7 @@ class AnemoiModel(nn.Module):
     def __init__(self, data: DataSpec, *, graph: Mapping[str, Any], network: Mapping[str, Any]) -> None:
         super().__init__()
         _require_extra()
-        for key, target in (*_targets(graph, "model.graph"), *_targets(network, "model.network")):
+        for key, target in nested_targets({"graph": graph, "network": network}, key="model"):
             resolve_target(target, key=key, allowed=ALLOWED_TARGETS)
         if "residual" in network:
             raise ConfigError(
@@ -88,19 +88,6 @@ def _require_extra() -> None:
             f"needs anemoi-models and anemoi-graphs ({error})",
             fix="pip install 'anemoi-dist[anemoi]'",
         ) from error
-
-
-def _targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Yield every nested ``_target_``: Hydra will call them, whatever they are."""
-    if isinstance(node, Mapping):
-        for name, value in node.items():
-            if name == "_target_":
-                yield f"{key}._target_", value
-            else:
-                yield from _targets(value, f"{key}.{name}")
-    elif isinstance(node, list | tuple):
-        for index, value in enumerate(node):
-            yield from _targets(value, f"{key}[{index}]")
 
 
 def _build_graph(data: DataSpec, graph: Mapping[str, Any]) -> Any:

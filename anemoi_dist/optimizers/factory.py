@@ -61,15 +61,12 @@ def create_optimizer(
 
 
 def split_node(
-    node: Mapping[str, Any], *, key: str, allowed: Iterable[str], base: type
+    node: Mapping[str, Any], *, key: str, allowed: Iterable[str], base: type | tuple[type, ...]
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return what ``_target_`` names and the other entries, as plain containers."""
     arguments = {name: _plain(value) for name, value in node.items()}
     name = arguments.pop("_target_", None)
-    target = resolve_target(name, key=f"{key}._target_", allowed=allowed)
-    if isinstance(target, type) and not issubclass(target, base):
-        raise ConfigError(f"{key}._target_", name, f"must be a kind of {base.__module__}.{base.__qualname__}")
-    return target, arguments
+    return resolve_target(name, key=f"{key}._target_", allowed=allowed, base=base), arguments
 
 
 def check_arguments(

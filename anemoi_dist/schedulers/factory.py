@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from anemoi_dist.config import LrConfig
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.factory import call, check_arguments, split_node
+from anemoi_dist.schedulers.cosine import load_timm_scheduler
 
 KEY = "training.scheduler"
 
@@ -79,7 +80,9 @@ def create_scheduler(
     if node is None:
         _warn_of_unused(lr, used=(), name="a constant rate (training.scheduler=null)")
         return None
-    target, given = split_node(node, key=KEY, allowed=allowed, base=object)
+    target, given = split_node(
+        node, key=KEY, allowed=allowed, base=(LRScheduler, load_timm_scheduler().scheduler.Scheduler)
+    )
     parameters = inspect.signature(target).parameters
     _refuse_unsteady(target, given, parameters, name=node["_target_"])
     injected = {
@@ -91,6 +94,13 @@ def create_scheduler(
     arguments = {**injected, **given}
     check_arguments(target, arguments, key=KEY, injected={"optimizer": "training.optimizer"})
     _warn_of_long_warmup(arguments, max_steps=max_steps)
+    if isinstance(total := arguments.get("total_steps"), int) and total < max_steps:
+        raise ConfigError(
+            f"{KEY}.total_steps",
+            total,
+            f"ends before training.max_steps={max_steps}: the schedule has no rate from there on",
+            fix=f"{KEY}.total_steps={max_steps}",
+        )
     scheduler = call(target, key=KEY, arguments={"optimizer": optimizer, **arguments})
     if not hasattr(scheduler, "step_update"):
         options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]

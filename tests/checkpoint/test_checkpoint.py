@@ -207,6 +207,25 @@ def test_prune_counts_only_whole_checkpoints(tmp_path: Path) -> None:
     assert prune(store, keep_last=None) == []
 
 
+def test_a_link_is_dropped_and_what_it_points_to_is_kept(tmp_path: Path) -> None:
+    archive, folder = _new(tmp_path / "archive"), _new(tmp_path / "checkpoints")
+    save_one(archive, step=1)
+    (folder / "step-00000001").symlink_to(archive / "step-00000001")
+    for step in (2, 3):
+        save_one(folder, step=step)
+    assert prune(LocalStore(folder), keep_last=2) == [1]
+    assert not (folder / "step-00000001").exists()
+    Checkpoint(archive / "step-00000001").verify()
+
+
+def test_a_file_in_the_place_of_a_checkpoint_does_not_stop_saving(tmp_path: Path) -> None:
+    (tmp_path / "step-00000004").touch()
+    path = save_one(tmp_path, step=4)
+    Checkpoint(path).verify()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+    save_one(tmp_path, step=5)
+
+
 def test_order_of_names_not_of_time_decides(tmp_path: Path) -> None:
     for step in (2, 10):
         save_one(tmp_path, step=step)

@@ -144,8 +144,9 @@ def test_settings_without_effect_are_a_warning():
         ({"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau"}, "not on a score"),
         ({"_target_": "torch.optim.lr_scheduler.StepLR"}, "needs it"),
         ({"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 3, "last_epoch": 4}, "checkpoint"),
-        ({"_target_": "torch.optim.AdamW"}, "is no scheduler"),
-        ({"_target_": "timm.scheduler.create_scheduler"}, "is no scheduler"),
+        ({"_target_": "torch.optim.AdamW"}, "must be a kind of"),
+        ({"_target_": "timm.scheduler.create_scheduler"}, "must be a kind of"),
+        ({"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.1, "total_steps": 5}, "ends before"),
         ({"_target_": "timm.create_model"}, "allow-list"),
     ],
 )

@@ -50,6 +50,31 @@ class OddModel(nn.Module):
         return self.head(hidden) * self.gain + self.frozen.sum()
 
 
+class SometimesModel(nn.Module):
+    """A branch that every second call uses, one that none uses, a weight laid out by columns, running statistics."""
+
+    def __init__(self, *, data: DataSpec) -> None:
+        super().__init__()
+        num_in = data.multistep_input * len(data.variables)
+        self.norm = nn.BatchNorm1d(num_in)
+        self.always = nn.Linear(num_in, len(data.prognostic))
+        self.always.weight = nn.Parameter(self.always.weight.detach().t().contiguous().t())
+        self.sometimes = nn.Linear(num_in, len(data.prognostic))
+        self.never = nn.Linear(3, 2)
+        self.num_calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, time, ensemble, grid, variable = x.shape
+        flat = x.permute(0, 2, 3, 1, 4).reshape(-1, time * variable)
+        hidden = self.norm(flat)
+        out = self.always(hidden)
+        if self.training:
+            self.num_calls += 1
+        if self.num_calls % 2:
+            out = out + self.sometimes(hidden)
+        return out.view(batch, ensemble, grid, -1)
+
+
 def make_spec() -> DataSpec:
     rng = np.random.default_rng(0)
     variables = ("msl", "t2m", "sun")

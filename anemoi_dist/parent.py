@@ -1,0 +1,40 @@
+"""Processes that end with the one that started them. No torch: both sides use it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+#: In the environment of a process: who started it. Its own look at its parent may come too late.
+PARENT_PID = "ANEMOI_DIST_PARENT_PID"
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(*, parent_pid: int | None = None, number: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel to send ``number`` to this process when its parent ends (Linux), and leave if it has ended.
+
+    A torchrun agent that is killed with SIGKILL leaves its workers behind, holding GPUs and ports.
+
+    Parameters
+    ----------
+    parent_pid : int, optional
+        The process that started this one. Without it, whoever is the parent now: one that ended before is not noticed.
+    number : signal.Signals
+        What to send.
+    """
+    if sys.platform != "linux":
+        return
+    expected = os.getppid() if parent_pid is None else parent_pid
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, number) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != expected:
+        os.kill(os.getpid(), number)
+
+
+def parent_in_environment() -> int | None:
+    """Return the process that :data:`PARENT_PID` names, None where nobody has set it."""
+    text = os.environ.get(PARENT_PID, "")
+    return int(text) if text.isdigit() else None

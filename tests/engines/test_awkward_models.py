@@ -1,0 +1,98 @@
+"""Models that are not as tidy as one would like: unused branches, statistics of their own, shapes that do not cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import toy
+from torch import nn
+
+from anemoi_dist.config import Config
+from anemoi_dist.engines.factory import _check_parameters
+from anemoi_dist.errors import ConfigError
+from anemoi_dist.world import World
+
+NUM_STEPS = 6
+
+
+def sometimes_config(engine: str) -> Config:
+    config = toy.make_config(engine)
+    config.model = {"_target_": "support.toy.SometimesModel"}
+    return config
+
+
+def train(world: World, engine: str) -> tuple[list[float], list, torch.Tensor]:
+    config = sometimes_config(engine)
+    built = toy.build(world, config)
+    losses = [built.train_step(toy.micro_batches(config, world, step)).loss for step in range(NUM_STEPS)]
+    shards = toy.clone_shards(built)
+    prediction = built.predict(toy.make_batch(9), rollout=1)
+    built.close()
+    return losses, shards, prediction
+
+
+@pytest.mark.parametrize("engine", toy.ENGINES)
+def test_a_branch_that_a_step_does_not_use_is_not_stepped_with_an_old_gradient(ranks, engine: str) -> None:
+    # DeepSpeed gives a parameter without a gradient a zero one, the others leave it alone.
+    peer = "zero0" if engine.startswith("zero") else "ddp"
+    expected = ranks(2).run(train, peer)
+    results = ranks(2).run(train, engine)
+    assert results[0][0] == pytest.approx(expected[0][0], rel=1e-5)
+    assert results[0][0] == results[1][0]
+    whole, reference = (toy.whole_tensors([r[1] for r in each]) for each in (results, expected))
+    torch.testing.assert_close(whole["model.sometimes.weight:param"], reference["model.sometimes.weight:param"])
+    before = toy.make_module(sometimes_config(engine)).state_dict()["model.never.weight"]
+    assert whole["model.never.weight:param"].shape == before.shape
+
+
+@pytest.mark.parametrize("engine", toy.ENGINES)
+def test_ranks_forecast_with_the_same_statistics(ranks, engine: str) -> None:
+    first, second = ranks(2).run(train, engine)
+    assert torch.equal(first[2], second[2])
+
+
+class Holder(nn.Module):
+    def __init__(self, *parameters: nn.Parameter) -> None:
+        super().__init__()
+        self.config = toy.make_config("ddp")
+        self.values = nn.ParameterList(parameters)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (nn.Parameter(torch.tensor(1.0)), "has no dimension"),
+        (nn.Parameter(torch.zeros(0, 3)), "has no element"),
+        (nn.Parameter(torch.zeros(3, dtype=torch.float64)), r"is torch.float64"),
+        (nn.Parameter(torch.zeros(3), requires_grad=False), "takes a gradient"),
+    ],
+)
+def test_parameters_that_cannot_be_cut_are_refused_by_name(parameter: nn.Parameter, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _check_parameters(Holder(parameter))  # type: ignore[arg-type]
+
+
+def refused(world: World, engine: str, target: str) -> str:
+    config = toy.make_config(engine)
+    config.training.optimizer = {"_target_": target}
+    try:
+        toy.build(world, config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("engine", "optimizer"),
+    [
+        ("ddp", "LBFGS"),
+        ("zero2", "Adafactor"),
+        ("ddp", "Adafactor"),
+        ("zero1", "Adagrad"),
+        ("zero3", "Adagrad"),
+        ("fsdp2", "Rprop"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_right_is_refused(ranks, engine: str, optimizer: str) -> None:
+    (text,) = ranks(1).run(refused, engine, f"torch.optim.{optimizer}")
+    assert optimizer in text and f"engine={engine}" in text

@@ -25,6 +25,9 @@ LR_SCALINGS = ("none", "world_size")
 ENGINE_KINDS = ("ddp", "deepspeed", "fsdp2")
 DATA_KINDS = ("anemoi", "synthetic")
 LAUNCHER_KINDS = ("local",)
+SAVE_WHEN_BUSY = ("wait", "skip")
+SAVE_ON_ERROR = ("warn", "stop")
+SAVE_METRICS = ("rmse", "acc")
 #: What an existing run may only change when ``run.allow_changed`` names it, with the keys that each name stands for.
 GUARDED = {"model": "model", "data": "data", "seed": "run.seed"}
 
@@ -135,9 +138,32 @@ class ValidationConfig:
 class CheckpointConfig:
     """When the run is saved and what is kept. The end of a run is always saved."""
 
+    #: Optimizer steps between checkpoints; null: none but those of ``interval_minutes`` and the end.
     interval_steps: int | None = None
+    #: Minutes between checkpoints, by the clock of rank 0; null: only ``interval_steps`` counts.
+    interval_minutes: float | None = None
     #: Newest checkpoints to keep; null: all.
     keep_last: int | None = 3
+    #: Keep, for ever, the checkpoints whose step is a multiple of this.
+    keep_every: int | None = None
+    #: Keep the best by ``rmse`` or ``acc`` on the validation block; null: none for that.
+    keep_best: str | None = None
+    #: Write in a thread while training goes on, from a copy in host memory.
+    asynchronous: bool = True
+    #: What a checkpoint does that is due while one is being written: ``wait`` for it, or ``skip``.
+    when_busy: str = "wait"
+    #: What a checkpoint that could not be written does: ``warn`` and train on, or ``stop`` the run (code 4).
+    on_error: str = "warn"
+    #: Read every file back and check it before it is committed.
+    read_back: bool = True
+    #: Where fsspec keeps checkpoints, below it one prefix a run (``s3://bucket/runs``); null: in the run directory.
+    url: str | None = None
+    #: Refuse to go on where the newest checkpoint is damaged, instead of taking the one before.
+    strict: bool = False
+    #: Old name, or prefix before a dot, of parameters and buffers in the checkpoint -> name in the model.
+    rename: dict[str, str] = field(default_factory=dict)
+    #: Patterns of parameters and buffers that the model or the checkpoint may have alone, or that have changed.
+    allow_missing: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -467,6 +493,7 @@ def check(config: Config) -> None:
         ("validation.max_samples", config.validation.max_samples, 1),
         ("checkpoint.interval_steps", config.checkpoint.interval_steps, 1),
         ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+        ("checkpoint.keep_every", config.checkpoint.keep_every, 1),
         ("telemetry.interval_steps", config.telemetry.interval_steps, 1),
         ("launcher.ranks", config.launcher.ranks, 1),
         ("launcher.max_restarts", config.launcher.max_restarts, 0),
@@ -490,7 +517,9 @@ def check(config: Config) -> None:
             "must be a list of steps from 1 on",
             fix="validation.lead_steps=[1,2,4]",
         )
+    _check_rename(config.checkpoint.rename)
     _check_engine(config.engine)
+    _check_checkpoint(config)
     _check_target("model", config.model)
     _check_target("training.optimizer", training.optimizer)
     if "lr" in training.optimizer:
@@ -503,6 +532,21 @@ def check(config: Config) -> None:
 def _one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise ConfigError(key, value, "is not a valid name", valid=valid)
+
+
+def _check_rename(rename: dict[str, str]) -> None:
+    """Refuse renames that would be done again, to something else, when the renamed checkpoint is resumed."""
+    for old, new in rename.items():
+        key = f"checkpoint.rename.{old}"
+        if not old or "" in old.split(".") or (new and "" in new.split(".")):
+            raise ConfigError(key, new, "must be names, or prefixes without a dot at the end")
+        if not new:
+            raise ConfigError(key, new, "must name what it becomes", fix="checkpoint.rename={old: new}")
+        for other in rename:
+            if new == other or new.startswith(f"{other}."):
+                raise ConfigError(
+                    key, new, f"would be renamed again by {other} when the run is resumed", fix="choose another name"
+                )
 
 
 def _check_engine(engine: EngineConfig) -> None:
@@ -519,6 +563,37 @@ def _check_engine(engine: EngineConfig) -> None:
                 )
     if engine.offload and engine.stage != 3:
         raise ConfigError("engine.offload", True, "needs ZeRO stage 3", fix="engine=zero3_offload")
+
+
+def _check_checkpoint(config: Config) -> None:
+    checkpoint = config.checkpoint
+    _one_of("checkpoint.when_busy", checkpoint.when_busy, SAVE_WHEN_BUSY)
+    _one_of("checkpoint.on_error", checkpoint.on_error, SAVE_ON_ERROR)
+    if checkpoint.url is not None and not re.match(r"[a-z0-9+.-]+://.", checkpoint.url):
+        raise ConfigError(
+            "checkpoint.url", checkpoint.url, "must have a protocol", fix=f"file://{checkpoint.url}, s3://..., or null"
+        )
+    minutes = checkpoint.interval_minutes
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise ConfigError("checkpoint.interval_minutes", minutes, "must be positive", fix="null: by steps alone")
+    for key in ("keep_every", "keep_best"):
+        value = getattr(checkpoint, key)
+        if value is not None and checkpoint.keep_last is None:
+            raise ConfigError(
+                f"checkpoint.{key}", value, "has no effect while all are kept", fix="checkpoint.keep_last=3"
+            )
+    if checkpoint.keep_best is None:
+        return
+    _one_of("checkpoint.keep_best", checkpoint.keep_best, SAVE_METRICS)
+    interval, scored = checkpoint.interval_steps, config.validation.interval_steps
+    if interval is not None and (scored is None or interval % scored):
+        raise ConfigError(
+            "checkpoint.keep_best",
+            checkpoint.keep_best,
+            f"needs a score for every checkpoint: checkpoint.interval_steps={interval} is no multiple of "
+            f"validation.interval_steps={scored}",
+            fix=f"validation.interval_steps={interval}",
+        )
 
 
 def _check_target(key: str, node: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
-"""How ranks agree to stop: flags set by signals and a file, and one small all-reduce that overlaps the next step."""
+"""How ranks agree on stopping and saving: one small all-reduce that overlaps the next step."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from dataclasses import astuple, dataclass
 from types import FrameType
 
 import torch
@@ -55,6 +56,34 @@ class StopRequest:
             self._run.stop_file.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Word:
+    """What ranks tell each other once a step. Of each number all ranks learn the largest, of ``written`` the smallest.
+
+    Attributes
+    ----------
+    stop : int
+        A number of :data:`REASONS`, 0 for none.
+    save_due : int
+        1 where rank 0's clock asks for a checkpoint.
+    written : int
+        The latest save, counted from 1, whose file this rank has made durable.
+    failed : int
+        The latest save that this rank could not write or commit.
+    committed : int
+        The latest save that rank 0 has committed.
+    """
+
+    stop: int = 0
+    save_due: int = 0
+    written: int = 0
+    failed: int = 0
+    committed: int = 0
+
+
+_WRITTEN = 2  # place of the one number that is a minimum: it travels with its sign changed
+
+
 class ControlWord:
     """The one place where ranks agree. Sent at the end of a step, read at the end of the next.
 
@@ -66,22 +95,24 @@ class ControlWord:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._word = torch.zeros(1, dtype=torch.int64)
+        self._word = torch.zeros(len(astuple(Word())), dtype=torch.int64)
         self._pending: dist.Work | None = None
 
-    def exchange(self, stop: int) -> int:
-        """Send this rank's ``stop`` and return the largest that any rank sent one step ago."""
+    def exchange(self, word: Word) -> Word:
+        """Send this rank's word and return what the ranks agreed on one step ago."""
         agreed = self.finish()
-        self._word[0] = stop
+        self._word.copy_(torch.tensor(astuple(word)))
+        self._word[_WRITTEN].neg_()
         self._pending = dist.all_reduce(
             self._word, op=dist.ReduceOp.MAX, group=self._world.control_group, async_op=True
         )
         return agreed
 
-    def finish(self) -> int:
-        """Wait for the word that is on its way and return it; 0 where there is none."""
+    def finish(self) -> Word:
+        """Wait for the word that is on its way and return it; an empty one where there is none."""
         if self._pending is None:
-            return 0
+            return Word()
         self._pending.wait()
         self._pending = None
-        return int(self._word[0])
+        self._word[_WRITTEN].neg_()
+        return Word(*self._word.tolist())

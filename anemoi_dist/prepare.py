@@ -18,7 +18,7 @@ from anemoi_dist.provenance import leaves, read_yaml
 from anemoi_dist.run_directory import RunDirectory, write_atomically
 
 #: Not part of what a run computes: the same work elsewhere or with other logs is the same run.
-_NOT_IDENTITY = ("run.root", "run.id", "run.allow_changed", "launcher", "telemetry")
+_NOT_IDENTITY = ("run.root", "run.id", "run.allow_changed", "checkpoint.strict", "launcher", "telemetry")
 #: May change between two attempts of one run without a word said to allow it.
 _HARMLESS = ("data.num_workers", "data.prefetch_factor")
 
@@ -87,7 +87,7 @@ def prepare_run(config: Config) -> RunDirectory:
             changes = config_changes(_read_frozen(run), dataclasses.asdict(config))
             _refuse_breaking(changes, config)
         run.create()
-        with _unused(run):
+        with unused(run):
             if changes or not run.config_file.exists():
                 write_atomically(run.config_file, to_yaml(config))
             _leave_changes(run, changes)
@@ -97,8 +97,14 @@ def prepare_run(config: Config) -> RunDirectory:
 
 
 @contextlib.contextmanager
-def _unused(run: RunDirectory) -> Iterator[None]:
-    """Hold the lock that a running attempt holds: nobody's configuration is replaced under its feet."""
+def unused(run: RunDirectory) -> Iterator[None]:
+    """Hold the lock that a running attempt holds: nobody's configuration is replaced under its feet.
+
+    Raises
+    ------
+    PreflightError
+        The run is running.
+    """
     with run.lock_file.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Collection
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 
 from anemoi_dist.attempt import end_state
 from anemoi_dist.baselines import Baselines
-from anemoi_dist.checkpoint.reader import Checkpoint, find_newest
-from anemoi_dist.checkpoint.store import LocalStore
+from anemoi_dist.checkpoint.choice import choose
+from anemoi_dist.checkpoint.locate import open_store
 from anemoi_dist.config import Config, engine_name, plan_batches
 from anemoi_dist.control import StopRequest
 from anemoi_dist.data.anemoi import WeatherDataset, open_split
@@ -30,7 +31,7 @@ from anemoi_dist.schedulers.factory import scaled_rate
 from anemoi_dist.telemetry.progress import format_bytes
 from anemoi_dist.telemetry.telemetry import Telemetry
 from anemoi_dist.trainer import Trainer
-from anemoi_dist.validation import Validator, format_table, save_forecast_maps
+from anemoi_dist.validation import Score, Validator, format_table, save_forecast_maps
 from anemoi_dist.world import World
 
 _PACKAGES = ("anemoi-dist", "torch", "deepspeed", "timm", "hydra-core", "anemoi-datasets", "numpy", "safetensors")
@@ -70,8 +71,8 @@ class Evaluation:
                     f"block too: its scores flatter the model (data.train.end, data.{split}.start keep them apart)"
                 )
 
-    def __call__(self, split: str, step: int) -> None:
-        """Score, record and show. Collective. The test block also gives the maps of the report."""
+    def __call__(self, split: str, step: int) -> list[Score]:
+        """Score, record, show and return. Collective. The test block also gives the maps of the report."""
         validator = self._validator(split)
         scores = validator.run(self._predict)
         table = f"{split} block after step {step}:\n{format_table(scores)}"
@@ -80,6 +81,7 @@ class Evaluation:
             maps = validator.forecast_maps(self._predict)
             if self._world.is_main:
                 save_forecast_maps(self._run.report_dir / "forecast.npz", maps=maps)
+        return scores
 
     def _predict(self, batch: Any, rollout: int) -> torch.Tensor:
         return self._engine.predict(batch.to(self._world.device), rollout=rollout)
@@ -112,18 +114,28 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
     """
     stop = StopRequest(run, is_main=world.is_main)
     stop.listen()
-    checkpoint, notes = _newest(LocalStore(run.checkpoints_dir), world)
+    choice = choose(open_store(run, config.checkpoint.url), world=world, strict=config.checkpoint.strict)
+    checkpoint = choice.checkpoint
     first_step = checkpoint.manifest.step if checkpoint else 0
     telemetry = Telemetry(
         run, config, is_main=world.is_main, total_steps=config.training.max_steps, first_step=first_step
     )
     code, trainer, loader = ExitCode.INTERNAL, None, None
     try:
-        for note in notes:
-            telemetry.message(note)
+        for step, reason in choice.passed_over.items():
+            telemetry.event("passed_over", step=step, reason=reason)
+            telemetry.message(f"checkpoint of step {step} is passed over: {reason}")
         with telemetry.phase("startup"):
             dataset = open_split(config.data, "train", rollout=config.training.rollout)
-            trainer = _build(config, run=run, world=world, telemetry=telemetry, stop=stop, dataset=dataset)
+            trainer = _build(
+                config,
+                run=run,
+                world=world,
+                telemetry=telemetry,
+                stop=stop,
+                dataset=dataset,
+                broken=choice.passed_over,
+            )
             if checkpoint is not None:
                 _note_scaled_rate(
                     config, telemetry, step=first_step, was=checkpoint.manifest.world_size, now=world.world_size
@@ -163,6 +175,7 @@ def _build(
     telemetry: Telemetry,
     stop: StopRequest,
     dataset: WeatherDataset,
+    broken: Collection[int],
 ) -> Trainer:
     torch.manual_seed(config.run.seed)  # the same initial parameters on every rank
     module = BaseGraphModule(config, spec=dataset.spec(), world_size=world.world_size)
@@ -171,11 +184,12 @@ def _build(
         config=config,
         world=world,
         engine=engine,
-        store=LocalStore(run.checkpoints_dir),
+        store=open_store(run, config.checkpoint.url),
         telemetry=telemetry,
         stop=stop,
         validate=Evaluation(config=config, world=world, engine=engine, run=run, telemetry=telemetry, train=dataset),
         facts=_facts(config),
+        broken=broken,
     )
 
 
@@ -228,17 +242,6 @@ def _states_text(memory: dict[str, Any]) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _newest(store: LocalStore, world: World) -> tuple[Checkpoint | None, list[str]]:
-    """Let rank 0 choose the newest checkpoint that verifies; all ranks open that one."""
-    notes: list[str] = []
-    name = ""
-    if world.is_main and (found := find_newest(store, report=notes.append)) is not None:
-        name = found.folder.name
-        found.close()
-    name = world.broadcast_text(name if world.is_main else None)
-    return (Checkpoint(store.folder / name) if name else None), notes
 
 
 def _facts(config: Config) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class World:
         if not self.is_main:
             payload = torch.empty(max(int(length), 1), dtype=torch.uint8)
         dist.broadcast(payload, src=0, group=self.control_group)
-        return bytes(payload[: int(length)].tolist()).decode("utf-8")
+        return payload[: int(length)].numpy().tobytes().decode("utf-8")
 
     def gather_text(self, text: str) -> list[str]:
         """Return every rank's ``text`` on rank 0, an empty list elsewhere."""
@@ -101,7 +101,7 @@ class World:
         dist.gather(padded, texts, dst=0, group=self.control_group)
         if texts is None:
             return []
-        return [bytes(t[: int(n)].tolist()).decode("utf-8") for t, n in zip(texts, lengths, strict=True)]
+        return [t[: int(n)].numpy().tobytes().decode("utf-8") for t, n in zip(texts, lengths, strict=True)]
 
     def leave(self) -> None:
         """Leave the process group."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from anemoi_dist import __version__
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 
+from . import checkpoint
+
 if TYPE_CHECKING:
     from anemoi_dist.compose import Composed
 
@@ -58,11 +60,20 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _add(commands, "train", _train, "compose a configuration and train it on this machine", groups=True)
     train.add_argument("--dry-run", action="store_true", help="print the torchrun command and start nothing")
+    train.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse a damaged newest checkpoint instead of going on from the one before it",
+    )
     _add(commands, "config", _config, "print the resolved configuration and where each value came from", groups=True)
 
     report = _add(commands, "report", _report, "write a run's HTML report")
     report.add_argument("run", metavar="RUN", help="a run's id, or the path of its directory")
     report.add_argument("--root", default="runs", help="directory of the runs (default: %(default)s)")
+
+    checkpoint.add_commands(
+        _add(commands, "checkpoint", None, "list, show, verify, compare, export and import checkpoints")
+    )
     return parser
 
 
@@ -111,6 +122,8 @@ def _train(options: argparse.Namespace) -> int:
 
     from . import local
 
+    if options.strict:
+        options.overrides.append("checkpoint.strict=true")
     composed = _compose(options)
     ranks = local.num_ranks(composed.config)
     if options.dry_run:

@@ -37,6 +37,25 @@ def training(total: int, micro: int | None = None) -> TrainingConfig:
     return TrainingConfig(max_steps=1, global_batch_size=total, micro_batch_size=micro, optimizer={"_target_": "x"})
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({"when_busy": "queue"}, "when_busy='queue'.*not a valid name"),
+        ({"on_error": "retry"}, "(?s)on_error='retry'.*valid: warn, stop"),
+        ({"keep_every": 0}, "keep_every=0: must be at least 1"),
+        ({"keep_every": 5, "keep_last": None}, "keep_every=5: has no effect while all are kept"),
+        ({"keep_best": "rmse", "keep_last": None}, "keep_best='rmse': has no effect"),
+        ({"keep_best": "mae"}, "(?s)keep_best='mae'.*valid: rmse, acc"),
+        ({"keep_best": "acc", "interval_steps": 15}, "(?s)needs a score.*validation.interval_steps=15"),
+        ({"interval_minutes": 0.0}, "interval_minutes=0.0: must be positive"),
+        ({"url": "/scratch/runs"}, "url='/scratch/runs': must have a protocol"),
+    ],
+)
+def test_checkpoint_keys_are_checked(checkpoint, message):
+    with pytest.raises(ConfigError, match=message):
+        from_container(minimal(checkpoint=checkpoint, validation={"interval_steps": 10}))
+
+
 # Batches first: sizes follow from the ranks, or are refused with the nearest that work.
 
 

@@ -9,14 +9,21 @@ from pathlib import Path
 import pytest
 from support import jobs
 
-from anemoi_dist.control import REASONS, StopRequest
+from anemoi_dist.control import REASONS, StopRequest, Word
 from anemoi_dist.run_directory import RunDirectory
 
 
 def test_ranks_agree_one_step_later_on_the_largest_wish(ranks) -> None:
-    wishes = [[0, 0, 1, 0, 0], [0, 0, 0, 4, 0]]
-    results = ranks(2).run(jobs.agree, wishes)
-    assert results[0] == results[1] == [0, 0, 0, 1, 4, 0, 0]
+    stops = [[0, 0, 1, 0, 0], [0, 0, 0, 4, 0]]
+    results = ranks(2).run(jobs.agree, [[Word(stop=stop) for stop in row] for row in stops])
+    assert results[0] == results[1] == [Word(stop=stop) for stop in (0, 0, 0, 1, 4, 0, 0)]
+
+
+def test_a_save_is_written_when_all_have_written_and_failed_when_one_has(ranks) -> None:
+    words = [[Word(written=2), Word(written=3, committed=2)], [Word(written=1, failed=2), Word(save_due=1, written=3)]]
+    agreed = ranks(2).run(jobs.agree, words)
+    expected = [Word(), Word(written=1, failed=2), Word(save_due=1, written=3, committed=2), Word()]
+    assert agreed[0] == agreed[1] == expected
 
 
 @pytest.fixture

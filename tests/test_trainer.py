@@ -13,11 +13,13 @@ import pytest
 import torch
 from support import toy
 
+from anemoi_dist.checkpoint import saver as saver_module
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.engines.base import Shard, StepReport
-from anemoi_dist.errors import DivergedError, StopRequestedError
-from anemoi_dist.trainer import Trainer
+from anemoi_dist.errors import CheckpointError, DivergedError, StopRequestedError
+from anemoi_dist.trainer import SaveClock, Trainer
+from anemoi_dist.validation import Score
 
 
 class CountingEngine:
@@ -47,12 +49,16 @@ class Recorder:
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
         self.steps: list[int] = []
+        self.messages: list[str] = []
 
     def event(self, name: str, *, step: int, **fields: Any) -> None:
         self.events.append((name, step))
 
     def step(self, step: int, report: StepReport, **_: Any) -> None:
         self.steps.append(step)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
     def phase(self, name: str) -> Any:
         return nullcontext()
@@ -71,9 +77,19 @@ class Wish:
         self.cleared = True
 
 
-def make(world: Any, folder: Path, *, bad_steps: set[int] = frozenset(), stop_at: int | None = None, **training: Any):
+def make(
+    world: Any,
+    folder: Path,
+    *,
+    bad_steps: set[int] = frozenset(),
+    stop_at: int | None = None,
+    checkpoint: dict[str, Any] | None = None,
+    **training: Any,
+):
     config = toy.make_config("ddp", max_steps=10, max_skipped=2, **training)
     config.checkpoint.interval_steps, config.checkpoint.keep_last = 4, None
+    for key, value in (checkpoint or {}).items():
+        setattr(config.checkpoint, key, value)
     config.validation.interval_steps = 3
     recorder = Recorder()
     scored: list[tuple[str, int]] = []
@@ -84,7 +100,7 @@ def make(world: Any, folder: Path, *, bad_steps: set[int] = frozenset(), stop_at
         store=LocalStore(folder),
         telemetry=recorder,  # type: ignore[arg-type]
         stop=Wish(recorder, at_step=stop_at),  # type: ignore[arg-type]
-        validate=lambda split, step: scored.append((split, step)),
+        validate=lambda split, step: scored.append((split, step)) or [],
         facts={"engine": "toy", "config_hash": "0", "versions": {}},
     )
     return trainer, recorder, scored
@@ -140,6 +156,82 @@ def test_a_stop_is_saved_one_step_after_the_wish(world, tmp_path: Path) -> None:
     assert ("stop_requested", 6) in recorder.events and recorder.events[-1] == ("checkpoint", 6)
     assert LocalStore(tmp_path).steps()[0] == 6 and trainer.stop.cleared
     assert ("test", 6) not in scored
+
+
+def test_the_clock_asks_for_a_save_once_until_there_was_one() -> None:
+    now = [0.0]
+    clock = SaveClock(2.0, clock=lambda: now[0])
+    now[0] = 119.0
+    assert not clock.is_due()
+    now[0] = 120.0
+    assert [clock.is_due(), clock.is_due()] == [True, False]
+    clock.restart()
+    now[0] = 240.0
+    assert clock.is_due() and not SaveClock(None).is_due()
+
+
+def test_minutes_save_a_step_after_rank_0_has_asked(world, tmp_path: Path) -> None:
+    trainer, recorder, _ = make(world, tmp_path)
+    trainer.config.checkpoint.interval_steps = None
+    trainer._clock = SaveClock(1.0, clock=lambda: 60.0 if len(recorder.steps) == 5 else 0.0)
+    trainer.fit(batches())
+    assert [step for name, step in recorder.events if name == "checkpoint"] == [6, 10]
+
+
+def test_the_best_by_its_score_is_kept(world, tmp_path: Path) -> None:
+    rmse = {2: 0.9, 4: 0.3, 6: 0.8, 8: 0.7, 10: 0.6}
+    checkpoint = {"interval_steps": 2, "keep_last": 1, "keep_best": "rmse"}
+    trainer, _, _ = make(world, tmp_path, checkpoint=checkpoint)
+    trainer.config.validation.interval_steps = 2
+
+    def validate(split: str, step: int) -> list[Score]:
+        return [Score("model", "msl", 1, rmse[step], 0.5), Score("persistence", "msl", 1, 1.0, 0.5)]
+
+    trainer.validate = validate
+    trainer.fit(batches())
+    assert LocalStore(tmp_path).steps() == [10, 4]
+    assert Checkpoint(tmp_path / "step-00000004").trainer()["scores"] == {"rmse": 0.3, "acc": 0.5}
+
+
+def fail_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = saver_module.commit
+
+    def failing(*args: Any, **kwargs: Any) -> str:
+        if kwargs["facts"]["step"] in steps:
+            raise OSError(28, "No space left on device")
+        return commit(*args, **kwargs)
+
+    monkeypatch.setattr(saver_module, "commit", failing)
+
+
+def test_a_save_that_fails_is_told_and_training_goes_on(world, tmp_path: Path, monkeypatch) -> None:
+    fail_at({4}, monkeypatch)
+    trainer, recorder, _ = make(world, tmp_path)
+    trainer.fit(batches())
+    assert [event for event in recorder.events if event[0] != "validation"] == [
+        ("save_failed", 4),
+        ("checkpoint", 8),
+        ("checkpoint", 10),
+    ]
+    assert "No space left" in recorder.messages[0] and LocalStore(tmp_path).steps() == [10, 8]
+
+
+def test_or_ends_the_run(world, tmp_path: Path, monkeypatch) -> None:
+    fail_at({4}, monkeypatch)
+    trainer, recorder, _ = make(world, tmp_path, checkpoint={"on_error": "stop"})
+    with pytest.raises(CheckpointError, match=r"step 4 was not saved.*No space left"):
+        trainer.fit(batches())
+    assert recorder.steps[-1] < 10
+
+
+@pytest.mark.parametrize("stop_at", [None, 5])
+def test_a_last_save_that_fails_is_no_good_end(world, tmp_path: Path, monkeypatch, stop_at: int | None) -> None:
+    fail_at({10, 6}, monkeypatch)
+    trainer, _, _ = make(world, tmp_path, stop_at=stop_at)
+    with pytest.raises(CheckpointError, match="the last, was not saved"):
+        trainer.fit(batches())
+    assert LocalStore(tmp_path).steps() == ([8, 4] if stop_at is None else [4])
+    assert not trainer.stop.cleared
 
 
 def test_too_many_skipped_in_a_row_is_divergence_and_the_count_survives_a_resume(world, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The manifest: what a checkpoint holds, where each range lies, and how to tell that it is whole. JSON, no pickle."""
+"""The manifest: what a checkpoint holds, where each range lies, and how to tell that it is whole. JSON, no pickle.
+
+No torch: the control side reads manifests too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 import xxhash
 
 from anemoi_dist.errors import CheckpointError
@@ -19,20 +21,19 @@ MANIFEST_FILE = "manifest.json"
 TRAINER_FILE = "trainer.json"
 BLOCK_BYTES = 4 * 1024 * 1024
 
-#: safetensors' names of the types that a checkpoint may hold.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+#: Bytes of one element, by safetensors' names of the types that a checkpoint may hold.
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _FILE_NAME = re.compile(r"rank-\d{5,}\.safetensors")
 
@@ -44,7 +45,7 @@ def file_name(rank: int) -> str:
 
 @dataclass
 class FileRecord:
-    """Size and hashes of one file: of the whole, and of each block, so that a reader can check just what it reads."""
+    """One file: its size, the hash of each block, so that a reader can check what it reads, and a hash of those."""
 
     size_bytes: int
     xxh3_128: str
@@ -65,6 +66,11 @@ class TensorRecord:
     def numel(self) -> int:
         """Elements of the whole tensor."""
         return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.numel * ITEM_BYTES[self.dtype]
 
 
 @dataclass
@@ -107,26 +113,34 @@ class Manifest:
                     "tensors": [TensorRecord(**record) for record in body["tensors"]],
                 }
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"the manifest cannot be read: {error!r}") from error
         if checksum != _checksum({"format": FORMAT, "version": VERSION, **body}):
             raise CheckpointError("the manifest's checksum does not match: it is damaged")
-        manifest._check()
+        try:
+            manifest._check()
+        except (ValueError, TypeError, AttributeError) as error:  # an entry of another type than it must have
+            raise CheckpointError(f"the manifest cannot be read: {error!r}") from error
         return manifest
 
     def _check(self) -> None:
-        for name in self.files:
+        for name, record in self.files.items():
             if name != TRAINER_FILE and not _FILE_NAME.fullmatch(name):
                 raise CheckpointError(f"the manifest names a file {name!r}, which no checkpoint has")
+            # A block without a hash would be read unverified.
+            if record.size_bytes < 0 or len(record.blocks) != -(-record.size_bytes // BLOCK_BYTES):
+                raise CheckpointError(f"{name}: {len(record.blocks)} block hashes for {record.size_bytes} bytes")
         for tensor in self.tensors:
-            if tensor.dtype not in DTYPES:
+            if tensor.dtype not in ITEM_BYTES:
                 raise CheckpointError(f"{tensor.fqn} {tensor.kind} has the unknown type {tensor.dtype!r}")
+            if any(length < 0 for length in tensor.shape):
+                raise CheckpointError(f"{tensor.fqn} {tensor.kind} has the shape {tensor.shape}")
             covered = 0
-            itemsize = DTYPES[tensor.dtype].itemsize
             for file, start, numel, offset_bytes in sorted(tensor.ranges, key=lambda r: r[1]):
                 if start != covered or numel < 0 or file not in self.files:
                     raise CheckpointError(f"{tensor.fqn} {tensor.kind}: elements from {covered} on are in no file")
-                if offset_bytes < 0 or offset_bytes + numel * itemsize > self.files[file].size_bytes:
+                end_bytes = offset_bytes + numel * ITEM_BYTES[tensor.dtype]
+                if offset_bytes < 0 or end_bytes > self.files[file].size_bytes:
                     raise CheckpointError(f"{tensor.fqn} {tensor.kind}: its range lies outside {file}")
                 covered += numel
             if covered != tensor.numel:

@@ -2,15 +2,79 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE, Manifest
 from anemoi_dist.run_directory import fsync_directory, write_atomically
 
 _COMMITTED = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"step-\d{8,}\.[0-9a-f]{16}\.(tmp|broken)")
+
+
+class File(Protocol):
+    """A file of a checkpoint; a ``pathlib.Path`` is one."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+
+    def open(self, mode: str, *, buffering: int) -> Any:
+        """Open it as a binary stream."""
+
+    def read_text(self, *, encoding: str) -> str:
+        """Return what is in it."""
+
+
+class Folder(Protocol):
+    """A checkpoint, or a save under way; a ``pathlib.Path`` is one."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+
+    def __truediv__(self, name: str) -> Any:
+        """Return the :class:`File` of that name in it."""
+
+
+class Store(Protocol):
+    """Where checkpoints live. Every implementation passes the suite in ``tests/checkpoint/test_store.py``."""
+
+    def steps(self) -> list[int]:
+        """Return the steps that may have a checkpoint, newest first; whether it is whole is for the reader to say."""
+
+    def path(self, step: int) -> Folder:
+        """Return the committed checkpoint of a step."""
+
+    def begin(self, step: int, save_id: str) -> Folder:
+        """Make the place that a save writes into. On one rank."""
+
+    def saving(self, step: int, save_id: str) -> Folder:
+        """Return the place that :meth:`begin` has made. On any rank."""
+
+    def commit(self, folder: Folder, manifest: Manifest) -> Folder:
+        """Make a save whose files are durable the checkpoint of its step, in one indivisible act."""
+
+    def discard(self, folder: Folder) -> None:
+        """Remove a save that failed."""
+
+    def remove(self, step: int) -> None:
+        """Delete a checkpoint, manifest first: killed half-way, what is left is no checkpoint."""
+
+
+def make_durable(stream: BinaryIO) -> None:
+    """Flush a stream to the disk; an object store's is durable once it is closed."""
+    stream.flush()
+    try:
+        descriptor = stream.fileno()
+    except (AttributeError, io.UnsupportedOperation):
+        return
+    os.fsync(descriptor)
 
 
 class LocalStore:
@@ -36,17 +100,22 @@ class LocalStore:
 
     def begin(self, step: int, save_id: str) -> Path:
         """Create the directory that a save writes into."""
-        folder = self.folder / f"step-{step:08d}.{save_id}.tmp"
+        folder = self.saving(step, save_id)
         folder.mkdir(mode=0o700)
         return folder
 
-    def commit(self, folder: Path, manifest: Manifest) -> Path:
+    def saving(self, step: int, save_id: str) -> Path:
+        """Return the directory that :meth:`begin` has created."""
+        return self.folder / f"step-{step:08d}.{save_id}.tmp"
+
+    def commit(self, folder: Folder, manifest: Manifest) -> Path:
         """Write the manifest and give the directory its final name.
 
         The order makes it atomic: the files are durable before the manifest, the manifest before the rename, and the
         rename before anyone is told. A directory that already has the name was passed over as broken, else this step
         would not have been trained again: it is kept aside until the next clean-up.
         """
+        assert isinstance(folder, Path), "a folder of this store"
         write_atomically(folder / MANIFEST_FILE, manifest.to_json())
         final = self.path(manifest.step)
         if final.exists():
@@ -56,8 +125,9 @@ class LocalStore:
         self._clean()
         return final
 
-    def discard(self, folder: Path) -> None:
-        """Remove the directory of a save that failed."""
+    def discard(self, folder: Folder) -> None:
+        """Remove the directory of a save that failed, as far as that is possible."""
+        assert isinstance(folder, Path), "a folder of this store"
         shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self, step: int) -> None:
@@ -81,4 +151,5 @@ class LocalStore:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
-                entry.unlink(missing_ok=True)
+                with suppress(OSError):
+                    entry.unlink()

@@ -36,7 +36,7 @@ class _ZeroEngine(RegionEngine):
         )
         if initial is not None:
             # DeepSpeed takes its fp32 masters from the weights after it has rounded them to bf16.
-            self.load(initial, num_updates=0)
+            self._take(initial, num_updates=0)
 
     def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
         return self._engine(batch, rollout=rollout)

@@ -7,18 +7,20 @@ the ranges to load and the bytes to report.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from anemoi_dist.checkpoint.fit import fit
 from anemoi_dist.config import Config, engine_name
 from anemoi_dist.data.batch import Batch
-from anemoi_dist.engines.base import MemoryReport, Shard, ShardSource, StepReport
+from anemoi_dist.engines.base import MemoryReport, Shard, ShardSource, StepReport, TensorInfo
 from anemoi_dist.errors import CheckpointError, ConfigError
 from anemoi_dist.module import BaseGraphModule
 from anemoi_dist.optimizers.ademamix import AdEMAMix, schedule_values
@@ -87,6 +89,10 @@ class RegionEngine(ABC):
         self.module, self.config, self.world = module, config, world
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._num_parameters = sum(parameter.numel() for parameter in module.parameters())
+        # As declared: engines change types and shapes, and no rank holds them all.
+        self._declared = {(n, "param"): TensorInfo(tuple(p.shape), p.dtype) for n, p in module.named_parameters()}
+        self._declared |= {(n, "buffer"): TensorInfo(tuple(b.shape), b.dtype) for n, b in self._persistent_buffers()}
+        self._trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         self._num_updates = 0
         self._wrap()
         self._create_states()
@@ -169,27 +175,40 @@ class RegionEngine(ABC):
             for name, buffer in self._persistent_buffers():
                 yield Shard(name, "buffer", tuple(buffer.shape), 0, buffer.detach().reshape(-1))
 
-    @torch.no_grad()
     def load(self, source: ShardSource, *, num_updates: int) -> None:
-        """Take parameters, states and buffers from ``source`` and set the rate for update ``num_updates``."""
+        """Take parameters, states and buffers from ``source`` and set the rate for update ``num_updates``.
+
+        Raises
+        ------
+        CheckpointError
+            The source does not fit the model; every rank gives the same report of all differences.
+        """
+        options = self.config.checkpoint
+        fitted = fit(source, self._declared, rename=options.rename, allow_missing=options.allow_missing)
+        for note in [*fitted.notes(), *self._notes_on_states(fitted, num_updates)]:
+            warnings.warn(note, stacklevel=2)
+        self._take(fitted, num_updates=num_updates)
+
+    @torch.no_grad()
+    def _take(self, source: ShardSource, *, num_updates: int) -> None:
+        """Load what ``source`` has; the rest stays as it is."""
         available = source.tensors()
-        regions = list(self.regions())
-        missing = [region.fqn for region in regions if (region.fqn, "param") not in available]
-        missing += [name for name, _ in self._persistent_buffers() if (name, "buffer") not in available]
-        if missing:
-            raise CheckpointError(f"the checkpoint has no {', '.join(missing)}: it belongs to another model")
         kinds = sorted({kind for _, kind in available} - {"param", "buffer"})
         counters = {kind for kind in kinds if all(not i.global_shape for (_, k), i in available.items() if k == kind)}
-        for region in regions:
-            self._check_shape(region, available[region.fqn, "param"].global_shape)
-            source.read(region.fqn, "param", start=region.start, out=region.view(region.owner))
+        for region in self.regions():
+            if (region.fqn, "param") in available:
+                source.read(region.fqn, "param", start=region.start, out=region.view(region.owner))
+            begins = self._begins(region, available, kinds)
             for kind in kinds:
                 if (region.fqn, kind) in available:
                     self._load_state(source, region, kind, is_counter=kind in counters)
+                elif begins:
+                    self._begin_state(source, region, kind, is_counter=kind in counters)
         for name, buffer in self._persistent_buffers():
-            flat = torch.empty(buffer.numel(), dtype=buffer.dtype)
-            source.read(name, "buffer", start=0, out=flat)
-            buffer.copy_(flat.view(buffer.shape))
+            if (name, "buffer") in available:
+                flat = torch.empty(buffer.numel(), dtype=buffer.dtype)
+                source.read(name, "buffer", start=0, out=flat)
+                buffer.copy_(flat.view(buffer.shape))
         self._after_load()
         self._num_updates = num_updates
         set_num_updates(self._scheduler, num_updates)
@@ -257,6 +276,42 @@ class RegionEngine(ABC):
                     fix="use an element-wise optimizer (AdEMAMix, AdamW, SGD, ...)",
                 )
             yield kind, value
+
+    def _notes_on_states(self, source: ShardSource, num_updates: int) -> list[str]:
+        """Say which of the optimizer's states begin here though others go on."""
+        saved = {kind for _, kind in source.tensors()} - {"param", "buffer"}
+        held = {kind for s in self.optimizer.state.values() for kind, x in s.items() if isinstance(x, torch.Tensor)}
+        absent = sorted(held - saved)
+        if not saved or not absent:
+            return []
+        note = f"the checkpoint has no {', '.join(absent)}: they start at zero"
+        group = self.optimizer.param_groups[0]
+        warms_up = group.get("alpha_warmup") or group.get("beta3_warmup")
+        if "exp_avg_slow" in absent and warms_up and not group["schedule_start"]:
+            note += (
+                f"; this goes on at step {num_updates}, but the warm-ups of alpha and beta3 count from step 0: set "
+                f"++training.optimizer.schedule_start={num_updates}"
+            )
+        return [note]
+
+    def _begins(self, region: Region, available: Mapping[tuple[str, str], TensorInfo], kinds: Sequence[str]) -> bool:
+        """Whether the optimizer's state of a parameter begins here: it is new, or was frozen."""
+        if region.fqn not in self._trained or any((region.fqn, kind) in available for kind in kinds):
+            return False
+        # An optimizer that creates states at the first gradient has not met one: it still creates it then.
+        return (region.fqn, "param") not in available or hasattr(self.optimizer, "init_state")
+
+    def _begin_state(self, source: ShardSource, region: Region, kind: str, *, is_counter: bool) -> None:
+        """Start the state of a parameter that the checkpoint has none of: averages at zero, at the others' step.
+
+        Partitioned engines keep one counter for many parameters, so all do alike.
+        """
+        other = next(fqn for fqn, found in source.tensors() if found == kind)
+        if is_counter:
+            self._load_state(source, replace(region, fqn=other), kind, is_counter=True)
+        elif kind not in self.optimizer.state[region.owner]:
+            dtype = source.tensors()[other, kind].dtype
+            self.optimizer.state[region.owner][kind] = torch.zeros_like(region.owner, dtype=dtype, requires_grad=False)
 
     def _load_state(self, source: ShardSource, region: Region, kind: str, *, is_counter: bool) -> None:
         state = self.optimizer.state[region.owner]

@@ -13,56 +13,23 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 from support import toy
+from support.saving import FACTS, Alone, read_all, save_values, shard
 
-from anemoi_dist.checkpoint import writer
+from anemoi_dist.checkpoint import store as store_module
+from anemoi_dist.checkpoint.choice import choose
 from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, Manifest
-from anemoi_dist.checkpoint.reader import Checkpoint, find_newest, prune
+from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.checkpoint.retention import Policy, prune
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save, write_shards
-from anemoi_dist.engines.base import Shard
 from anemoi_dist.errors import CheckpointError
 from anemoi_dist.world import World, seed_step
-
-FACTS = {"engine": "toy", "config_hash": "0", "versions": {}}
-
-
-class Alone:
-    """The one rank of a test that needs no processes."""
-
-    rank, world_size, is_main = 0, 1, True
-
-    def broadcast_text(self, text: str | None) -> str:
-        assert text is not None
-        return text
-
-    def gather_text(self, text: str) -> list[str]:
-        return [text]
-
-
-def shard(values: torch.Tensor, *, fqn: str = "w", kind: str = "param") -> Shard:
-    return Shard(fqn, kind, tuple(values.shape), 0, values.reshape(-1))
 
 
 def save_one(folder: Path, *, step: int, fill: float = 1.0) -> Path:
     # More than one block, so that damage in the second is not seen by whoever reads only the first.
     values = torch.arange(BLOCK_BYTES // 4 + 1000, dtype=torch.float32) * fill
-    shards = [shard(values), shard(torch.tensor([float(step)]), kind="step")]
-    return save(
-        LocalStore(folder),
-        shards,
-        world=Alone(),  # type: ignore[arg-type]
-        step=step,
-        samples_seen=8 * step,
-        trainer={"progress": {"step": step}},
-        facts=FACTS,
-    )
-
-
-def read_all(checkpoint: Checkpoint, fqn: str = "w", kind: str = "param") -> torch.Tensor:
-    info = checkpoint.tensors()[fqn, kind]
-    out = torch.empty(info.global_shape, dtype=info.dtype).reshape(-1)
-    checkpoint.read(fqn, kind, start=0, out=out)
-    return out.view(info.global_shape)
+    return save_values(LocalStore(folder), step=step, values=values)
 
 
 def test_a_shard_file_is_plain_safetensors(tmp_path: Path) -> None:
@@ -79,7 +46,9 @@ def test_a_shard_file_is_plain_safetensors(tmp_path: Path) -> None:
     for one in shards:
         assert torch.equal(loaded[f"{one.fqn}:{one.kind}:0"], one.tensor)
     data = (tmp_path / "rank-00000.safetensors").read_bytes()
-    assert record.size_bytes == len(data) and record.xxh3_128 == xxhash.xxh3_128_hexdigest(data)
+    block = xxhash.xxh3_128_hexdigest(data)
+    assert record.size_bytes == len(data) and record.blocks == [block]
+    assert record.xxh3_128 == xxhash.xxh3_128_hexdigest(block.encode())
 
 
 def test_round_trip_and_ranged_read(tmp_path: Path) -> None:
@@ -116,20 +85,21 @@ def test_damage_is_found_and_the_older_checkpoint_is_taken(tmp_path: Path, file:
         newer.unlink()
     else:
         shutil.copy(tmp_path / "step-00000001" / file, newer)
-    reports: list[str] = []
-    found = find_newest(store, report=reports.append)
-    assert found is not None and found.manifest.step == 1
-    assert len(reports) == 1 and "step-00000002" in reports[0]
+    choice = choose(store, world=Alone())
+    assert choice.checkpoint is not None and choice.checkpoint.manifest.step == 1
+    assert list(choice.passed_over) == [2] and choice.passed_over[2]
+    with pytest.raises(CheckpointError, match="step-00000002 is damaged") as raised:
+        choose(store, world=Alone(), strict=True)
+    assert raised.value.exit_code == 4
 
 
 def test_none_that_is_whole_is_an_error_and_nothing_saved_is_not(tmp_path: Path) -> None:
-    assert find_newest(LocalStore(tmp_path), report=pytest.fail) is None
+    assert choose(LocalStore(tmp_path), world=Alone()).checkpoint is None
     for step in (1, 2):
         (save_one(tmp_path, step=step) / MANIFEST_FILE).unlink()
-    reports: list[str] = []
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints") as raised:
-        find_newest(LocalStore(tmp_path), report=reports.append)
-    assert raised.value.exit_code == 4 and len(reports) == 2
+    with pytest.raises(CheckpointError, match=r"(?s)none .* whole.*step-00000002.*step-00000001") as raised:
+        choose(LocalStore(tmp_path), world=Alone())
+    assert raised.value.exit_code == 4
 
 
 def test_every_flipped_byte_region_of_a_shard_is_named(tmp_path: Path) -> None:
@@ -151,6 +121,10 @@ def test_every_flipped_byte_region_of_a_shard_is_named(tmp_path: Path) -> None:
         (lambda m: m["tensors"][0]["ranges"][0].__setitem__(3, 10**15), "lies outside"),
         (lambda m: m["tensors"][0].update(dtype="PICKLE"), "unknown type"),
         (lambda m: m.update(version=99), "not a checkpoint of format"),
+        (lambda m: m["files"]["rank-00000.safetensors"]["blocks"].pop(), "block hashes for"),
+        (lambda m: m["files"]["trainer.json"].update(size_bytes="9"), "cannot be read: TypeError"),
+        (lambda m: m["tensors"][0].update(shape=[-1, -m["tensors"][0]["shape"][0]]), "has the shape"),
+        (lambda m: m["tensors"][0]["ranges"][0].pop(), "cannot be read: ValueError"),
     ],
 )
 def test_a_hostile_manifest_is_refused(tmp_path: Path, change, message: str) -> None:
@@ -172,7 +146,7 @@ def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch:
         calls["n"] += 1
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "fsync", full)
+    monkeypatch.setattr(store_module.os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"step 2 was not saved: rank 0: .*No space left.*older .* intact"):
         save_one(tmp_path, step=2)
     monkeypatch.undo()
@@ -184,7 +158,7 @@ def test_a_killed_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path: Pat
     store = LocalStore(tmp_path)
     half = store.begin(5, "0123456789abcdef")
     (half / "rank-00000.safetensors").write_bytes(b"half")
-    assert find_newest(store, report=pytest.fail) is None
+    assert choose(store, world=Alone()).checkpoint is None
     save_one(tmp_path, step=6)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000006"]
 
@@ -197,23 +171,13 @@ def test_saving_over_a_broken_step_replaces_it(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
 
 
-def test_prune_counts_only_whole_checkpoints(tmp_path: Path) -> None:
-    store = LocalStore(tmp_path)
-    for step in (1, 2, 3, 4):
-        save_one(tmp_path, step=step)
-    (tmp_path / "step-00000004" / MANIFEST_FILE).write_text("{}")
-    assert prune(store, keep_last=2) == [1]
-    assert store.steps() == [4, 3, 2]
-    assert prune(store, keep_last=None) == []
-
-
 def test_a_link_is_dropped_and_what_it_points_to_is_kept(tmp_path: Path) -> None:
     archive, folder = _new(tmp_path / "archive"), _new(tmp_path / "checkpoints")
     save_one(archive, step=1)
     (folder / "step-00000001").symlink_to(archive / "step-00000001")
     for step in (2, 3):
         save_one(folder, step=step)
-    assert prune(LocalStore(folder), keep_last=2) == [1]
+    assert prune(LocalStore(folder), Policy(2)) == [1]
     assert not (folder / "step-00000001").exists()
     Checkpoint(archive / "step-00000001").verify()
 
@@ -231,7 +195,7 @@ def test_order_of_names_not_of_time_decides(tmp_path: Path) -> None:
         save_one(tmp_path, step=step)
     os.utime(tmp_path / "step-00000002", (2e9, 2e9))
     os.utime(tmp_path / "step-00000010", (0, 0))
-    found = find_newest(LocalStore(tmp_path), report=pytest.fail)
+    found = choose(LocalStore(tmp_path), world=Alone()).checkpoint
     assert found is not None and found.manifest.step == 10
 
 
@@ -244,7 +208,7 @@ def train_and_save(world: World, engine: str, folder: Path, steps: range, resume
     built = toy.build(world, config)
     store = LocalStore(folder)
     if resume:
-        found = find_newest(store, report=pytest.fail)
+        found = choose(store, world=world).checkpoint
         assert found is not None
         built.load(found, num_updates=found.manifest.step)
         assert found.manifest.step == steps.start
@@ -305,7 +269,7 @@ def test_another_model_is_refused_by_name(ranks, tmp_path: Path) -> None:
     assert "model.head.weight" in names
     source = Checkpoint(folder / "step-00000001")
     del source._tensors["model.head.weight", "param"]
-    with pytest.raises(CheckpointError, match=r"has no model\.head\.weight"):
+    with pytest.raises(CheckpointError, match=r"only in the model:\n  model\.head\.weight: parameter"):
         _load_into_single(source)
 
 

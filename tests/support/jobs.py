@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anemoi_dist.control import ControlWord
+from anemoi_dist.control import ControlWord, Word
 from anemoi_dist.world import World
 
 
@@ -14,7 +14,7 @@ def exchange_text(world: World) -> tuple[str, list[str], str]:
     )
 
 
-def agree(world: World, wishes: list[list[int]]) -> list[int]:
-    """Send this rank's wish of each step; return what was agreed on at each."""
+def agree(world: World, wishes: list[list[Word]]) -> list[Word]:
+    """Send this rank's word of each step; return what was agreed on at each."""
     word = ControlWord(world)
     return [word.exchange(wish) for wish in wishes[world.rank]] + [word.finish(), word.finish()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import nn
 
 from anemoi_dist.config import Config, from_container, plan_batches
 from anemoi_dist.data.batch import Batch, DataSpec
-from anemoi_dist.engines.base import Engine
+from anemoi_dist.engines.base import Engine, Shard
 from anemoi_dist.engines.factory import create_engine
 from anemoi_dist.module import BaseGraphModule
 from anemoi_dist.world import World
@@ -123,19 +125,19 @@ def make_module(config: Config) -> BaseGraphModule:
     return BaseGraphModule(config, spec=make_spec())
 
 
-def make_batch(step: int, *, rollout: int = 1) -> Batch:
+def make_batch(step: int, *, rollout: int = 1, size: int = GLOBAL_BATCH) -> Batch:
     """The global batch of a step: the same for any number of ranks."""
     generator = torch.Generator().manual_seed(1000 + step)
     spec = make_spec()
-    noise = torch.randn(GLOBAL_BATCH, 2 + rollout, 1, GRID, 3, generator=generator)
+    noise = torch.randn(size, 2 + rollout, 1, GRID, 3, generator=generator)
     walk = noise.cumsum(1) * torch.tensor(spec.tendency_stdev, dtype=torch.float32)
     fields = torch.tensor(spec.mean, dtype=torch.float32) + walk
-    return Batch(fields, torch.arange(GLOBAL_BATCH, dtype=torch.int64) * 21_600)
+    return Batch(fields, torch.arange(size, dtype=torch.int64) * 21_600)
 
 
 def micro_batches(config: Config, world: World, step: int) -> list[Batch]:
     plan = plan_batches(config.training, world_size=world.world_size)
-    whole = make_batch(step, rollout=config.training.rollout)
+    whole = make_batch(step, rollout=config.training.rollout, size=config.training.global_batch_size)
     first = world.rank * plan.rank_size
     cuts = [first + i * plan.micro_size for i in range(plan.accumulation)]
     return [Batch(*(part[cut : cut + plan.micro_size] for part in whole)) for cut in cuts]
@@ -192,6 +194,8 @@ def build(world: World, config: Config) -> Engine:
 
 
 def clone_shards(engine: Engine) -> list[Any]:
-    import dataclasses
+    return clone_shards_of(engine.shards())
 
-    return [dataclasses.replace(s, tensor=s.tensor.detach().clone()) for s in engine.shards()]
+
+def clone_shards_of(shards: Iterable[Shard]) -> list[Shard]:
+    return [dataclasses.replace(s, tensor=s.tensor.detach().clone()) for s in shards]

@@ -1,0 +1,122 @@
+"""A checkpoint's weights as one file for inference: safetensors, streamed without torch, or a torch file."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from anemoi_dist.checkpoint.arrays import FLOATS, pieces, to_dtype
+from anemoi_dist.checkpoint.manifest import ITEM_BYTES, TensorRecord
+from anemoi_dist.checkpoint.ranges import SavedCheckpoint
+from anemoi_dist.errors import ConfigError
+from anemoi_dist.run_directory import fsync_directory
+
+SUFFIXES = (".safetensors", ".pt")
+EXPORT_DTYPES = ("F32", "BF16", "F16")
+
+
+def export(
+    checkpoint: SavedCheckpoint, out: Path, *, with_optimizer: bool = False, dtype: str | None = None, force: bool
+) -> None:
+    """Write whole tensors to one file, under a temporary name until it is complete.
+
+    Parameters
+    ----------
+    checkpoint : SavedCheckpoint
+        What to export; every block is verified as it is read.
+    out : Path
+        ``.safetensors`` holds at most one piece of a tensor in memory, ``.pt`` everything that it writes.
+    with_optimizer : bool
+        The optimizer's states too.
+    dtype : str, optional
+        Type of the floating parameters; buffers and states keep theirs.
+    force : bool
+        Replace an existing file.
+
+    Raises
+    ------
+    ConfigError
+        The file exists, or its name says no format.
+    CheckpointError
+        The checkpoint is damaged; no file is left behind.
+    """
+    if out.suffix not in SUFFIXES:
+        raise ConfigError("OUT", str(out), "must say the format by its suffix", valid=SUFFIXES)
+    if out.exists() and not force:
+        raise ConfigError("OUT", str(out), "exists", fix="take another name, or --force to replace it")
+    if not out.parent.is_dir():
+        raise ConfigError("OUT", str(out), f"{out.parent} is no directory")
+    records = [r for r in checkpoint.manifest.tensors if with_optimizer or r.kind in ("param", "buffer")]
+    write = _write_torch if out.suffix == ".pt" else _write_safetensors
+    with _replacing(out) as stream:
+        write(stream, checkpoint, records, dtype)
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``out`` that takes its name when everything is written and durable."""
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(out)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(out.parent)
+
+
+def _name(record: TensorRecord) -> str:
+    return record.fqn if record.kind in ("param", "buffer") else f"{record.fqn}:{record.kind}"
+
+
+def _target(record: TensorRecord, dtype: str | None) -> str:
+    return dtype if dtype and record.kind == "param" and record.dtype in FLOATS else record.dtype
+
+
+def _write_safetensors(
+    stream: BinaryIO, checkpoint: SavedCheckpoint, records: list[TensorRecord], dtype: str | None
+) -> None:
+    # Widest types first: every tensor then starts at a multiple of its item size, as safetensors wants it.
+    ordered = sorted(records, key=lambda record: -ITEM_BYTES[_target(record, dtype)])
+    manifest = checkpoint.manifest
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "step": str(manifest.step), "save_id": manifest.save_id}}
+    offset = 0
+    for record in ordered:
+        target = _target(record, dtype)
+        end = offset + record.numel * ITEM_BYTES[target]
+        header[_name(record)] = {"dtype": target, "shape": record.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for record in ordered:
+        for piece in pieces(checkpoint, record.fqn, record.kind):
+            stream.write(to_dtype(piece, record.dtype, _target(record, dtype)).data)
+
+
+def _write_torch(stream: BinaryIO, checkpoint: SavedCheckpoint, records: list[TensorRecord], dtype: str | None) -> None:
+    """Write a state dictionary; with states ``{"model": ..., "optimizer": {name: {kind: ...}}, "step": ...}``."""
+    import torch
+
+    from anemoi_dist.checkpoint.dtypes import DTYPES
+
+    weights: dict[str, Any] = {}
+    states: dict[str, dict[str, Any]] = {}
+    for record in records:
+        tensor = torch.empty(record.numel, dtype=DTYPES[record.dtype])
+        view = tensor.view(torch.uint8).numpy().data
+        checkpoint.read_bytes(record.fqn, record.kind, start=0, out=view)
+        tensor = tensor.view(record.shape).to(DTYPES[_target(record, dtype)])
+        if record.kind in ("param", "buffer"):
+            weights[record.fqn] = tensor
+        else:
+            states.setdefault(record.fqn, {})[record.kind] = tensor
+    torch.save({"model": weights, "optimizer": states, "step": checkpoint.manifest.step} if states else weights, stream)

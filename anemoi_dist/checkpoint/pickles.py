@@ -1,0 +1,130 @@
+"""Other programs' pickles, opened without running what is in them. Only ``checkpoint import`` comes here."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anemoi_dist.errors import ConfigError
+
+
+class Inert:
+    """Stands for an object whose attributes are wanted, not its behaviour."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+
+#: What DeepSpeed leaves beside its tensors, and what is made of it. DeepSpeed itself need not be installed.
+_STAND_INS: list[Any] = [
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
+]
+
+_DCP_METADATA = {
+    "torch.distributed.checkpoint.metadata": (
+        "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size",),
+    "pathlib": ("PosixPath", "PurePosixPath"),
+    "pathlib._local": ("PosixPath", "PurePosixPath"),
+    "collections": ("OrderedDict",),
+}
+
+
+def load_torch_file(path: Path, *, trust: bool) -> Any:
+    """Open a file that ``torch.save`` wrote; tensors stay on the disk until they are used.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    trust : bool
+        Build every object in it, which may run any code.
+
+    Raises
+    ------
+    ConfigError
+        It holds objects that are not known to be harmless, or is no such file. Nothing of it has been run.
+    """
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):
+            return torch.load(path, map_location="cpu", weights_only=not trust, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise _refused(path, error) from None
+    except (RuntimeError, EOFError, OSError, AttributeError, ImportError) as error:
+        raise ConfigError("SOURCE", str(path), f"cannot be read: {_first_line(error)}") from error
+
+
+def load_tensor(data: bytes, *, path: Path) -> torch.Tensor:
+    """Open one tensor that ``torch.save`` wrote into a part of ``path``; it is never trusted with more."""
+    try:
+        tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _refused(path, error) from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise ConfigError("SOURCE", str(path), f"cannot be read: {_first_line(error)}") from error
+    if not isinstance(tensor, torch.Tensor):
+        raise ConfigError("SOURCE", str(path), f"holds a {type(tensor).__name__} where a tensor should be")
+    return tensor
+
+
+def load_dcp_metadata(path: Path, *, trust: bool) -> Any:
+    """Open the ``.metadata`` of a torch DCP directory, a plain pickle that DCP itself opens with everything in it."""
+    try:
+        with path.open("rb") as stream:
+            # With --trust-pickle alone.
+            return pickle.load(stream) if trust else _MetadataUnpickler(stream).load()  # noqa: S301
+    except pickle.UnpicklingError as error:
+        raise _refused(path, error) from None
+    except (EOFError, OSError, AttributeError, ImportError, IndexError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError("SOURCE", str(path), f"cannot be read: {_first_line(error)}") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds what DCP's metadata is made of, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = name in _DCP_METADATA.get(module, ())
+        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name} was not an allowed global")
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
+
+
+def _refused(path: Path, error: Exception) -> ConfigError:
+    named = [word for line in str(error).splitlines() for word in _after_global(line)]
+    what = f"it would run {named[0]}" if named else _first_line(error)
+    return ConfigError(
+        "SOURCE",
+        str(path),
+        f"is a pickle that cannot be opened without running what is in it: {what}",
+        fix="if you know who wrote it: --trust-pickle (it runs whatever is in the file)",
+    )
+
+
+def _after_global(line: str) -> list[str]:
+    return line.partition("GLOBAL ")[2].split()[:1]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

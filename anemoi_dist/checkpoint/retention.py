@@ -1,0 +1,127 @@
+"""Which checkpoints stay: the newest, every n-th step, the best. What is known to be broken counts for nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
+from anemoi_dist.checkpoint.ranges import SavedCheckpoint
+from anemoi_dist.checkpoint.store import Store
+from anemoi_dist.config import SAVE_METRICS
+from anemoi_dist.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from anemoi_dist.validation import Score
+
+_MORE_IS_BETTER = {"rmse": False, "acc": True}
+assert tuple(_MORE_IS_BETTER) == SAVE_METRICS
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to keep; see ``checkpoint`` in :mod:`anemoi_dist.config`."""
+
+    keep_last: int | None = None
+    keep_every: int | None = None
+    keep_best: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that is whole, with the scores of its step."""
+
+    step: int
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+def select(candidates: Sequence[Candidate], policy: Policy) -> list[int]:
+    """Return the steps to delete, newest first. Pure."""
+    if policy.keep_last is None:
+        return []
+    ordered = sorted(candidates, key=lambda candidate: -candidate.step)
+    kept = {candidate.step for candidate in ordered[: policy.keep_last]}
+    if policy.keep_every is not None:
+        kept |= {candidate.step for candidate in ordered if candidate.step % policy.keep_every == 0}
+    if policy.keep_best is not None:
+        sign = -1 if _MORE_IS_BETTER[policy.keep_best] else 1
+        scores = {c.step: sign * c.scores.get(policy.keep_best, math.nan) for c in ordered}
+        finite = [step for step in scores if math.isfinite(scores[step])]
+        if finite:  # of equal scores the newest
+            kept.add(min(finite, key=lambda step: scores[step]))
+    return [candidate.step for candidate in ordered if candidate.step not in kept]
+
+
+def prune(store: Store, policy: Policy, *, broken: Collection[int] = ()) -> list[int]:
+    """Delete what the policy does not keep. On one rank, after a save that has been read back.
+
+    Parameters
+    ----------
+    store : Store
+        Where checkpoints live.
+    policy : Policy
+        What to keep.
+    broken : Collection[int], optional
+        Steps that failed verification when the run went on: they neither count nor go.
+
+    Returns
+    -------
+    list[int]
+        The steps deleted, newest first.
+    """
+    steps = [step for step in store.steps() if step not in broken]
+    if policy.keep_last is None or len(steps) <= policy.keep_last:
+        return []
+    candidates = [candidate for step in steps if (candidate := _candidate(store, step)) is not None]
+    deleted = select(candidates, policy)
+    whole = {candidate.step for candidate in candidates}
+    # A directory without a manifest, older than a whole checkpoint, is what a kill left of an earlier deletion.
+    remains = [s for s in steps if s not in whole and s < max(whole, default=0) and not _has_manifest(store, s)]
+    for step in [*deleted, *remains]:
+        store.remove(step)
+    return deleted
+
+
+def _candidate(store: Store, step: int) -> Candidate | None:
+    """Return the checkpoint if its manifest is valid and its files have their sizes; hashing it would read it all."""
+    try:
+        checkpoint = SavedCheckpoint(store.path(step))
+        try:
+            if checkpoint.manifest.step != step:
+                return None
+            checkpoint.check_sizes()
+            return Candidate(step, checkpoint.trainer().get("scores") or {})
+        finally:
+            checkpoint.close()
+    except CheckpointError:
+        return None
+
+
+def _has_manifest(store: Store, step: int) -> bool:
+    try:
+        (store.path(step) / MANIFEST_FILE).open("rb", buffering=0).close()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def summarise(scores: Sequence[Score]) -> dict[str, float]:
+    """Reduce the scores of one validation to one number for each of :data:`~anemoi_dist.config.SAVE_METRICS`.
+
+    ``rmse`` is the model's RMSE over that of persistence, ``acc`` its anomaly correlation; both averaged over variables
+    and lead times, so that units cancel.
+    """
+    model = [score for score in scores if score.forecast == "model"]
+    persistence = {(s.variable, s.lead_s): s.rmse for s in scores if s.forecast == "persistence"}
+    ratios = [s.rmse / persistence[s.variable, s.lead_s] for s in model if persistence.get((s.variable, s.lead_s))]
+    correlations = [score.acc for score in model if score.acc is not None]
+    summary = {}
+    if ratios:
+        summary["rmse"] = sum(ratios) / len(ratios)
+    if correlations:
+        summary["acc"] = sum(correlations) / len(correlations)
+    return {name: value for name, value in summary.items() if math.isfinite(value)}

@@ -1,0 +1,67 @@
+"""One background thread that does one job after the other, and whose death is noticed."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+
+class Job:
+    """Something given to a :class:`Worker`; it ends with a result or an error, also where the thread dies."""
+
+    def __init__(self, function: Callable[[], str], thread: threading.Thread | None) -> None:
+        self._function, self._thread = function, thread
+        self._done = threading.Event()
+        self.result: str = ""
+        self.error: BaseException | None = None
+
+    @classmethod
+    def failed(cls, error: BaseException) -> Job:
+        """Return a job that failed before it began."""
+        job = cls(str, None)
+        job.error = error
+        job._done.set()
+        return job
+
+    def run(self) -> None:
+        """Do it; whatever is raised is kept for the trainer to see."""
+        try:
+            self.result = self._function()
+        except BaseException as error:
+            self.error = error
+        self._done.set()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended, well or not."""
+        if not self._done.is_set() and self._thread is not None and not self._thread.is_alive():
+            self.error = RuntimeError("the thread that writes checkpoints is dead")
+            self._done.set()
+        return self._done.is_set()
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        while not self.is_done:
+            self._done.wait(1.0)
+
+
+class Worker:
+    """The thread; it starts with the first job. A process may end while it works: nothing it leaves looks whole."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, function: Callable[[], str]) -> Job:
+        """Have ``function`` called after what was submitted before."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._serve, name="checkpoint-writer", daemon=True)
+            self._thread.start()
+        job = Job(function, self._thread)
+        self._jobs.put(job)
+        return job
+
+    def _serve(self) -> None:
+        while True:
+            self._jobs.get().run()

@@ -1,0 +1,87 @@
+"""Every engine on 1 to 4 ranks writes; every engine on 1 to 4 ranks reads: the same tensors, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import reshard, toy
+from support.saving import FACTS
+
+from anemoi_dist.checkpoint.choice import choose
+from anemoi_dist.checkpoint.store import LocalStore
+from anemoi_dist.checkpoint.writer import save
+from anemoi_dist.world import World
+
+SIZES = (1, 2, 3, 4)
+NUM_STEPS = 2
+Written = dict[tuple[str, int], tuple[Path, dict[str, torch.Tensor]]]
+
+
+def write(world: World, engine: str, folder: Path) -> list:
+    config = reshard.make_config(engine)
+    built = reshard.build(world, config)
+    for step in range(NUM_STEPS):
+        built.train_step(toy.micro_batches(config, world, step))
+    save(
+        LocalStore(folder),
+        built.shards(),
+        world=world,
+        step=NUM_STEPS,
+        samples_seen=0,
+        trainer={},
+        facts={**FACTS, "engine": engine},
+    )
+    shards = toy.clone_shards(built)
+    built.close()
+    return shards
+
+
+def read(world: World, engine: str, folders: list[Path]) -> list[list]:
+    """Load each of the checkpoints into one engine, which has other values before."""
+    built = reshard.build(world, reshard.make_config(engine))
+    loaded = []
+    for folder in folders:
+        checkpoint = choose(LocalStore(folder), world=world).checkpoint
+        assert checkpoint is not None
+        built.load(checkpoint, num_updates=NUM_STEPS)
+        checkpoint.close()
+        loaded.append(toy.clone_shards(built))
+    built.close()
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def written(ranks, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    root = tmp_path_factory.mktemp("matrix")
+    result: Written = {}
+    for engine in toy.ENGINES:
+        for size in SIZES:
+            folder = root / f"{engine}-{size}"
+            folder.mkdir()
+            result[engine, size] = folder, toy.whole_tensors(ranks(size).run(write, engine, folder))
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("engine", toy.ENGINES)
+def test_all_that_was_written_loads(ranks, written: Written, engine: str, size: int) -> None:
+    by_rank = ranks(size).run(read, engine, [folder for folder, _ in written.values()])
+    for index, (writer, (_, expected)) in enumerate(written.items()):
+        actual = toy.whole_tensors([loaded[index] for loaded in by_rank])
+        assert actual.keys() == expected.keys(), writer
+        for key, value in expected.items():
+            assert torch.equal(actual[key], value) and actual[key].dtype == value.dtype, f"{key} of {writer}"
+
+
+@pytest.mark.slow
+def test_what_was_written_is_worth_comparing(written: Written) -> None:
+    for _, whole in written.values():
+        kinds = {key.split(":")[1] for key in whole}
+        assert kinds == {"param", "buffer", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq", "step"}
+        assert "model.again.weight:param" not in whole and "model.first.weight:param" in whole
+        assert "model.frozen:param" in whole and "model.frozen:exp_avg_slow" not in whole
+        assert all(whole[key].abs().sum() > 0 for key in whole if not key.startswith("model.offsets"))
+        assert {int(whole[key]) for key in whole if key.endswith(":step")} == {NUM_STEPS}

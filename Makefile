@@ -6,7 +6,7 @@ EXTRAS := anemoi,test,report,tensorboard,dev
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow lint docs clean
+.PHONY: train test test-slow bench lint docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/anemoi-dist train $(ARGS)
@@ -17,6 +17,10 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+# bitsandbytes is measured where it is installed; it is no part of the environment.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/optimizer_step.py $(ARGS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,11 +29,11 @@ lint: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/python -m sphinx -W -b html docs docs/_build
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt anemoi_dist/optimizers/_ademamix.c
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info docs/_build
+	rm -rf $(VENV) build *.egg-info docs/_build anemoi_dist/optimizers/*.so

@@ -16,8 +16,9 @@ import torch
 
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.engines.base import TensorInfo
-from anemoi_dist.engines.regions import Region, RegionEngine
+from anemoi_dist.engines.regions import Region, RegionEngine, clip_coefficient
 from anemoi_dist.engines.replicated import replicated_regions, step_replicated
+from anemoi_dist.optimizers.ademamix import AdEMAMix
 
 
 class _ZeroEngine(RegionEngine):
@@ -102,6 +103,16 @@ class _PartitionedEngine(_ZeroEngine):
         if self.config.training.precision == "bf16":
             config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32"}
         self._initialize(config)
+        if isinstance(self.optimizer, AdEMAMix):
+            # DeepSpeed calls it for each partition right before it steps that one; its own is a pass over the gradient.
+            self._zero.unscale_and_clip_grads = self._scale_in_update
+
+    def _scale_in_update(self, _: Any, norm: torch.Tensor) -> None:
+        """Leave clipping to the update. There is no loss scale to undo: nothing runs in fp16."""
+        limit = self.config.training.clip_grad_norm
+        if limit is not None:
+            assert isinstance(self.optimizer, AdEMAMix)
+            self.optimizer.grad_scale = clip_coefficient(norm, limit).reciprocal()
 
     @property
     def _zero(self) -> Any:
@@ -109,6 +120,7 @@ class _PartitionedEngine(_ZeroEngine):
 
     def _update(self) -> tuple[float, bool]:
         self._engine.step()
+        vars(self.optimizer).pop("grad_scale", None)
         return float(self._engine.get_global_grad_norm()), bool(self._zero.overflow)
 
     def _frozen_regions(self) -> Iterator[Region]:

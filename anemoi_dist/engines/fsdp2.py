@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from anemoi_dist.data.batch import Batch
-from anemoi_dist.engines.regions import Region, RegionEngine, clip_coefficient, local
+from anemoi_dist.engines.regions import Region, RegionEngine, local, step_clipped
 
 
 class Fsdp2Engine(RegionEngine):
@@ -56,11 +56,8 @@ class Fsdp2Engine(RegionEngine):
         dist.all_reduce(square)
         norm = square.sqrt()
         value, skipped = float(norm), not bool(norm.isfinite())
-        limit = self.config.training.clip_grad_norm
         if not skipped:
-            if limit is not None and value > limit:
-                torch._foreach_mul_(gradients, clip_coefficient(norm, limit))
-            self.optimizer.step()
+            step_clipped(self.optimizer, gradients, norm=norm, limit=self.config.training.clip_grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         return value, skipped
 

@@ -23,7 +23,7 @@ from anemoi_dist.data.batch import Batch
 from anemoi_dist.engines.base import MemoryReport, Shard, ShardSource, StepReport, TensorInfo
 from anemoi_dist.errors import CheckpointError, ConfigError
 from anemoi_dist.module import BaseGraphModule
-from anemoi_dist.optimizers.ademamix import schedule_values
+from anemoi_dist.optimizers.ademamix import AdEMAMix, schedule_values
 from anemoi_dist.schedulers.factory import set_num_updates
 from anemoi_dist.world import World
 
@@ -350,3 +350,20 @@ def clip_coefficient(norm: torch.Tensor, limit: float | None) -> torch.Tensor:
     if limit is None:
         return torch.ones_like(norm)
     return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def step_clipped(
+    optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], *, norm: torch.Tensor, limit: float | None
+) -> None:
+    """Step with gradients clipped to ``limit``: inside the update where the optimizer can, else in a pass before it."""
+    if limit is None or float(norm) <= limit:
+        optimizer.step()
+    elif isinstance(optimizer, AdEMAMix):
+        optimizer.grad_scale = clip_coefficient(norm, limit).reciprocal()
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale
+    else:
+        torch._foreach_mul_(gradients, clip_coefficient(norm, limit))
+        optimizer.step()

@@ -10,7 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from anemoi_dist.data.batch import Batch
-from anemoi_dist.engines.regions import Region, RegionEngine, clip_coefficient
+from anemoi_dist.engines.regions import Region, RegionEngine, step_clipped
 
 
 class DdpEngine(RegionEngine):
@@ -58,8 +58,6 @@ def step_replicated(
     value = float(norm)
     skipped = not norm.isfinite()
     if not skipped:
-        if limit is not None and value > limit:
-            torch._foreach_mul_(gradients, clip_coefficient(norm, limit))
-        optimizer.step()
+        step_clipped(optimizer, gradients, norm=norm, limit=limit)
     optimizer.zero_grad(set_to_none=True)
     return value, bool(skipped)

@@ -11,7 +11,7 @@ that of Apple's PyTorch code (https://github.com/apple/ml-ademamix). With ``t`` 
 State of each parameter:
 
 ================ ====================== ==================================================================
-``step``         0-d float32            on the CPU; on the parameter's device with ``capturable``
+``step``         0-d float64            on the CPU; on the parameter's device with ``capturable``; counts to 2^53
 ``exp_avg_fast`` shape of the parameter m1; absent with ``beta1 = 0``, where the gradient stands for it
 ``exp_avg_slow`` shape of the parameter m2; never bias-corrected
 ``exp_avg_sq``   shape of the parameter nu
@@ -24,17 +24,37 @@ last place.
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.optimizers import schedules
+from anemoi_dist.optimizers import gpu, implementations
+from anemoi_dist.optimizers.options import checked_options
+from anemoi_dist.optimizers.update import (
+    Row,
+    UpdateScalars,
+    ademamix_update,
+    device_scalars,
+    device_table,
+    host_scalars,
+    scheduled_values,
+)
+
+__all__ = [
+    "AVERAGES",
+    "AdEMAMix",
+    "UpdateScalars",
+    "ademamix_update",
+    "device_scalars",
+    "host_scalars",
+    "schedule_values",
+]
 
 AVERAGES = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
 
@@ -45,103 +65,8 @@ _ABSENT = {
     "foreach": None,
     "maximize": False,
     "capturable": False,
+    "implementation": "auto",
 }
-
-
-class UpdateScalars(NamedTuple):
-    """What one update needs beside the tensors: floats, or 0-d tensors of the averages' type on their device.
-
-    The complements of the betas are computed in double: in float32, ``1 - beta`` is off by 1.7e-4 at .9999 and by
-    1.3e-2 at .999999.
-    """
-
-    lr: float | Tensor
-    weight_decay: float | Tensor
-    eps: float | Tensor
-    #: 1 - beta1
-    weight_fast: float | Tensor
-    #: 1 - beta3(t)
-    weight_slow: float | Tensor
-    #: 1 - beta2
-    weight_sq: float | Tensor
-    #: alpha(t)
-    alpha: float | Tensor
-    #: 1 - beta1^t
-    correction_fast: float | Tensor
-    #: sqrt(1 - beta2^t)
-    correction_sq: float | Tensor
-
-
-def ademamix_update(p: Tensor, g: Tensor, m1: Tensor | None, m2: Tensor, nu: Tensor, scalars: UpdateScalars) -> None:
-    """Update one parameter and its averages in place. Every path of the optimizer is this arithmetic.
-
-    Parameters
-    ----------
-    p : Tensor
-        Parameter, any floating type; a type narrower than the averages' is computed in theirs and rounded once.
-    g : Tensor
-        Gradient, same shape, any floating type.
-    m1, m2, nu : Tensor
-        Averages, float32 or float64, same shape; ``m1`` is None with ``beta1 = 0``.
-    scalars : UpdateScalars
-        The step's numbers.
-    """
-    g = g.to(nu.dtype)
-    # lerp_, not mul_(beta).add_(g): beta itself, rounded to float32, would decay with another 1 - beta than the one
-    # that weighs the gradient.
-    if m1 is not None:
-        m1.lerp_(g, scalars.weight_fast)
-    m2.lerp_(g, scalars.weight_slow)
-    nu.lerp_(g * g, scalars.weight_sq)
-    denominator = nu.sqrt().div_(scalars.correction_sq).add_(scalars.eps)
-    update = (g if m1 is None else m1).div(scalars.correction_fast)
-    _add_scaled_(update, m2, scalars.alpha)
-    update.div_(denominator)
-    master = p.to(nu.dtype)
-    # Decay goes through the update: p * (1 - lr wd) - lr u rounds p twice, with a bias of 19 % of lr wd at 1e-7.
-    _add_scaled_(update, master, scalars.weight_decay)
-    _add_scaled_(master, update, -scalars.lr)
-    if master is not p:
-        p.copy_(master)
-
-
-def _add_scaled_(out: Tensor, x: Tensor, factor: float | Tensor) -> None:
-    if isinstance(factor, Tensor):
-        out.addcmul_(x, factor)
-    else:
-        out.add_(x, alpha=factor)
-
-
-def _foreach_update(
-    ps: list[Tensor],
-    gs: list[Tensor],
-    m1s: list[Tensor] | None,
-    m2s: list[Tensor],
-    nus: list[Tensor],
-    scalars: Any,
-) -> None:
-    """Do :func:`ademamix_update`, operation for operation, for tensors of one device and type.
-
-    Bit for bit the same on a CPU; on accelerators a kernel may fuse a multiplication and an addition that the other
-    rounds apart, which is a difference in the last place. The scalars are floats.
-    """
-    dtype = nus[0].dtype
-    gs = [g.to(dtype) for g in gs]
-    if m1s is not None:
-        torch._foreach_lerp_(m1s, gs, scalars.weight_fast)
-    torch._foreach_lerp_(m2s, gs, scalars.weight_slow)
-    torch._foreach_lerp_(nus, torch._foreach_mul(gs, gs), scalars.weight_sq)
-    denominators = torch._foreach_sqrt(nus)
-    torch._foreach_div_(denominators, scalars.correction_sq)
-    torch._foreach_add_(denominators, scalars.eps)
-    updates = torch._foreach_div(gs if m1s is None else m1s, scalars.correction_fast)
-    torch._foreach_add_(updates, m2s, alpha=scalars.alpha)
-    torch._foreach_div_(updates, denominators)
-    masters = [p.to(dtype) for p in ps]
-    torch._foreach_add_(updates, masters, alpha=scalars.weight_decay)
-    torch._foreach_add_(masters, updates, alpha=-scalars.lr)
-    if ps[0].dtype != dtype:
-        torch._foreach_copy_(ps, masters)
 
 
 class AdEMAMix(Optimizer):
@@ -175,17 +100,34 @@ class AdEMAMix(Optimizer):
     beta3_form : str
         ``apple`` or ``paper``; see :func:`anemoi_dist.optimizers.schedules.beta3_at`.
     foreach : bool | None
-        Update tensors in groups; None: on accelerators, for plain tensors.
+        ``True`` is ``implementation="foreach"``, ``False`` is ``"eager"``; None: as ``implementation`` says.
     maximize : bool
         Climb instead of descend.
     capturable : bool
         Keep ``step`` on the device and compute the step's numbers there, without a host synchronization.
+    implementation : str
+        Which code does the update, ``c``, ``triton``, ``foreach``, ``compile`` or ``eager``; ``auto`` chooses for each
+        tensor (:mod:`anemoi_dist.optimizers.implementations`). It is not loaded from a state dictionary.
+
+    Attributes
+    ----------
+    grad_scale, found_inf : Tensor
+        Not there until someone sets them, who also deletes them, as with torch's fused optimizers: every gradient is
+        divided by ``grad_scale``, a tensor of one element, inside the update; where ``found_inf`` is not zero,
+        :meth:`step` does nothing. ``torch.amp.GradScaler`` uses both; ``grad_scale = max(1, norm / limit)`` clips
+        without a pass over the gradients.
+    copies : dict[Tensor, Tensor]
+        Parameters to tensors of their shape that get the new value too, in the same pass: bfloat16 working parameters.
 
     Raises
     ------
     ConfigError
-        An argument breaks its rule; a parameter is complex; at :meth:`step`, a gradient is sparse.
+        An argument breaks its rule; a parameter is complex; at :meth:`step`, a gradient is sparse, or the
+        ``implementation`` can't update a tensor.
     """
+
+    grad_scale: Tensor
+    found_inf: Tensor
 
     def __init__(
         self,
@@ -203,6 +145,7 @@ class AdEMAMix(Optimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
+        implementation: str = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -217,13 +160,15 @@ class AdEMAMix(Optimizer):
             "foreach": foreach,
             "maximize": maximize,
             "capturable": capturable,
+            "implementation": implementation,
         }
-        super().__init__(params, {**defaults, **_checked_options(defaults)})
+        self.copies: dict[Tensor, Tensor] = {}
+        super().__init__(params, {**defaults, **checked_options(defaults)})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; what it does not set comes from the constructor's arguments."""
         if isinstance(param_group, dict):
-            param_group = {**param_group, **_checked_options({**self.defaults, **param_group})}
+            param_group = {**param_group, **checked_options({**self.defaults, **param_group})}
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
@@ -234,10 +179,11 @@ class AdEMAMix(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("copies", {})
         for group in self.param_groups:
             for name, value in {**self.defaults, **_ABSENT}.items():
                 group.setdefault(name, value)
-            group.update(_checked_options(group))
+            group.update(checked_options(group))
             for p in group["params"]:
                 if p in self.state:
                     _tidy_state(p, self.state[p], capturable=group["capturable"])
@@ -246,10 +192,29 @@ class AdEMAMix(Optimizer):
         """Load state as torch does, but keep the averages in float32 (float64) whatever the parameters' type."""
         # torch would cast them to the parameter's type, and a bfloat16 average has lost what it was kept for.
         hook = self.register_load_state_dict_pre_hook(_hide_averages)
+        chosen = [group["implementation"] for group in self.param_groups]
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        # It belongs to this machine, not to the one that saved.
+        for group, implementation in zip(self.param_groups, chosen, strict=True):
+            group["implementation"] = implementation
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` leaves the scaling to :meth:`step`, which reads ``found_inf`` back."""
+        return not any(group["capturable"] for group in self.param_groups)
+
+    def implementation_in_use(self) -> dict[str, int]:
+        """Return how many parameters each implementation updates, by its name, gradients or not."""
+        names = Counter[str]()
+        for group in self.param_groups:
+            for p in group["params"]:
+                local = p.to_local() if isinstance(p, DTensor) else p
+                average = torch.empty_like(local, dtype=state_dtype(p), requires_grad=False, device="meta")
+                names[implementations.choose(Row(local, local, None, average, average), group)] += 1
+        return dict(names)
 
     def init_state(self, p: Tensor) -> None:
         """Create what is missing of the state of ``p`` now; otherwise its first update does.
@@ -265,7 +230,9 @@ class AdEMAMix(Optimizer):
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[p]
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
+            state["step"] = torch.zeros((), dtype=torch.float64, device=p.device if group["capturable"] else "cpu")
+        elif state["step"].dtype != torch.float64:  # float32, in what others saved, counts to 2^24 only
+            state["step"] = state["step"].double()
         for name in AVERAGES if group["betas"][0] else AVERAGES[1:]:
             if name not in state:
                 state[name] = torch.zeros_like(p, dtype=state_dtype(p), requires_grad=False)
@@ -284,130 +251,77 @@ class AdEMAMix(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if float(getattr(self, "found_inf", 0.0)):
+            return loss
         # All gradients are looked at before any parameter changes: a refused step leaves nothing half done.
         ready = [(group, _with_gradient(group["params"])) for group in self.param_groups]
-        for group, params in ready:
-            if group["capturable"]:
-                self._update_captured(group, params)
-            else:
-                self._update(group, params)
+        is_rehearsal = not self.state and _is_rehearsal(ready)
+        chosen = [self._rows(group, params) for group, params in ready]
+        if is_rehearsal:
+            return loss
+        for (group, params), rows in zip(ready, chosen, strict=True):
+            if params and group["capturable"]:
+                self._update_captured(group, params, rows)
+            elif params:
+                self._update(group, params, rows)
         return loss
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _rows(self, group: dict[str, Any], params: list[Tensor]) -> list[tuple[str, Row]]:
+        """Return for each parameter the implementation that updates it, and this rank's tensors."""
+        rows = []
+        for p in params:
+            state = self._init_state(p, group)
+            fast = state["exp_avg_fast"] if group["betas"][0] else None
+            assert p.grad is not None
+            row = Row(p, p.grad, fast, state["exp_avg_slow"], state["exp_avg_sq"], self.copies.get(p))
+            row = implementations.local_row(row)
+            rows.append((implementations.choose(row, group), row))
+        return rows
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], rows: list[tuple[str, Row]]) -> None:
         """Update with scalars from the host."""
-        if not params:
-            return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "AdEMAMix(capturable=False) in a captured graph would repeat one step's numbers for ever"
             )
-        foreach = _foreach_by_default(params) if group["foreach"] is None else group["foreach"]
+        steps = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(steps, torch.ones((), dtype=torch.float64))  # a number would become a tensor for each
         # Parameters that had no gradient in some step are at another one than the rest.
-        buckets: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        for p in params:
-            state = self._init_state(p, group)
-            state["step"].add_(1)
-            buckets[state["step"].item(), p.device, p.dtype, state["exp_avg_sq"].dtype].append(p)
-        for (step, *_), bucket in buckets.items():
-            scalars = host_scalars(group, step)
-            tensors = [self._tensors(p, group) for p in bucket]
-            if foreach:
-                ps, gs, m1s, m2s, nus = (list(column) for column in zip(*tensors, strict=True))
-                _foreach_update(ps, gs, m1s if group["betas"][0] else None, m2s, nus, scalars)
-            else:
-                for p, g, m1, m2, nu in tensors:
-                    ademamix_update(p, g, m1, m2, nu, scalars)
+        buckets: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+        for step, (name, row) in zip(steps, rows, strict=True):
+            # The kernel in C takes all types at once.
+            kind = () if name == "c" else (row.p.device, row.p.dtype, row.nu.dtype)
+            buckets[step.item(), name, *kind].append(row)
+        for (step, name, *_), bucket in buckets.items():
+            factor = self._grad_factor(group, bucket[0].p.device)
+            implementations.run(name, bucket, host_scalars(group, step)._replace(grad_factor=factor))
 
-    def _update_captured(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _update_captured(self, group: dict[str, Any], params: list[Tensor], rows: list[tuple[str, Row]]) -> None:
         """Update with scalars computed on the device from ``step``; nothing is read back."""
-        buckets: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        for p in params:
-            self._init_state(p, group)["step"].add_(1)
-            buckets[p.device, self.state[p]["exp_avg_sq"].dtype].append(p)
-        for (_, dtype), bucket in buckets.items():
-            steps = torch.stack([self.state[p]["step"] for p in bucket])
-            for p, scalars in zip(bucket, device_scalars(group, steps, dtype=dtype), strict=True):
-                ademamix_update(*self._tensors(p, group), scalars)
+        buckets: dict[tuple[Any, ...], list[tuple[Tensor, Row]]] = defaultdict(list)
+        for p, (name, row) in zip(params, rows, strict=True):
+            step = self.state[p]["step"].add_(1)
+            buckets[name, row.p.device, row.nu.dtype].append((step, row))
+        for (name, device, dtype), bucket in buckets.items():
+            steps = torch.stack([step for step, _ in bucket])
+            factor = self._grad_factor(group, device)
+            if name == "triton":
+                for (_, row), numbers in zip(bucket, device_table(group, steps, factor).unbind(), strict=True):
+                    gpu.launch(row, numbers)
+            else:
+                for (_, row), scalars in zip(bucket, device_scalars(group, steps, dtype=dtype), strict=True):
+                    ademamix_update(*row[:5], scalars._replace(grad_factor=factor), copy=row.copy)
 
-    def _tensors(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        state = self.state[p]
-        assert p.grad is not None
-        g = p.grad.neg() if group["maximize"] else p.grad
-        return p, g, state["exp_avg_fast"] if group["betas"][0] else None, state["exp_avg_slow"], state["exp_avg_sq"]
+    def _grad_factor(self, group: dict[str, Any], device: torch.device) -> float | Tensor:
+        """Return what the gradients are multiplied by: a number, or a tensor where ``grad_scale`` is one."""
+        sign = -1.0 if group["maximize"] else 1.0
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        return sign if scale is None else sign / scale.to(device, torch.float32).view(())
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
     """Return the type in which the averages of ``p`` are kept."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
-def host_scalars(group: Mapping[str, Any], step: float) -> UpdateScalars:
-    """Compute the numbers of update ``step`` (from 1) in double on the host.
-
-    Parameters
-    ----------
-    group : Mapping[str, Any]
-        A parameter group of :class:`AdEMAMix`.
-    step : float
-        Updates of the parameter so far, this one included.
-    """
-    beta1, beta2, _ = group["betas"]
-    scheduled = _scheduled(group, step)
-    return UpdateScalars(
-        lr=float(group["lr"]),
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        weight_fast=1.0 - beta1,
-        weight_slow=1.0 - scheduled["beta3"],
-        weight_sq=1.0 - beta2,
-        alpha=scheduled["alpha"],
-        correction_fast=1.0 - beta1**step,
-        correction_sq=math.sqrt(1.0 - beta2**step),
-    )
-
-
-def device_scalars(group: Mapping[str, Any], steps: Tensor, *, dtype: torch.dtype) -> list[UpdateScalars]:
-    """Compute the numbers of the updates ``steps`` on their device, in double, without reading them.
-
-    Parameters
-    ----------
-    group : Mapping[str, Any]
-        A parameter group of :class:`AdEMAMix`.
-    steps : Tensor
-        Shape (n,), float32.
-    dtype : torch.dtype
-        Type of the averages, in which the numbers are returned.
-    """
-    beta1, beta2, beta3 = group["betas"]
-    steps = steps.double()
-    since_start = steps - group["schedule_start"]
-    alpha = torch.full_like(steps, group["alpha"])
-    if group["alpha_warmup"]:
-        alpha = (since_start / group["alpha_warmup"]).clamp(0.0, 1.0) * group["alpha"]
-    slow = torch.full_like(steps, beta3)
-    if group["beta3_warmup"]:
-        fraction = since_start / group["beta3_warmup"]
-        # Outside of the warm-up the formula is not needed, and at 0 it may divide by zero: any value inside will do.
-        inside = torch.where((fraction > 0) & (fraction < 1), fraction, 0.5)
-        between = schedules.beta_between(inside, beta1=beta1, beta3=beta3, form=group["beta3_form"])
-        slow = torch.where(fraction >= 1, slow, torch.where(fraction <= 0, beta1, between))
-    columns = (1.0 - slow, alpha, 1.0 - beta1**steps, (1.0 - beta2**steps).sqrt())
-    lr = group["lr"].to(dtype) if isinstance(group["lr"], Tensor) else group["lr"]
-    rows = zip(*(column.to(dtype).unbind() for column in columns), strict=True)
-    return [
-        UpdateScalars(
-            lr=lr,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            weight_fast=1.0 - beta1,
-            weight_slow=weight_slow,
-            weight_sq=1.0 - beta2,
-            alpha=alpha_t,
-            correction_fast=correction_fast,
-            correction_sq=correction_sq,
-        )
-        for weight_slow, alpha_t, correction_fast, correction_sq in rows
-    ]
 
 
 def schedule_values(optimizer: Any) -> dict[str, float]:
@@ -431,18 +345,7 @@ def schedule_values(optimizer: Any) -> dict[str, float]:
     # Between steps an engine may leave the group empty; all its partitions are at the same step.
     own = [optimizer.state[p] for p in group["params"] if p in optimizer.state]
     steps = [state["step"] for state in own or optimizer.state.values() if "step" in state]
-    return _scheduled(group, float(steps[0]) if steps else 0.0)
-
-
-def _scheduled(group: Mapping[str, Any], step: float) -> dict[str, float]:
-    beta1, _, beta3 = group["betas"]
-    since_start = step - group["schedule_start"]
-    return {
-        "alpha": schedules.alpha_at(since_start, alpha=group["alpha"], warmup=group["alpha_warmup"]),
-        "beta3": schedules.beta3_at(
-            since_start, beta1=beta1, beta3=beta3, warmup=group["beta3_warmup"], form=group["beta3_form"]
-        ),
-    }
+    return scheduled_values(group, float(steps[0]) if steps else 0.0)
 
 
 class _Hidden:
@@ -470,8 +373,20 @@ def _tidy_state(p: Tensor, state: dict[str, Any], *, capturable: bool) -> None:
         elif name in state and state[name] is None:  # Apple's way of saying beta1 = 0
             del state[name]
     if "step" in state:
-        step = torch.as_tensor(state["step"], dtype=torch.float32)
+        step = torch.as_tensor(state["step"], dtype=torch.float64)
         state["step"] = step.to(p.device if capturable else "cpu")
+
+
+def _is_rehearsal(ready: list[tuple[dict[str, Any], list[Tensor]]]) -> bool:
+    """Whether a first step is one that moves nothing: rate 0, all gradients 0. Collective for DTensors.
+
+    ``torch.distributed.checkpoint`` takes such a step to see the states. It must not count: ``alpha`` and ``beta3``
+    would be a step ahead from then on; and with ``eps = 0`` it would leave parameters that are not numbers.
+    """
+    if any(float(group["lr"]) for group, params in ready if params):
+        return False
+    sums = [p.grad.abs().sum() for _, params in ready for p in params if p.grad is not None]
+    return bool(sums) and not any(float(x.full_tensor() if isinstance(x, DTensor) else x) for x in sums)
 
 
 def _with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
@@ -486,64 +401,3 @@ def _with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
                 fix="build the embedding with sparse=False",
             )
     return ready
-
-
-def _foreach_by_default(params: Iterable[Tensor]) -> bool:
-    # On a CPU the grouped operations are a loop with more temporaries; subclasses (DTensor) may lack them.
-    return all(type(p) in (Tensor, torch.nn.Parameter) and p.device.type in ("cuda", "xpu") for p in params)
-
-
-def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a parameter group that need another type, after checking all of them."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ConfigError(
-            "lr", tuple(lr.shape), "a tensor learning rate must have one element", fix="lr=torch.tensor(1e-3)"
-        )
-    _number("lr", float(lr) if isinstance(lr, Tensor) else lr, fix="lr=1e-3")
-    betas = _checked_betas(options["betas"])
-    checked: dict[str, Any] = {"betas": betas}
-    for name, fix in (("alpha", "alpha=2.0"), ("eps", "eps=1e-8"), ("weight_decay", "weight_decay=0.01")):
-        checked[name] = _number(name, options[name], fix=fix)
-    for name in ("beta3_warmup", "alpha_warmup", "schedule_start"):
-        if options[name] is not None or name == "schedule_start":
-            checked[name] = _number(name, options[name], fix=f"{name}=0 or more optimizer steps", whole=True)
-    if options["beta3_form"] not in schedules.BETA3_FORMS:
-        raise ConfigError("beta3_form", options["beta3_form"], "is not a valid name", valid=schedules.BETA3_FORMS)
-    if options["beta3_form"] == "apple" and options["beta3_warmup"] and max(betas[0], betas[2]) + 1e-8 >= 1.0:
-        raise ConfigError(
-            "betas", betas, "Apple's warm-up adds 1e-8 to a beta, which takes this one to 1", fix="beta3_form='paper'"
-        )
-    if options["foreach"] and options["capturable"]:
-        raise ConfigError(
-            "foreach",
-            True,
-            "has no effect with capturable=True, which updates one tensor at a time",
-            fix="foreach=None",
-        )
-    return checked
-
-
-def _checked_betas(betas: Any) -> tuple[float, float, float]:
-    fix = "betas=[0.9, 0.999, 0.9999]"
-    # Any sequence will do, and becomes a tuple: Hydra's ListConfig would follow the optimizer into its pickles.
-    values = tuple(betas) if isinstance(betas, Iterable) and not isinstance(betas, str) else (betas,)
-    if len(values) != 3:
-        rule = "must be three numbers: decay of the fast average, of the squared gradient, of the slow average"
-        raise ConfigError("betas", values, rule, fix=fix)
-    for value in values:
-        _number("betas", value, fix=fix)
-        if not value < 1.0:
-            raise ConfigError("betas", values, "must each lie in [0, 1)", fix=fix)
-    return tuple(float(value) for value in values)  # type: ignore[return-value]
-
-
-def _number(name: str, value: Any, *, fix: str, whole: bool = False) -> Any:
-    try:
-        valid = 0.0 <= value < math.inf and not isinstance(value, bool) and (not whole or int(value) == value)
-    except TypeError:
-        valid = False
-    if not valid:
-        kind = "a whole number of steps" if whole else "a finite number"
-        raise ConfigError(name, value, f"must be {kind}, 0 or more", fix=fix)
-    return int(value) if whole else value

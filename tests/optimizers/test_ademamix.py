@@ -310,7 +310,7 @@ def test_step_is_on_the_cpu_and_counts_updates_with_a_gradient():
     optimizer = AdEMAMix([p, idle])
     run(optimizer, [p, idle], [[torch.ones(2), None]] * 3)
     step = optimizer.state[p]["step"]
-    assert (step.dtype, step.shape, step.device.type, float(step)) == (torch.float32, (), "cpu", 3.0)
+    assert (step.dtype, step.shape, step.device.type, float(step)) == (torch.float64, (), "cpu", 3.0)
     assert idle not in optimizer.state
     assert torch.equal(idle, torch.ones(2))
 
@@ -320,7 +320,7 @@ def test_init_state_creates_what_is_missing():
     optimizer = AdEMAMix([p])
     optimizer.init_state(p)
     assert {k: (v.dtype, v.shape) for k, v in optimizer.state[p].items()} == {
-        "step": (torch.float32, ()),
+        "step": (torch.float64, ()),
         **dict.fromkeys(AVERAGES, (torch.float32, (3,))),
     }
     optimizer.state[p]["exp_avg_sq"].fill_(2.0)

@@ -1,0 +1,235 @@
+"""AdEMAMix's arithmetic: the numbers of a step, and the one definition of the update.
+
+Every implementation (:mod:`anemoi_dist.optimizers.implementations`) is held against :func:`ademamix_update`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from anemoi_dist.optimizers import schedules
+
+
+class UpdateScalars(NamedTuple):
+    """What one update needs beside the tensors: floats, or 0-d tensors of the averages' type on their device.
+
+    The complements of the betas are computed in double: in float32, ``1 - beta`` is off by 1.7e-4 at .9999 and by
+    1.3e-2 at .999999.
+    """
+
+    lr: float | Tensor
+    weight_decay: float | Tensor
+    eps: float | Tensor
+    #: 1 - beta1
+    weight_fast: float | Tensor
+    #: 1 - beta3(t)
+    weight_slow: float | Tensor
+    #: 1 - beta2
+    weight_sq: float | Tensor
+    #: alpha(t)
+    alpha: float | Tensor
+    #: 1 / (1 - beta1^t)
+    inverse_fast: float | Tensor
+    #: 1 / sqrt(1 - beta2^t)
+    inverse_sq: float | Tensor
+    #: What the gradient is multiplied by: clipping, loss scale, -1 to climb
+    grad_factor: float | Tensor = 1.0
+
+
+class Row(NamedTuple):
+    """The tensors of one parameter's update; see :func:`ademamix_update`."""
+
+    p: Tensor
+    g: Tensor
+    m1: Tensor | None
+    m2: Tensor
+    nu: Tensor
+    copy: Tensor | None = None
+
+
+def ademamix_update(
+    p: Tensor,
+    g: Tensor,
+    m1: Tensor | None,
+    m2: Tensor,
+    nu: Tensor,
+    scalars: UpdateScalars,
+    *,
+    copy: Tensor | None = None,
+) -> None:
+    """Update one parameter and its averages in place. Every path of the optimizer is this arithmetic.
+
+    Each line rounds once: what torch computes as ``a + w * (b - a)`` (``lerp_``) or ``a + x * factor`` (``add_``) is
+    one fused multiply-add in its vector code. There is one division an element.
+
+    Parameters
+    ----------
+    p : Tensor
+        Parameter, any floating type; a type narrower than the averages' is computed in theirs and rounded once.
+    g : Tensor
+        Gradient, same shape, any floating type.
+    m1, m2, nu : Tensor
+        Averages, float32 or float64, same shape; ``m1`` is None with ``beta1 = 0``.
+    scalars : UpdateScalars
+        The step's numbers.
+    copy : Tensor | None
+        Where the new parameter is written a second time, in another type: a bfloat16 working parameter.
+    """
+    g = g.to(nu.dtype)
+    if isinstance(scalars.grad_factor, Tensor) or scalars.grad_factor != 1.0:
+        g = g * scalars.grad_factor
+    # lerp_, not mul_(beta).add_(g): beta itself, rounded to float32, would decay with another 1 - beta than the one
+    # that weighs the gradient.
+    if m1 is not None:
+        m1.lerp_(g, scalars.weight_fast)
+    m2.lerp_(g, scalars.weight_slow)
+    nu.lerp_(g * g, scalars.weight_sq)
+    denominator = nu.sqrt().mul_(scalars.inverse_sq).add_(scalars.eps)
+    update = (g if m1 is None else m1).mul(scalars.inverse_fast)
+    _add_scaled_(update, m2, scalars.alpha)
+    update.div_(denominator)
+    master = p.to(nu.dtype)
+    # Decay goes through the update: p * (1 - lr wd) - lr u rounds p twice, with a bias of 19 % of lr wd at 1e-7.
+    _add_scaled_(update, master, scalars.weight_decay)
+    _add_scaled_(master, update, -scalars.lr)
+    if master is not p:
+        p.copy_(master)
+    if copy is not None:
+        copy.copy_(master)
+
+
+def _add_scaled_(out: Tensor, x: Tensor, factor: float | Tensor) -> None:
+    if isinstance(factor, Tensor):
+        out.addcmul_(x, factor)
+    else:
+        out.add_(x, alpha=factor)
+
+
+def foreach_update(rows: list[Row], scalars: UpdateScalars) -> None:
+    """Do :func:`ademamix_update`, operation for operation, for tensors of one device and type.
+
+    Bit for bit the same on a CPU; on accelerators a kernel may fuse a multiplication and an addition that the other
+    rounds apart, which is a difference in the last place. The scalars are floats, ``grad_factor`` may be a tensor.
+    """
+    # Any: torch's stubs of the grouped operations know no list that came out of a zip.
+    ps, gs, m1s, m2s, nus, copies = cast(Any, [list(column) for column in zip(*rows, strict=True)])
+    numbers: Any = scalars
+    dtype = nus[0].dtype
+    gs = [g.to(dtype) for g in gs]
+    if isinstance(scalars.grad_factor, Tensor) or scalars.grad_factor != 1.0:
+        gs = torch._foreach_mul(gs, scalars.grad_factor)
+    if m1s[0] is not None:
+        torch._foreach_lerp_(m1s, gs, numbers.weight_fast)
+    torch._foreach_lerp_(m2s, gs, numbers.weight_slow)
+    torch._foreach_lerp_(nus, torch._foreach_mul(gs, gs), numbers.weight_sq)
+    denominators = torch._foreach_sqrt(nus)
+    torch._foreach_mul_(denominators, numbers.inverse_sq)
+    torch._foreach_add_(denominators, numbers.eps)
+    updates = torch._foreach_mul(gs if m1s[0] is None else m1s, numbers.inverse_fast)
+    torch._foreach_add_(updates, m2s, alpha=numbers.alpha)
+    torch._foreach_div_(updates, denominators)
+    masters = [p.to(dtype) for p in ps]
+    torch._foreach_add_(updates, masters, alpha=numbers.weight_decay)
+    torch._foreach_add_(masters, updates, alpha=-numbers.lr)
+    if ps[0].dtype != dtype:
+        torch._foreach_copy_(ps, masters)
+    for copy, master in zip(copies, masters, strict=True):
+        if copy is not None:
+            copy.copy_(master)
+
+
+def host_scalars(group: Mapping[str, Any], step: float) -> UpdateScalars:
+    """Compute the numbers of update ``step`` (from 1) in double on the host.
+
+    Parameters
+    ----------
+    group : Mapping[str, Any]
+        A parameter group of :class:`AdEMAMix`.
+    step : float
+        Updates of the parameter so far, this one included.
+    """
+    beta1, beta2, _ = group["betas"]
+    scheduled = scheduled_values(group, step)
+    return UpdateScalars(
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        weight_fast=1.0 - beta1,
+        weight_slow=1.0 - scheduled["beta3"],
+        weight_sq=1.0 - beta2,
+        alpha=scheduled["alpha"],
+        inverse_fast=1.0 / (1.0 - beta1**step),
+        inverse_sq=1.0 / math.sqrt(1.0 - beta2**step),
+    )
+
+
+def device_scalars(group: Mapping[str, Any], steps: Tensor, *, dtype: torch.dtype) -> list[UpdateScalars]:
+    """Compute the numbers of the updates ``steps`` on their device, in double, without reading them.
+
+    Parameters
+    ----------
+    group : Mapping[str, Any]
+        A parameter group of :class:`AdEMAMix`.
+    steps : Tensor
+        Shape (n,).
+    dtype : torch.dtype
+        Type of the averages, in which the numbers are returned.
+    """
+    constant = host_scalars({**group, "lr": 0.0}, 1.0)
+    lr = group["lr"].to(dtype) if isinstance(group["lr"], Tensor) else group["lr"]
+    columns = (column.to(dtype).unbind() for column in _device_columns(group, steps))
+    return [
+        constant._replace(lr=lr, weight_slow=slow, alpha=alpha, inverse_fast=inverse_fast, inverse_sq=inverse_sq)
+        for slow, alpha, inverse_fast, inverse_sq in zip(*columns, strict=True)
+    ]
+
+
+def device_table(group: Mapping[str, Any], steps: Tensor, grad_factor: float | Tensor) -> Tensor:
+    """Return what :func:`device_scalars` does as rows of one float32 table, in the order of :class:`UpdateScalars`.
+
+    Returns
+    -------
+    Tensor
+        Shape (n, 10), on the device of ``steps``.
+    """
+    constant = host_scalars({**group, "lr": 0.0}, 1.0)
+    slow, alpha, inverse_fast, inverse_sq = _device_columns(group, steps)
+    named = {"weight_slow": slow, "alpha": alpha, "inverse_fast": inverse_fast, "inverse_sq": inverse_sq}
+    values = {**constant._asdict(), "lr": group["lr"], "grad_factor": grad_factor, **named}
+    like = torch.zeros_like(steps, dtype=torch.float64)
+    return torch.stack([like + values[name] for name in UpdateScalars._fields], dim=1).float()
+
+
+def _device_columns(group: Mapping[str, Any], steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return weight_slow, alpha, inverse_fast and inverse_sq for each step, in double."""
+    beta1, beta2, beta3 = group["betas"]
+    steps = steps.double()
+    since_start = steps - group["schedule_start"]
+    alpha = torch.full_like(steps, group["alpha"])
+    if group["alpha_warmup"]:
+        alpha = (since_start / group["alpha_warmup"]).clamp(0.0, 1.0) * group["alpha"]
+    slow = torch.full_like(steps, beta3)
+    if group["beta3_warmup"]:
+        fraction = since_start / group["beta3_warmup"]
+        # Outside of the warm-up the formula is not needed, and at 0 it may divide by zero: any value inside will do.
+        inside = torch.where((fraction > 0) & (fraction < 1), fraction, 0.5)
+        between = schedules.beta_between(inside, beta1=beta1, beta3=beta3, form=group["beta3_form"])
+        slow = torch.where(fraction >= 1, slow, torch.where(fraction <= 0, beta1, between))
+    return 1.0 - slow, alpha, 1.0 / (1.0 - beta1**steps), 1.0 / (1.0 - beta2**steps).sqrt()
+
+
+def scheduled_values(group: Mapping[str, Any], step: float) -> dict[str, float]:
+    """Return ``alpha`` and ``beta3`` of a parameter group at update ``step``."""
+    beta1, _, beta3 = group["betas"]
+    since_start = step - group["schedule_start"]
+    return {
+        "alpha": schedules.alpha_at(since_start, alpha=group["alpha"], warmup=group["alpha_warmup"]),
+        "beta3": schedules.beta3_at(
+            since_start, beta1=beta1, beta3=beta3, warmup=group["beta3_warmup"], form=group["beta3_form"]
+        ),
+    }

@@ -1,0 +1,171 @@
+"""``AdEMAMix`` in an optimizer's place: torch alone, DCP, ZeroRedundancyOptimizer, Lightning, Hydra."""
+
+import copy
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from anemoi_dist.optimizers import AdEMAMix, schedule_values
+from anemoi_dist.optimizers.ademamix import AVERAGES
+
+from .test_implementations import WARM
+
+
+def make_model(dtype=torch.float32):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x.to(next(model.parameters()).dtype)).float().square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)])
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_dcp_does_not_advance_the_schedules(lr, eps):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = make_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = AdEMAMix(model.parameters(), **{**WARM, "lr": lr, "eps": eps})
+    seen = get_optimizer_state_dict(model, optimizer)
+    assert seen["state"]["0.weight"].keys() == {"step", *AVERAGES}
+    assert seen["state"]["0.weight"]["step"] == 0
+    assert schedule_values(optimizer)["alpha"] == 0.0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.01)
+
+
+def test_a_first_step_at_rate_zero_counts():
+    p = torch.ones(3)
+    optimizer = AdEMAMix([p], lr=0.0)
+    p.grad = torch.tensor([0.0, 1.0, 0.0])
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+    assert optimizer.state[p]["exp_avg_sq"][1] > 0
+
+
+def _through_dcp(world, dtype):
+    """Train 4 steps, hand the state through DCP to a fresh model, train 4 more; return both models' parameters."""
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.fsdp import fully_shard
+
+    def build():
+        model = fully_shard(make_model(dtype))
+        return model, AdEMAMix(model.parameters(), **WARM)
+
+    model, optimizer = build()
+    train(model, optimizer, range(4))
+    assert optimizer.implementation_in_use() == ({"c": 4} if optimizer_has_kernel() else {"eager": 4})
+    resumed, other = build()
+    fresh = get_optimizer_state_dict(resumed, other)
+    assert {float(state["step"]) for state in fresh["state"].values()} == {0.0}
+    set_model_state_dict(resumed, get_model_state_dict(model))
+    # A copy: like every optimizer of torch, this one keeps the tensors that it loads.
+    set_optimizer_state_dict(resumed, other, copy.deepcopy(get_optimizer_state_dict(model, optimizer)))
+    for state in other.state.values():
+        assert {state[name].dtype for name in AVERAGES} == {torch.float32}
+        assert state["step"] == 4
+    for m, o in ((model, optimizer), (resumed, other)):
+        train(m, o, range(4, 8))
+    return [[p.full_tensor().detach() for p in m.parameters()] for m in (model, resumed)]
+
+
+def optimizer_has_kernel():
+    from anemoi_dist.optimizers import native
+
+    return native.library() is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fsdp2_and_dcp_resume_bit_for_bit(ranks, dtype):
+    for model, resumed in ranks(2).run(_through_dcp, dtype):
+        assert all(torch.equal(p, q) for p, q in zip(model, resumed, strict=True))
+
+
+def _through_zero_redundancy(world):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = make_model()
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdEMAMix, **WARM)
+    train(model, optimizer, range(6))  # the same batch on every rank: the gradients need no reduction
+    optimizer.consolidate_state_dict(to=0)
+    held = sum(state["exp_avg_slow"].numel() for state in optimizer.optim.state.values() if "exp_avg_slow" in state)
+    state = optimizer.state_dict()["state"] if world.rank == 0 else {}
+    return [p.detach() for p in model.parameters()], held, {k: v["exp_avg_slow"].dtype for k, v in state.items()}
+
+
+def test_zero_redundancy_optimizer(ranks):
+    model = make_model()
+    train(model, AdEMAMix(model.parameters(), **WARM), range(6))
+    results = ranks(2).run(_through_zero_redundancy)
+    for params, _, _ in results:
+        assert all(torch.equal(p, q) for p, q in zip(params, model.parameters(), strict=True))
+    assert sum(held for _, held, _ in results) == sum(p.numel() for p in model.parameters())
+    assert set(results[0][2].values()) == {torch.float32}
+
+
+def test_lightning_resumes_from_its_checkpoint(tmp_path):
+    from tests.test_lightning import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = make_model()
+
+        def training_step(self, batch, _):
+            return self.model(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return AdEMAMix(self.parameters(), **WARM)
+
+    # One batch: resumed, Lightning begins the next epoch with a batch too many.
+    data = DataLoader(TensorDataset(torch.randn(24, 5, generator=torch.Generator().manual_seed(0))), batch_size=24)
+
+    def fit(max_steps, **resume):
+        module = Module()
+        trainer = lightning.Trainer(
+            max_steps=max_steps,
+            accelerator="cpu",
+            devices=1,
+            plugins=[lightning.fabric.plugins.environments.LightningEnvironment()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, data, **resume)
+        return module, trainer
+
+    whole, _ = fit(12)
+    _, trainer = fit(6)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, trainer = fit(12, ckpt_path=tmp_path / "half.ckpt")
+    assert all(torch.equal(p, q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))
+    assert schedule_values(trainer.optimizers[0])["alpha"] == pytest.approx(8.0 * 12 / 30)
+
+
+def test_anemois_hydra_node():
+    """As anemoi-training builds it: ``instantiate`` with a generator of parameters, and betas in a ListConfig."""
+    node = OmegaConf.create({"_target_": "anemoi_dist.optimizers.AdEMAMix", "betas": [0.9, 0.95, 0.9999], "alpha": 8.0})
+    model = make_model()
+    optimizer = instantiate(node, params=(p for p in model.parameters()), lr=0.01)
+    assert type(optimizer) is AdEMAMix
+    assert optimizer.defaults["betas"] == (0.9, 0.95, 0.9999) and type(optimizer.defaults["betas"]) is tuple
+    before = next(model.parameters()).detach().clone()
+    train(model, optimizer, range(2))
+    assert not torch.equal(next(model.parameters()), before)

@@ -1,0 +1,163 @@
+"""The Triton kernel: in its interpreter on a CPU, compiled for sm_90 without a GPU, and on a GPU where there is one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from anemoi_dist.errors import ConfigError
+from anemoi_dist.optimizers import AdEMAMix, gpu
+from anemoi_dist.optimizers.update import Row
+
+from .problems import random_problem, run
+from .test_implementations import WARM, make_rows, scalars_at, updated_by_definition
+
+needs_triton = pytest.mark.skipif(not gpu.has_triton(), reason="needs the package triton")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available() or not gpu.has_triton(), reason="needs CUDA and triton")
+SHAPES = [(3, 5), (7,), (1500,), (2, 1, 4)]
+
+#: Differences of a few roundings: the interpreter has no fused multiply-add.
+CLOSE = {"rtol": 2e-6, "atol": 1e-6}
+
+
+def python(code, **environment):
+    """Run code in a process of its own: triton decides when it is imported whether it interprets."""
+    folder = Path(__file__).parents[1]
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\nfrom optimizers import test_triton as t\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_kernel(device="cpu"):
+    """Hold the kernel against the definition, for every combination of types."""
+    wide, narrow = torch.float32, torch.bfloat16
+    for beta1 in (0.9, 0.3, 0.0):
+        for p, g in ((wide, wide), (wide, narrow), (narrow, narrow)):
+            for factor in (1.0, torch.tensor(0.37)):
+                rows = make_rows((1, 1024, 2500), p=p, g=g, with_fast=beta1 > 0, with_copy=p is wide)
+                scalars = scalars_at(7, beta1=beta1, grad_factor=factor)
+                expected = updated_by_definition(rows, scalars)
+                moved = [Row(*(None if x is None else x.to(device) for x in row)) for row in rows]
+                gpu.update(moved, scalars._replace(grad_factor=factor if factor == 1.0 else factor.to(device)))
+                for row, other in zip(moved, expected, strict=True):
+                    for name, x, y in zip(Row._fields, row, other, strict=True):
+                        if x is not None:
+                            close = CLOSE if x.dtype is wide else {"rtol": 2**-7, "atol": 1e-6}
+                            torch.testing.assert_close(x.cpu(), y, **close, msg=name)
+
+
+def check_optimizer(capturable):
+    """Hold the optimizer with the kernel against the eager one, with a parameter that falls behind."""
+    params, rows = random_problem(SHAPES, num_steps=20, dtype=torch.float32)
+    rows[5][1] = None
+    others = [p.clone() for p in params]
+    one = AdEMAMix(params, implementation="triton", capturable=capturable, **WARM)
+    assert one.implementation_in_use() == {"triton": len(SHAPES)}
+    one.grad_scale = torch.tensor(2.0)
+    run(one, params, [[None if g is None else g * 2 for g in row] for row in rows])
+    two = AdEMAMix(others, implementation="eager", **WARM)
+    run(two, others, rows)
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+        assert one.state[p]["step"] == two.state[q]["step"]
+
+
+def check_offsets():
+    """Nothing beyond the end is written."""
+    pool = torch.full((5, 3000), 7.0)
+    pool[4] = 1.0
+    before = pool.clone()
+    gpu.update([Row(*(x[100:1177] for x in pool))], scalars_at(3))
+    changed = (pool != before).any(0).nonzero().flatten()
+    assert changed.min() == 100 and changed.max() == 1176
+
+
+def compile_for(capability):
+    """Print the size of the machine code and what of PTX the promises rest on."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from anemoi_dist.optimizers._triton import ademamix_kernel
+
+    names = ("p_ptr", "g_ptr", "fast_ptr", "slow_ptr", "square_ptr", "copy_ptr", "numbers_ptr")
+    types = ("*fp32", "*bf16", "*fp32", "*fp32", "*fp32", "*bf16", "*fp32")
+    signature = dict(zip(names, types, strict=True)) | {"numel": "i64"}
+    constants = {"has_fast": True, "has_copy": True, "block": gpu.BLOCK}
+    source = ASTSource(ademamix_kernel, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    options = {"enable_fp_fusion": False}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = built.asm["ptx"]
+    print(len(built.asm["cubin"]), "sqrt.rn.f32" in ptx, "div.rn.f32" in ptx, "sqrt.approx" in ptx, "fma.rn" in ptx)
+
+
+@needs_triton
+def test_interpreted():
+    checks = "t.check_kernel(); t.check_offsets(); t.check_optimizer(False); t.check_optimizer(True)"
+    python(checks, TRITON_INTERPRET="1")
+
+
+@needs_triton
+def test_compiles_for_sm_90_without_a_gpu():
+    size, *found = python("t.compile_for(90)", TRITON_INTERPRET="0").split()
+    assert int(size) > 1000
+    assert found == ["True", "True", "False", "True"]
+
+
+@needs_triton
+def test_a_tensor_on_the_cpu_is_refused():
+    p = torch.ones(2)
+    with pytest.raises(ConfigError, match="works on CUDA"):
+        run(AdEMAMix([p], implementation="triton"), [p], [[torch.ones(2)]])
+
+
+def test_without_triton_the_choice_is_refused(monkeypatch):
+    monkeypatch.setattr(gpu, "has_triton", lambda: False)
+    with pytest.raises(ConfigError, match="not installed"):
+        AdEMAMix([torch.ones(2)], implementation="triton")
+
+
+@needs_cuda
+def test_kernel_on_a_gpu():
+    check_kernel("cuda")
+
+
+@needs_cuda
+def test_auto_on_a_gpu():
+    params = [torch.ones(1 << 20, device="cuda"), torch.ones(5, device="cuda")]
+    assert AdEMAMix(params).implementation_in_use() == {"triton": 1, "foreach": 1}
+    assert AdEMAMix(params, capturable=True).implementation_in_use() == {"triton": 2}
+
+
+@needs_cuda
+def test_a_replayed_graph_is_the_eager_sequence_bit_for_bit():
+    params, rows = random_problem([(70_001,)], num_steps=9, dtype=torch.float32)
+    ours, theirs = params[0].cuda(), params[0].cuda()
+    captured = AdEMAMix([ours], capturable=True, implementation="triton", **WARM)
+    launched = AdEMAMix([theirs], capturable=True, implementation="triton", **WARM)
+    ours.grad, theirs.grad = torch.zeros_like(ours), torch.zeros_like(theirs)
+    stream = torch.cuda.Stream()
+    graph = None
+    for index, (g,) in enumerate(rows):
+        ours.grad.copy_(g)
+        theirs.grad.copy_(g)
+        launched.step()
+        if index < 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                captured.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            continue
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured.step()
+        graph.replay()
+        assert torch.equal(ours, theirs)
+    assert captured.state[ours]["step"] == len(rows)

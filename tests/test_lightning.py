@@ -2,11 +2,10 @@
 
 import math
 import warnings
-from types import ModuleType
-from unittest import mock
 
 import pytest
 import torch
+from support.quiet_lightning import lightning, quiet_trainer
 from torch.utils.data import DataLoader, Dataset
 
 from anemoi_dist.data.batch import Batch, DataSpec
@@ -14,29 +13,6 @@ from anemoi_dist.lightning_module import as_lightning
 from anemoi_dist.module import BaseGraphModule
 from tests.models.test_latlon import make_spec
 from tests.test_module import make_config
-
-
-def import_lightning() -> ModuleType:
-    """torchmetrics imports torchvision wherever it is installed, and one built for another torch cannot be imported."""
-    pytest.importorskip("lightning_utilities")
-    from lightning_utilities.core.imports import RequirementCache
-
-    check = RequirementCache._check_available
-
-    def without_torchvision(cache: RequirementCache) -> None:
-        if cache.requirement and cache.requirement.startswith("torchvision"):
-            cache.available, cache.message = False, "does not match torch"
-        check(cache)
-
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        with mock.patch.object(RequirementCache, "_check_available", without_torchvision):
-            return pytest.importorskip("lightning")
-    return pytest.importorskip("lightning")
-
-
-lightning = import_lightning()
 
 MAX_STEPS, RATE, WARMUP = 6, 2e-2, 2
 
@@ -77,18 +53,7 @@ def test_trainer_drives_the_module():
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
             losses.append(outputs["loss"].item())
 
-    trainer = lightning.Trainer(
-        max_steps=MAX_STEPS,
-        accelerator="cpu",
-        devices=1,
-        # Named, for Lightning would look for an MPI library to find out, and fail where mpi4py stands without one.
-        plugins=[lightning.fabric.plugins.environments.LightningEnvironment()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Record()],
-    )
+    trainer = quiet_trainer(max_steps=MAX_STEPS, callbacks=[Record()])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         trainer.fit(as_lightning(module), DataLoader(Waves(), batch_size=4, collate_fn=collate))

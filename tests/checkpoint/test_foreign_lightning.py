@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import toy
+from support.quiet_lightning import quiet_trainer
 from torch.utils.data import DataLoader
 
 from anemoi_dist.checkpoint.foreign import import_checkpoint
@@ -16,9 +17,6 @@ from anemoi_dist.engines.base import Shard
 from anemoi_dist.lightning_module import as_lightning
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.world import World
-from tests.test_lightning import import_lightning
-
-lightning = import_lightning()
 
 NUM_STEPS = 4
 
@@ -26,16 +24,7 @@ NUM_STEPS = 4
 def fit_and_save(tmp_path: Path, **training: object) -> tuple[dict[str, torch.Tensor], Path]:
     """Train the toy with Lightning; return its tensors as ``fqn:kind`` and the file."""
     module = toy.make_module(toy.make_config("ddp", **training))
-    trainer = lightning.Trainer(
-        max_steps=NUM_STEPS,
-        accelerator="cpu",
-        devices=1,
-        plugins=[lightning.fabric.plugins.environments.LightningEnvironment()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_steps=NUM_STEPS)
     batches = [toy.make_batch(step) for step in range(NUM_STEPS)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -119,7 +119,7 @@ def test_zero_redundancy_optimizer(ranks):
 
 
 def test_lightning_resumes_from_its_checkpoint(tmp_path):
-    from tests.test_lightning import lightning
+    from support.quiet_lightning import lightning, quiet_trainer
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -137,17 +137,7 @@ def test_lightning_resumes_from_its_checkpoint(tmp_path):
 
     def fit(max_steps, **resume):
         module = Module()
-        trainer = lightning.Trainer(
-            max_steps=max_steps,
-            accelerator="cpu",
-            devices=1,
-            plugins=[lightning.fabric.plugins.environments.LightningEnvironment()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
+        trainer = quiet_trainer(max_steps=max_steps, default_root_dir=tmp_path)
         trainer.fit(module, data, **resume)
         return module, trainer
 

@@ -362,7 +362,9 @@ def _hide_averages(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str
         else state
         for key, state in state_dict["state"].items()
     }
-    return {**state_dict, "state": hidden}
+    # The saved choice of implementation is that of another machine: not taken, so not to be checked here either.
+    groups = [{**group, "implementation": "auto"} for group in state_dict["param_groups"]]
+    return {**state_dict, "state": hidden, "param_groups": groups}
 
 
 def _tidy_state(p: Tensor, state: dict[str, Any], *, capturable: bool) -> None:

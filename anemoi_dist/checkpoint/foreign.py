@@ -57,16 +57,18 @@ class Imported:
     notes: list[str] = field(default_factory=list)
 
 
-class _Alone:
+class Alone:
     """The one process that imports, as the ranks of a save."""
 
     rank, world_size, is_main = 0, 1, True
 
     def broadcast_text(self, text: str | None) -> str:
+        """Return ``text``."""
         assert text is not None
         return text
 
     def gather_text(self, text: str) -> list[str]:
+        """Return the one text."""
         return [text]
 
 
@@ -142,7 +144,7 @@ def import_checkpoint(
             raise ConfigError(
                 "--run", run.run_id, f"has a checkpoint of step {newer[0]}, not before step {step}", fix="another run"
             )
-        world: Any = _Alone()
+        world: Any = Alone()
         save(
             store,
             shards,

@@ -8,22 +8,10 @@ from typing import Any
 
 import torch
 
+from anemoi_dist.checkpoint.foreign import Alone
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.engines.base import Shard
-
-
-class Alone:
-    """The one rank of a test that needs no processes."""
-
-    rank, world_size, is_main = 0, 1, True
-
-    def broadcast_text(self, text: str | None) -> str:
-        assert text is not None
-        return text
-
-    def gather_text(self, text: str) -> list[str]:
-        return [text]
 
 
 def save_tensors(folder: Path, tensors: Mapping[tuple[str, str], torch.Tensor], *, step: int = 10) -> Path:

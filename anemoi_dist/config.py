@@ -25,6 +25,7 @@ LR_SCALINGS = ("none", "world_size")
 ENGINE_KINDS = ("ddp", "deepspeed", "fsdp2")
 DATA_KINDS = ("anemoi", "synthetic")
 LAUNCHER_KINDS = ("local",)
+RANKS_BY = ("torchrun", "srun")
 SAVE_WHEN_BUSY = ("wait", "skip")
 SAVE_ON_ERROR = ("warn", "stop")
 SAVE_METRICS = ("rmse", "acc")
@@ -176,13 +177,58 @@ class TelemetryConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """What a SLURM cluster wants to know of a job. Null and empty: the cluster's default."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    #: Any other ``#SBATCH`` option by its long name, without dashes: ``{mem: 64G, exclusive: true}``.
+    options: dict[str, Any] = field(default_factory=dict)
+    #: Modules to load in the job.
+    modules: list[str] = field(default_factory=list)
+    #: Shell lines of the batch script that run before anything of ours.
+    setup: list[str] = field(default_factory=list)
+    #: Network interface that NCCL and gloo use between nodes.
+    interface: str | None = None
+    #: Seconds before the time limit at which the run is asked to save; SLURM may be 60 s early.
+    signal_s: int = 300
+
+
+@dataclass
 class LauncherConfig:
-    """Where ranks run."""
+    """Where ranks run, and how often they are started again."""
 
     kind: str = "local"
-    #: Ranks on this machine; null: one a GPU, or 2 where there is none.
+    nodes: int = 1
+    #: Ranks on each node; null: one a GPU, or 2 where there is none.
     ranks: int | None = None
+    #: GPUs that each node gives to the job; null: those of this machine, or none.
+    gpus_per_node: int | None = None
+    #: Time limit of one job (``HH:MM:SS`` or ``D-HH:MM:SS``); null: the queue's.
+    time: str | None = None
+    #: Times that the ranks are started again after a crash or a hang, without leaving the machine or the allocation.
     max_restarts: int = 0
+    #: Seconds before the first of these restarts; each further one waits twice as long, 60 s at most.
+    backoff_s: float = 1.0
+    #: Times that a job goes back into the queue after a time limit or a preemption.
+    max_requeues: int = 100
+    #: Times that a job goes back into the queue after a crash, as long as each life made progress.
+    max_retries: int = 3
+    #: What starts the ranks of a node in a SLURM job: one ``torchrun``, or one ``srun`` task a rank.
+    ranks_by: str = "torchrun"
+    #: Name of a file in ``slurm/profiles``, or a path: the cluster's values for this group.
+    profile: str | None = None
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+
+@dataclass
+class WatchdogConfig:
+    """What counts as a hang."""
+
+    #: Seconds without a sign of life from a rank until its stacks are dumped and the run ends with code 6; null: never.
+    timeout_s: float | None = 1800.0
 
 
 @dataclass
@@ -206,6 +252,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
 
@@ -476,6 +523,7 @@ def check(config: Config) -> None:
     _one_of("engine.kind", config.engine.kind, ENGINE_KINDS)
     _one_of("data.kind", config.data.kind, DATA_KINDS)
     _one_of("launcher.kind", config.launcher.kind, LAUNCHER_KINDS)
+    _one_of("launcher.ranks_by", config.launcher.ranks_by, RANKS_BY)
     for name in config.run.allow_changed:
         _one_of("run.allow_changed", name, tuple(GUARDED))
     for key, value, lowest in (
@@ -496,7 +544,13 @@ def check(config: Config) -> None:
         ("checkpoint.keep_every", config.checkpoint.keep_every, 1),
         ("telemetry.interval_steps", config.telemetry.interval_steps, 1),
         ("launcher.ranks", config.launcher.ranks, 1),
+        ("launcher.nodes", config.launcher.nodes, 1),
+        ("launcher.gpus_per_node", config.launcher.gpus_per_node, 0),
         ("launcher.max_restarts", config.launcher.max_restarts, 0),
+        ("launcher.backoff_s", config.launcher.backoff_s, 0),
+        ("launcher.max_requeues", config.launcher.max_requeues, 0),
+        ("launcher.max_retries", config.launcher.max_retries, 0),
+        ("launcher.slurm.signal_s", config.launcher.slurm.signal_s, 1),
     ):
         if value is not None and value < lowest:
             raise ConfigError(key, value, f"must be at least {lowest}", fix=f"{key}={lowest}")
@@ -510,6 +564,9 @@ def check(config: Config) -> None:
         raise ConfigError(
             "training.clip_grad_norm", training.clip_grad_norm, "must be positive", fix="null switches clipping off"
         )
+    timeout_s = config.watchdog.timeout_s
+    if timeout_s is not None and not 0 < timeout_s < float("inf"):
+        raise ConfigError("watchdog.timeout_s", timeout_s, "must be positive", fix="null switches the watchdog off")
     if not config.validation.lead_steps or min(config.validation.lead_steps) < 1:
         raise ConfigError(
             "validation.lead_steps",

@@ -18,7 +18,7 @@ from anemoi_dist.provenance import leaves, read_yaml
 from anemoi_dist.run_directory import RunDirectory, write_atomically
 
 #: Not part of what a run computes: the same work elsewhere or with other logs is the same run.
-_NOT_IDENTITY = ("run.root", "run.id", "run.allow_changed", "checkpoint.strict", "launcher", "telemetry")
+_NOT_IDENTITY = ("run.root", "run.id", "run.allow_changed", "checkpoint.strict", "launcher", "watchdog", "telemetry")
 #: May change between two attempts of one run without a word said to allow it.
 _HARMLESS = ("data.num_workers", "data.prefetch_factor")
 

@@ -96,6 +96,21 @@ class RunDirectory:
         return self.path / "events.jsonl"
 
     @property
+    def launch_file(self) -> Path:
+        """One JSON object a line, appended to by the control side: submissions, starts, restarts, requeues, ends."""
+        return self.path / "launch.jsonl"
+
+    @property
+    def launch_lock_file(self) -> Path:
+        """Locked by the launcher from before it prepares the run until its ranks have ended."""
+        return self.path / "launch.lock"
+
+    @property
+    def scripts_dir(self) -> Path:
+        """The batch scripts that were submitted."""
+        return self.path / "scripts"
+
+    @property
     def control_dir(self) -> Path:
         """Stop requests are files in here."""
         return self.path / "control"

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from anemoi_dist.launch import journal
+
+from anemoi_dist.run_directory import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    run = RunDirectory.locate(tmp_path, "r")
+    run.create()
+    return run
+
+
+def test_what_is_noted_is_read_in_order(run):
+    assert journal.read(run) == []
+    journal.note(run, "submit", kind="slurm", job_id="12")
+    journal.note(run, "launch", kind="slurm", job_id="12")
+    journal.note(run, "requeue", step=30, code=75)
+    events = journal.read(run)
+    assert [event["event"] for event in events] == ["submit", "launch", "requeue"]
+    assert events[2] | {"step": 30, "code": 75, "pid": os.getpid()} == events[2]
+    assert journal.last(events, "submit", "launch")["event"] == "launch"
+    assert journal.last(events, "cancel") is None
+
+
+def test_an_unknown_event_is_refused(run):
+    with pytest.raises(ValueError, match="not one of"):
+        journal.note(run, "sumbit")
+    assert journal.read(run) == []
+
+
+def test_a_process_is_known_by_its_start():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = journal.process_started(process.pid)
+    assert started is not None and started == journal.process_started(process.pid)
+    assert started >= journal.process_started(os.getpid())
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert journal.process_started(process.pid) is None, "a zombie runs nothing"
+    process.wait()
+    assert journal.process_started(process.pid) is None

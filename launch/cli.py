@@ -125,13 +125,16 @@ def _train(options: argparse.Namespace) -> int:
     if options.strict:
         options.overrides.append("checkpoint.strict=true")
     composed = _compose(options)
-    ranks = local.num_ranks(composed.config)
     if options.dry_run:
         from anemoi_dist.run_directory import RunDirectory
 
+        from .machine import look
+        from .plan import plan
+
         run = RunDirectory.locate(composed.config.run.root, str(composed.config.run.id))
-        print(local.printable(local.torchrun_command(run, composed.config, ranks)))
+        print(plan(composed.config, run, look()).shell())
         return ExitCode.FINISHED
+    ranks = local.num_ranks(composed.config)
     return local.train(prepare_run(composed.config), composed.config, num_ranks=ranks)
 
 

@@ -68,8 +68,8 @@ class Allocation:
             cpus_per_task=int(environ.get("SLURM_CPUS_PER_TASK", "1")),
         )
 
-    def field(self, name: str) -> str | None:
-        """Return one field of ``scontrol show job``, None where SLURM no longer knows the job.
+    def fields(self, *names: str) -> tuple[str | None, ...]:
+        """Return fields of ``scontrol show job``, None where SLURM no longer knows the job.
 
         Raises
         ------
@@ -77,7 +77,9 @@ class Allocation:
             slurmctld does not answer.
         """
         answer = queue.call(["scontrol", "--oneliner", "show", "job", self.job_id], timeout_s=_PATIENCE_S)
-        return field(answer.stdout, name)
+        if answer.returncode and not answer.stdout and "Invalid job id" not in answer.stderr:
+            raise queue.QueueError(" ".join(answer.stderr.split()))
+        return tuple(field(answer.stdout, name) for name in names)
 
     def head_address(self, environ: Mapping[str, str]) -> str:
         """Return the address of the first node, which this process runs on, that the others reach.

@@ -1,4 +1,4 @@
-"""The batch process of a SLURM job: ``exec python -m anemoi_dist.launch.job RUN_DIRECTORY``, the last line of the script.
+"""The batch process of a SLURM job: ``python -m anemoi_dist.launch.job RUN_DIRECTORY``, the last line of the script.
 
 It starts the ranks by srun, asks them to save before the time limit, starts them again after a crash, and at the end
 decides by what the ranks recorded whether the job goes back into the queue. No torch.
@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from anemoi_dist.config import Config, LauncherConfig, from_yaml
 from anemoi_dist.errors import AnemoiDistError, ExitCode
@@ -32,6 +33,7 @@ from .supervise import RESTARTED, Job, supervise
 _STOP_MARK = "time limit of SLURM job"
 #: slurmctld that is down comes back, or the time limit ends the job.
 _PATIENCE_S, _PAUSE_S = 1800.0, 10.0
+_T = TypeVar("_T")
 
 
 class SupersededError(AnemoiDistError):
@@ -94,7 +96,7 @@ class Life:
         self._words, self._by_srun = words, by_srun
         self._head = ""
         self._first_signal: int | None = None
-        self._facts = {"job_id": allocation.job_id, "life": allocation.life}
+        self._facts: dict[str, Any] = {"job_id": allocation.job_id, "life": allocation.life}
 
     def live(self) -> int:
         """Run until there is nothing left to do in this life; return the exit code of the batch script."""
@@ -103,7 +105,7 @@ class Life:
             self._drop_old_stop()
             saved = newest_saved(self._run)
             environment = {**os.environ, **interface_variables(self._launcher)}
-            self._head = self._allocation.head_address(environ=environment)
+            self._head = self._allocation.head_address(environment)
             code = self._supervise(environment)
         except SupersededError as error:
             journal.note(self._run, "end", code=int(error.exit_code), reason=str(error), **self._facts)
@@ -129,11 +131,11 @@ class Life:
         # Nobody knows whether another program can be started twice in a row.
         return supervise(self._job(self._start_command, environment), replace(self._launcher, max_restarts=0))
 
-    def _job(self, command: object, environment: Mapping[str, str]) -> Job:
+    def _job(self, command: Callable[[int], list[str]], environment: Mapping[str, str]) -> Job:
         return Job(
             run=self._run,
             kind="slurm",
-            command=command,  # type: ignore[arg-type]
+            command=command,
             environment=environment,
             ask_to_stop=self._ask_to_stop,
             facts=self._facts,
@@ -152,7 +154,7 @@ class Life:
 
     def _refuse_superseded(self) -> None:
         """Make sure that srun starts ranks in this life's nodes: the next life of a job has the same id."""
-        restarts, state = (self._ask(lambda name=name: self._allocation.field(name)) for name in ("Restarts", "JobState"))
+        restarts, state = self._ask(lambda: self._allocation.fields("Restarts", "JobState"))
         if restarts != str(self._allocation.life) or state != "RUNNING":
             raise SupersededError(
                 f"SLURM job {self._allocation.job_id} is {state} and was started {restarts} times again, this life is "
@@ -178,21 +180,19 @@ class Life:
             self._run.stop_file.unlink(missing_ok=True)
 
     def _requeue(self, code: int, decision: Decision) -> None:
-        journal.note(
-            self._run, "requeue", code=code, reason=decision.reason, count=decision.count, **self._facts
-        )
+        journal.note(self._run, "requeue", code=code, reason=decision.reason, count=decision.count, **self._facts)
         answer = self._ask(lambda: queue.call(["scontrol", "requeue", self._allocation.job_id], timeout_s=60))
         if answer.returncode:
             said = " ".join(answer.stderr.split())
             journal.note(self._run, "end", code=code, reason=f"not requeued: {said}", **self._facts)
             _say(f"SLURM does not requeue the job ({said}): `anemoi-dist resume {self._run.run_id}` goes on")
 
-    def _ask[T](self, question: object) -> T:
+    def _ask(self, question: Callable[[], _T]) -> _T:
         """Ask slurmctld, again and again while it does not answer."""
         deadline = time.monotonic() + _PATIENCE_S
         while True:
             try:
-                return question()  # type: ignore[operator]
+                return question()
             except queue.QueueError:
                 if time.monotonic() > deadline:
                     raise
@@ -283,7 +283,9 @@ def decide(ended: Ended, past: Past, launcher: LauncherConfig) -> Decision:
 
 def newest_saved(run: RunDirectory) -> int:
     """Return the step of the newest checkpoint that the run has recorded, -1 for none."""
-    return max((int(event["step"]) for event in read_events(run.events_file) if event["event"] == "checkpoint"), default=-1)
+    return max(
+        (int(event["step"]) for event in read_events(run.events_file) if event["event"] == "checkpoint"), default=-1
+    )
 
 
 def _say(text: str) -> None:

@@ -68,10 +68,13 @@ class ModelSize:
         In any order.
     buffer_bytes : int
         Of buffers, which every rank holds whole.
+    largest_layer : tuple[str, int], optional
+        Name and parameters of the module that holds most itself.
     """
 
     parameters: Sequence[Parameter]
     buffer_bytes: int = 0
+    largest_layer: tuple[str, int] | None = None
 
     @property
     def num_parameters(self) -> int:

@@ -1,8 +1,8 @@
 """How large the model of a configuration is: ``python -m anemoi_dist.sizing < config.yaml`` prints it as JSON.
 
-A process of its own, because building a model takes torch and opening its dataset may take long; the control side, which
-has no torch, starts it (:mod:`anemoi_dist.launch.model_size`) and goes on without it where it fails. The model is built
-without memory for its values (torch's ``meta`` device) where it can be.
+A process of its own: building a model takes torch, and opening its dataset may take long. The control side has no
+torch; it starts this (:mod:`anemoi_dist.launch.model_size`) and goes on without an answer where it fails. The model is
+built without memory for its values (torch's ``meta`` device) where it can be.
 
 ::
 

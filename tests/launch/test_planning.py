@@ -21,9 +21,10 @@ from torch import nn
 from anemoi_dist import sizing
 from anemoi_dist.compose import compose
 from anemoi_dist.config import engine_name
-from anemoi_dist.engines.expected import NOT_COUNTED, ModelSize, Parameter, expected_memory
+from anemoi_dist.engines.expected import NOT_COUNTED, ExpectedMemory, ModelSize, Parameter, expected_memory
 from anemoi_dist.overrides import available_groups
 from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.telemetry.progress import format_bytes
 
 ROOT = Path(__file__).parents[2]
 GIB = 1024**3
@@ -53,6 +54,11 @@ def shown(capsys, *arguments: str) -> str:
     return out
 
 
+def memory_of(engine: str) -> ExpectedMemory:
+    """Return what a plan of a billion parameters on two ranks has to show."""
+    return expected_memory(compose([*TWO_RANKS, engine]).config, ModelSize([Parameter((10**9,))]), world_size=2)
+
+
 # The plan
 
 
@@ -61,10 +67,14 @@ def test_a_plan_with_its_memory(capsys):
     assert f"run         x in {Path('runs/x').absolute()}\n" in text
     assert "launcher    local: 1 node x 2 ranks\n" in text
     assert "batch       8 samples a step = 2 ranks x 1 micro-batch x 4\n" in text
+    memory = memory_of("engine=zero1")
     lines = dict(re.findall(r"^  (\S.*?) {2,}(\S+ \S+)  (?:device|host)$", text, re.MULTILINE))
-    assert lines["parameters"] == "3.7 GiB"
-    assert lines["fp32 masters"] == lines["exp_avg_slow"] == lines["their fp32 copy"] == "1.9 GiB"
-    assert "  sum                     18.6 GiB  device, 47% of 40.0 GiB\n" in text
+    assert lines["parameters"] == "3.7 GiB" == format_bytes(memory.parameters)
+    assert lines["exp_avg_slow"] == "1.9 GiB" == format_bytes(memory.states["exp_avg_slow"])
+    assert lines["checkpoint staging"] == "7.5 GiB" == format_bytes(memory.staging)
+    assert lines["gradients"] == format_bytes(memory.gradients)
+    share = memory.device / (40 * GIB)
+    assert f"  sum {format_bytes(memory.device):>28}  device, {share:.0%} of 40.0 GiB\n" in text
     assert f"not counted: {NOT_COUNTED}\n" in text
     assert "unknown" not in text
     assert "  OMP_NUM_THREADS=" in text or "OMP_NUM_THREADS" in planning.look().environ
@@ -72,9 +82,11 @@ def test_a_plan_with_its_memory(capsys):
 
 
 def test_what_does_not_fit_is_said(capsys):
-    assert "116% of 16.0 GiB  DOES NOT FIT" in shown(
-        capsys, *BILLION, *TWO_RANKS, "engine=zero1", "--device-memory-gib", "16"
-    )
+    arguments = [*BILLION, *TWO_RANKS, "engine=zero1"]
+    device_gib = memory_of("engine=zero1").device / GIB
+    assert "DOES NOT FIT" not in shown(capsys, *arguments, "--device-memory-gib", str(device_gib * 1.02))
+    text = shown(capsys, *arguments, "--device-memory-gib", str(device_gib / 1.02))
+    assert re.search(r" 102% of \S+ GiB  DOES NOT FIT\n", text)
 
 
 def test_what_is_offloaded_lies_on_the_host(capsys):
@@ -138,8 +150,7 @@ def test_bad_input_is_one_message_and_code_2(arguments, capsys):
 
 def test_json_says_what_the_text_says(capsys):
     found = json.loads(shown(capsys, *BILLION, *TWO_RANKS, "engine=zero1", "--device-memory-gib", "40", "--json"))
-    config = compose([*TWO_RANKS, "engine=zero1"]).config
-    memory = expected_memory(config, ModelSize([Parameter((10**9,))]), world_size=2)
+    memory = memory_of("engine=zero1")
     assert found["memory"]["device"] == memory.device
     assert found["memory"]["states"] == memory.states
     assert found["device_share"] == memory.device / (40 * GIB)

@@ -115,7 +115,10 @@ def parse_overrides(overrides: Sequence[str], *, groups: dict[str, tuple[str, ..
         key = override.key_or_group
         if override.is_sweep_override():
             raise ConfigError(
-                key, text.partition("=")[2], "is a sweep: one run takes one value", fix=f"{key}=[a,b] is a list"
+                key,
+                text.partition("=")[2],
+                "is a sweep: one run takes one value",
+                fix=f"{key}=[a,b] is a list; anemoi-dist submit --multirun takes a sweep",
             )
         if not key or override.package is not None:
             raise _not_an_override(text, "no key" if not key else "packages (@) cannot be moved")

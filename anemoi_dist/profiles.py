@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -53,7 +54,7 @@ def _refuse_unknown(content: dict[str, Any], schema: type, *, file: Path, prefix
     for name, value in content.items():
         key = f"{prefix}{name}"
         if name not in valid:
-            fix = ""
+            fix = "".join(f"did you mean {near}?" for near in difflib.get_close_matches(str(name), valid, n=1))
             if not prefix and name in hints and name in _NOT_IN_A_PROFILE:
                 fix = f"launcher.{name} on the command line"
             elif not prefix and name in get_type_hints(SlurmConfig):

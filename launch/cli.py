@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from anemoi_dist import __version__
-from anemoi_dist.errors import AnemoiDistError, ExitCode
+from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 
 from . import checkpoint, submit
 from .arguments import RUN_HELP, add_command, compose_arguments, locate_run
@@ -97,6 +97,10 @@ def _train(options: argparse.Namespace) -> int:
 
         print(show(composed.config))
         return ExitCode.FINISHED
+    if composed.config.launcher.kind == "slurm":
+        raise ConfigError(
+            "launcher", "slurm", "is submitted, not started here", fix="anemoi-dist submit launcher=slurm"
+        )
     ranks = local.num_ranks(composed.config)
     run, hold = claim_run(composed.config)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from anemoi_dist.launch import cli
+from anemoi_dist.launch.sweep import expand
 
 from anemoi_dist.compose import Composed, compose
 from anemoi_dist.config import schema_keys
@@ -50,15 +51,16 @@ def commands(path: Path) -> Iterator[list[str]]:
 
 def overrides_of(words: list[str]) -> list[str] | None:
     """Return the overrides of a command that composes a configuration, None for any other command."""
-    if words[0].endswith("anemoi-dist") and words[1] in ("train", "plan", "config"):
-        rest = words[2:]
+    if words[0].endswith("anemoi-dist") and words[1] in ("train", "plan", "config", "submit"):
+        rest = words[2 : words.index("--") if "--" in words else None]
     elif "anemoi_dist.train" in words:
         rest = words[words.index("anemoi_dist.train") + 1 :]
     else:
         return None
-    takes_value = ("--config", "--num-parameters", "--device-memory-gib")
+    takes_value = ("--config", "--num-parameters", "--device-memory-gib", "--after", "--after-any")
     values = {index + 1 for index, word in enumerate(rest) if word in takes_value}
-    return [word for index, word in enumerate(rest) if index not in values and not word.startswith("-")]
+    found = [word for index, word in enumerate(rest) if index not in values and not word.startswith("-")]
+    return expand(found)[-1] if "--multirun" in rest else found
 
 
 COMPOSING = [

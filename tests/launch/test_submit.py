@@ -1,0 +1,119 @@
+"""What is refused before anything is submitted; no scheduler needed."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+from anemoi_dist.launch import cli, submit
+
+
+def main(*arguments: str) -> int:
+    return cli.main(["submit", *arguments])
+
+
+def test_a_machine_without_slurm_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, **more: None if name == "sbatch" else which(name, **more))
+    assert main("launcher=slurm", f"run.root={tmp_path}", "run.id=r") == 3
+    assert "no sbatch on this machine" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main("launcher=slurm", f"run.root={tmp_path}", "--dry-run", "--multirun", "run.seed=1,2") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("#!/bin/bash") == printed.count("exec ") == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["run.seed=1"], "has no queue"),
+        (["launcher=slurm", "--srun"], "about the command after --"),
+        (["launcher=slurm", "--"], "followed by no command"),
+        (["launcher=slurm", "training.max_steps=3", "--", "true"], "has no effect on a command"),
+        (["launcher=slurm", "engine=zero1", "--", "true"], "has no effect on a command"),
+        (["launcher=slurm", "training.lr.rate=1e-4,3e-4"], "--multirun"),
+        (["launcher=slurm", "launcher.slurm.setup=['if true; then']"], "bash cannot read"),
+        (["launcher=slurm", "--after", "nothing"], "is not a run"),
+        (["launcher=slurm", "--after", "a", "--after-any", "b"], "excludes --after-any"),
+        (["launcher=slurm", "training.global_batch_size=3"], "multiple of the 2 ranks"),
+        (["launcher=slurm", "run.root='a\\b'"], "backslash"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], match: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    root = [] if any("run.root" in argument for argument in arguments) else [f"run.root={tmp_path}"]
+    assert main(*arguments[:place], *root, *arguments[place:]) == 2
+    assert match in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_does_not_start_what_is_submitted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["train", "launcher=slurm", f"run.root={tmp_path}"]) == 2
+    assert "anemoi-dist submit" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put an sbatch first in PATH that keeps what it gets."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    sbatch = tools / "sbatch"
+    sbatch.write_text(
+        f'#!/bin/bash\ncat > {tools}/script\nenv > {tools}/environment\necho "hello" >&2\necho "42;mini"\n'
+    )
+    sbatch.chmod(sbatch.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    return tools
+
+
+def test_the_environment_of_the_user_does_not_overrule_the_script(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("TIMELIMIT", "OUTPUT", "NO_REQUEUE", "OPEN_MODE", "PARTITION", "ACCOUNT"):
+        monkeypatch.setenv(f"SBATCH_{name}", "x")
+    arguments = [
+        "launcher=slurm",
+        "launcher.time=01:00:00",
+        "launcher.slurm.partition=gpu",
+        f"run.root={tmp_path}",
+        "run.id=r",
+    ]
+    assert main(*arguments) == 0
+    captured = capsys.readouterr()
+    assert "job 42," in captured.out and "hello" in captured.err, "a site's own remarks are shown"
+    lines = (recorded / "environment").read_text().splitlines()
+    assert [line for line in lines if line.startswith("SBATCH_")] == ["SBATCH_ACCOUNT=x"], (
+        "it says what the script does not"
+    )
+    script = (tmp_path / "r" / "scripts" / "slurm-42.sh").read_text()
+    assert script == (recorded / "script").read_text()
+
+
+def test_a_stop_that_nobody_answered_is_forgotten(recorded: Path, tmp_path: Path) -> None:
+    stop = tmp_path / "r" / "control" / "stop"
+    stop.parent.mkdir(parents=True)
+    stop.touch()
+    assert main("launcher=slurm", f"run.root={tmp_path}", "run.id=r") == 0
+    assert not stop.exists()
+
+
+def test_the_id_of_a_command_follows_from_it() -> None:
+    name = submit._command_id(["/usr/bin/my prog.py", "a"])
+    assert name.startswith("command-my-prog.py-") and name == submit._command_id(["/usr/bin/my prog.py", "a"])
+    assert name != submit._command_id(["/usr/bin/my prog.py", "b"])
+    assert submit._command_id(["$(x)"]).startswith("command-x-")
+    assert submit._command_id(["/"]).startswith("command-")
+
+
+def test_only_submit_takes_a_command() -> None:
+    assert submit.split_command(["submit", "a=b", "--", "x", "--", "y"]) == (["submit", "a=b"], ["x", "--", "y"])
+    assert submit.split_command(["train", "--", "x"]) == (["train", "--", "x"], None)

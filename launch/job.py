@@ -197,6 +197,10 @@ class Life:
         return "cancelled"
 
     def _requeue(self, code: int, decision: Decision) -> None:
+        (restarts,) = self._ask(lambda: self._allocation.fields("Restarts"))
+        if restarts != str(self._allocation.life):
+            _say("SLURM has put the job back into the queue already")
+            return
         journal.note(self._run, "requeue", code=code, reason=decision.reason, count=decision.count, **self._facts)
         answer = self._ask(lambda: queue.call(["scontrol", "requeue", self._allocation.job_id], timeout_s=60))
         if answer.returncode:

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from anemoi_dist.launch import allocation, job, queue
+from anemoi_dist.launch import allocation, job, journal, queue
 from anemoi_dist.launch.allocation import Allocation, fewest_cpus, start_command
 from anemoi_dist.launch.job import Ended, Past, decide
 
@@ -156,6 +156,26 @@ def test_a_life_that_slurm_has_given_up_starts_nothing(tmp_path: Path, monkeypat
         told["text"] = shown.format(state, restarts)
         with pytest.raises(job.SupersededError, match="leaving the run to the next"):
             here._start_ranks(1)
+
+
+def test_a_life_that_slurm_has_given_up_does_not_requeue_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, restarts = [], 1
+
+    def call(command: list[str], *, timeout_s: float) -> Answer:
+        asked.append(command[1])
+        return Answer(f"JobId=12 JobState=RUNNING Restarts={restarts}")
+
+    monkeypatch.setattr(queue, "call", call)
+    here = life(tmp_path)
+    here._requeue(75, job.Decision(True, "time limit", 1))
+    assert asked == ["--oneliner", "requeue"]
+    restarts = 2
+    here._requeue(75, job.Decision(True, "time limit", 1))
+    assert asked == ["--oneliner", "requeue", "--oneliner"]
+    noted = [event for event in journal.read(RunDirectory(tmp_path / "r")) if event["event"] == "requeue"]
+    assert [(event["code"], event["count"]) for event in noted] == [(75, 1)]
 
 
 def test_a_slurmctld_that_is_down_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

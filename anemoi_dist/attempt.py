@@ -70,21 +70,35 @@ class Attempt:
         run.write_state(state)
         run.logs_dir(self.number).mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def end(self, code: ExitCode) -> None:
-        """Record how the attempt ended and let go of the run."""
-        record_end(self._run, self.number, code)
+    def end(self, code: ExitCode) -> ExitCode:
+        """Record how the attempt ended and let go of the run; return what stands, as :func:`record_end` does."""
+        code = record_end(self._run, self.number, code)
         self._lock.close()
+        return code
 
 
-def record_end(run: RunDirectory, number: int, code: ExitCode) -> None:
-    """Record the end of an attempt, on whichever rank sees it first; the first record stands."""
+def record_end(run: RunDirectory, number: int, code: ExitCode, **details: Any) -> ExitCode:
+    """Record the end of an attempt, on whichever rank sees it first; the first record stands and is returned.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        The run.
+    number : int
+        Of the attempt.
+    code : ExitCode
+        How it ended.
+    **details : Any
+        What else to record with it.
+    """
     state = run.read_state()
     attempt = state["attempts"][number - 1]
     if "exit_code" in attempt:
-        return
+        return ExitCode(attempt["exit_code"])
     ended = end_state(code)
-    attempt |= {"ended": time.time(), "exit_code": int(code), "state": ended}
+    attempt |= {"ended": time.time(), "exit_code": int(code), "state": ended, **details}
     run.write_state({**state, "state": ended, "owner": None})
+    return code
 
 
 def is_finished(run: RunDirectory, *, max_steps: int) -> bool:

@@ -61,6 +61,7 @@ def _prepare(arguments: argparse.Namespace) -> RunDirectory:
 def _train(run: RunDirectory | None) -> ExitCode:
     """Join, agree on the run, train it, record how it ended."""
     from anemoi_dist.session import train
+    from anemoi_dist.telemetry.watchdog import watch
     from anemoi_dist.world import World
 
     attempt, number = None, 0
@@ -77,9 +78,17 @@ def _train(run: RunDirectory | None) -> ExitCode:
         if not world.is_main:
             _redirect(run.log_file(number, world.rank))
         config = from_yaml(_read_frozen(run, agreed["config"]))
-        train(config, run=run, world=world, attempt=number)
-        code = ExitCode.FINISHED
-        world.leave()
+        with watch(
+            run,
+            attempt=number,
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout_s=config.watchdog.timeout_s,
+            num_collectives=world.num_collectives,
+        ):
+            train(config, run=run, world=world, attempt=number)
+            code = ExitCode.FINISHED
+            world.leave()
     except AnemoiDistError as error:
         _tell(error)
         code = error.exit_code
@@ -89,9 +98,9 @@ def _train(run: RunDirectory | None) -> ExitCode:
         traceback.print_exc()
         code = ExitCode.INTERNAL
     if attempt is not None:
-        attempt.end(code)
-    elif run is not None and number and code == ExitCode.INTERNAL:  # known to this rank alone
-        record_end(run, number, code)
+        return attempt.end(code)
+    if run is not None and number and code == ExitCode.INTERNAL:  # known to this rank alone
+        return record_end(run, number, code)
     return code
 
 

@@ -1,6 +1,6 @@
-"""torchrun for the local launcher: the same program, which dies with its launcher and is quiet where ranks have spoken.
+"""torchrun as our launchers start it: it dies with its launcher, meets at a reserved port and says which rank failed.
 
-The only file in this package that imports torch; nothing else here imports it, it is started as a process.
+Started as a process on every node; with ``rendezvous.py`` the only part of this package that imports torch.
 """
 
 from __future__ import annotations
@@ -8,10 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
+from pathlib import Path
 
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.parent import PARENT_PID, die_with_parent, parent_in_environment
+from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.telemetry.watchdog import record_unsaid_hang
 
 
 def main() -> int:
@@ -22,6 +26,9 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from .rendezvous import register
+
+    register()
     # It logs every rank that ends with a code, also those that mean "saved" or "your configuration is wrong". What goes
     # wrong in torchrun itself is an exception.
     logging.disable(logging.ERROR)
@@ -29,10 +36,13 @@ def main() -> int:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == ExitCode.HANG:
+            record_unsaid_hang(RunDirectory(Path(sys.argv[sys.argv.index("--run-directory") + 1])))
         if failure.exitcode in set(ExitCode):
             return failure.exitcode
         how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"code {failure.exitcode}"
-        print(f"rank {rank} (pid {failure.pid}) ended with {how}", file=sys.stderr)  # noqa: T201
+        where = f"rank {rank} (pid {failure.pid} on {socket.gethostname()})"
+        print(f"{where} ended with {how}", file=sys.stderr)  # noqa: T201
         return 1
     except SignalException as error:
         return 128 + int(error.sigval)

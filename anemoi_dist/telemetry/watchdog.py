@@ -122,6 +122,32 @@ def find_hang(
     )
 
 
+def record_hang(run: RunDirectory, attempt: int, hang: Hang) -> None:
+    """Record the end of an attempt that has hung, and the event."""
+    place = {"rank": hang.rank, "host": hang.host, "pid": hang.pid, "log": str(run.log_file(attempt, hang.rank))}
+    failure = {**place, "error": str(hang), "hang": asdict(hang)}
+    if record_end(run, attempt, ExitCode.HANG, failure=failure) != ExitCode.HANG:
+        return
+    log = EventLog(run.events_file)
+    log.write("hang", attempt=attempt, **asdict(hang))
+    log.close()
+
+
+def record_unsaid_hang(run: RunDirectory) -> None:
+    """Record the hang of the last attempt where none of its ranks could: one alone, ended by its dead man's switch.
+
+    For who has started the ranks and seen one end with code 6.
+    """
+    attempts = run.read_state()["attempts"]
+    if not attempts or "exit_code" in attempts[-1]:
+        return
+    number = len(attempts)
+    beats = read_heartbeats(run, attempt=number)
+    hang = find_hang(beats, world_size=attempts[-1]["world_size"], now=time.time(), timeout_s=0.0)
+    if hang is not None:
+        record_hang(run, number, hang)
+
+
 class Watchdog:
     """Watches the training thread of one rank: the one that starts it.
 
@@ -225,10 +251,7 @@ class Watchdog:
         if hang is None or self._heartbeat.silent_s() < self._timeout_s:
             return None
         with suppress(OSError):  # a full disk: the exit code still says it
-            record_end(self._run, self._attempt, ExitCode.HANG, hang=asdict(hang))
-            log = EventLog(self._run.events_file)
-            log.write("hang", attempt=self._attempt, by=self._rank, **asdict(hang))
-            log.close()
+            record_hang(self._run, self._attempt, hang)
         log_file = self._run.log_file(self._attempt, hang.rank)
         print(f"{hang}; its stacks: {log_file}", file=sys.stderr, flush=True)  # noqa: T201
         return hang
@@ -250,11 +273,8 @@ class Watchdog:
 
     def _recorded(self) -> Hang | None:
         """Return the hang that another rank has recorded."""
-        state = self._run.read_state()
-        attempts = state["attempts"]
-        if len(attempts) < self._attempt or "hang" not in attempts[self._attempt - 1]:
-            return None
-        return Hang(**attempts[self._attempt - 1]["hang"])
+        hang = (self._run.read_state()["attempts"][self._attempt - 1].get("failure") or {}).get("hang")
+        return None if hang is None else Hang(**hang)
 
     def _where(self) -> str:
         frame = sys._current_frames().get(self._watched)

@@ -89,8 +89,8 @@ def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Mappi
     code : ExitCode
         How it ended.
     failure : Mapping[str, Any], optional
-        Of the rank that failed: ``rank``, ``host``, ``pid``, ``error`` (its traceback or message), ``log``; of a hang also
-        ``hang`` (:class:`anemoi_dist.telemetry.watchdog.Hang`).
+        Of the rank that failed: ``rank``, ``host``, ``pid``, ``error`` (its traceback or message), ``log``; of a hang
+        also ``hang`` (:class:`anemoi_dist.telemetry.watchdog.Hang`).
     """
     with run.changing_state() as state:
         attempt = state["attempts"][number - 1]

@@ -222,7 +222,8 @@ def _describe_failure(run: RunDirectory, attempt: Mapping[str, Any]) -> str:
     if failure["rank"] == 0 and code not in RESTARTED:
         return ""
     first = f"run {run.run_id}: {place} failed first: {_name(code)}; its log: {failure['log']}"
-    lines = [first] if failure["rank"] == 0 else [first, *(f"  {line}" for line in failure["error"].splitlines())]
+    has_said = failure["rank"] == 0 and "hang" not in failure
+    lines = [first] if has_said else [first, *(f"  {line}" for line in failure["error"].splitlines())]
     if code in RESTARTED:
         lines.append("the same command continues from the last checkpoint")
     return "\n".join(lines)

@@ -70,8 +70,8 @@ class Hang:
         where = self.where or "it does not answer: stopped, or in C code that holds the interpreter lock"
         place = f" on {self.host} (pid {self.pid})" if self.host else ""
         return (
-            f"hang: rank {self.rank}{place} has given no sign of life for {self.silent_s:.0f} s, last in phase {self.phase} "
-            f"after step {self.step}; {where}"
+            f"hang: rank {self.rank}{place} has given no sign of life for {self.silent_s:.0f} s, last in phase "
+            f"{self.phase} after step {self.step}; {where}"
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from anemoi_dist import __version__
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 
-from . import checkpoint
+from . import checkpoint, doctor
 
 if TYPE_CHECKING:
     from anemoi_dist.compose import Composed
@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     report = _add(commands, "report", _report, "write a run's HTML report")
     report.add_argument("run", metavar="RUN", help="a run's id, or the path of its directory")
     report.add_argument("--root", default="runs", help="directory of the runs (default: %(default)s)")
+
+    doctor.add_arguments(
+        _add(commands, "doctor", _doctor, "look for what would end a run before it gets far", groups=True)
+    )
 
     checkpoint.add_commands(
         _add(commands, "checkpoint", None, "list, show, verify, compare, export and import checkpoints")
@@ -137,6 +141,10 @@ def _train(options: argparse.Namespace) -> int:
         return local.train(run, composed.config, num_ranks=ranks)
     finally:
         hold.release()
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    return doctor.run_doctor(_compose(options).config, nodes=options.nodes, as_json=options.json)
 
 
 def _config(options: argparse.Namespace) -> int:

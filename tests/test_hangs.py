@@ -16,7 +16,7 @@ from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.telemetry.events import read_events
 from anemoi_dist.telemetry.heartbeat import read_heartbeats
 
-TIMEOUT_S = 6.0
+TIMEOUT_S = 10.0
 #: What may pass beside the timeout until everything is over, on a machine that has other things to do.
 SLACK_S = 20.0
 JOB = [
@@ -55,7 +55,14 @@ def train(root: Path, how: str, *more: str) -> tuple[int, str, RunDirectory, lis
 
 @pytest.mark.parametrize(
     ("how", "rank", "engine"),
-    [("sleep", 1, "zero2"), ("sleep", 0, "ddp"), ("lock", 1, "fsdp2"), ("stop", 1, "ddp"), ("stop", 0, "ddp")],
+    [
+        ("sleep", 1, "ddp"),
+        ("lock", 1, "fsdp2"),
+        ("stop", 1, "ddp"),
+        pytest.param("sleep", 0, "ddp", marks=pytest.mark.slow),
+        pytest.param("lock", 0, "ddp", marks=pytest.mark.slow),
+        pytest.param("stop", 0, "ddp", marks=pytest.mark.slow),
+    ],
 )
 def test_a_hang_ends_the_run_and_names_the_rank(tmp_path: Path, how: str, rank: int, engine: str) -> None:
     code, output, run, processes = train(tmp_path, f"{how}:{rank}:4", f"engine={engine}", "launcher.ranks=2")
@@ -77,7 +84,7 @@ def test_a_hang_ends_the_run_and_names_the_rank(tmp_path: Path, how: str, rank: 
         assert "hanging.py" in hang["where"] and (hang["phase"], hang["step"]) == ("step", 3)
     else:
         assert [each["rank"] for each in hang["unresponsive"]] == [rank] and hang["where"] == ""
-    assert "no sign of life for watchdog.timeout_s=6 s" in other and "in train_step" in other
+    assert "no sign of life for watchdog.timeout_s=10 s" in other and "in train_step" in other
     gone, alive = psutil.wait_procs(processes, timeout=20)
     assert len(gone) >= 3 and not alive
 
@@ -96,13 +103,14 @@ def test_a_rank_that_is_slow_and_at_work_ends_nothing(tmp_path: Path) -> None:
     assert code == 0, output
     assert not [event for event in read_events(run.events_file) if event["event"] == "hang"]
     # Rank 0 waited for longer than the timeout, and said so to its log and to nobody else.
-    assert "no sign of life for watchdog.timeout_s=6 s" in run.log_file(1, 0).read_text()
+    assert "no sign of life for watchdog.timeout_s=10 s" in run.log_file(1, 0).read_text()
     assert "no sign of life" not in output
     beats = read_heartbeats(run, attempt=1)
     assert {rank: (beat["phase"], beat["step"]) for rank, beat in beats.items()} == {0: ("end", 8), 1: ("end", 8)}
     assert beats[0]["total_steps"] == 8 and beats[0]["loss"] > 0 and "loss" not in beats[1]
 
 
+@pytest.mark.slow
 def test_without_a_timeout_nothing_watches_and_ranks_still_give_signs_of_life(tmp_path: Path) -> None:
     code, output, run, _ = train(tmp_path, "sleep:9:9", "engine=ddp", "launcher.ranks=1", "watchdog.timeout_s=null")
     assert code == 0, output

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 #: Bytes of the all-reduces, without and with a GPU.
 SIZES = {"cpu": (2**16, 2**20, 2**23), "cuda": (2**20, 2**24, 2**28)}
 _REPEATS = 10
+_MAX_ERROR_CHARS = 400
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,13 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="give up after so many seconds")
     parser.add_argument("--json", action="store_true", help="print the findings as one line of JSON")
     options = parser.parse_args(argv)
-    # A node that does not answer would hold up all others for as long as the queue lets them.
+    deadline = time.monotonic() + options.timeout
+    # A node that does not answer would hold up all others for as long as the queue lets them. Collectives that wait
+    # notice it by themselves; this is for whatever else may hang.
     switch = Deadman(grace_s=0.5, code=ExitCode.PREFLIGHT, log=sys.stderr)
     switch.hold(options.timeout)
     try:
-        findings = probe(options)
-    except AnemoiDistError as error:
-        findings = [Finding("ranks", "failed", str(error), "check that every node can reach the first one")]
+        findings = probe(options, deadline=deadline)
+    except (AnemoiDistError, RuntimeError) as error:  # dist.DistError is a RuntimeError
+        text = " ".join(str(error).split())[:_MAX_ERROR_CHARS]
+        findings = [Finding("ranks", "failed", text, "check that all ranks were started and reach the first node")]
     switch.close()
     if os.environ.get("RANK", "0") == "0":
         told = json.dumps([finding.as_dict() for finding in findings]) if options.json else format_findings(findings)
@@ -65,11 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return ExitCode.PREFLIGHT if failed else ExitCode.FINISHED
 
 
-def probe(options: argparse.Namespace) -> list[Finding]:
-    """Join the other ranks and return what all have found; the same on every rank. Collective."""
+def probe(options: argparse.Namespace, *, deadline: float) -> list[Finding]:
+    """Join the other ranks and return what all have found; the same on every rank. Collective.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        The command line.
+    deadline : float
+        When this process ends, on the monotonic clock.
+    """
     from anemoi_dist.world import World
 
-    world = World.join(timeout_s=options.timeout)
+    left_s = deadline - time.monotonic()
+    world = World.join(timeout_s=max(1.0, 0.7 * left_s))  # with time left to say that somebody is missing
     own = report(world)
     local = _local_findings(options, world=world)
     shared = _is_shared(options.run_root, world=world)
@@ -275,4 +288,7 @@ def _is_shared(root: Path, *, world: World) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # where a rank is missing, a clean-up that talks to it would hang

@@ -147,7 +147,7 @@ _current: Heartbeat | None = None
 
 
 def beat(phase: str | None = None, *, step: int | None = None) -> None:
-    """Note that this rank goes on; nothing where nobody listens. Under a microsecond: call it wherever work is done.
+    """Note that this rank goes on; nothing where nobody listens. About a microsecond: call it wherever work is done.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from anemoi_dist import __version__
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 
-from . import checkpoint, doctor
+from . import checkpoint
 
 if TYPE_CHECKING:
     from anemoi_dist.compose import Composed
@@ -71,9 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN", help="a run's id, or the path of its directory")
     report.add_argument("--root", default="runs", help="directory of the runs (default: %(default)s)")
 
-    doctor.add_arguments(
-        _add(commands, "doctor", _doctor, "look for what would end a run before it gets far", groups=True)
-    )
+    doctor = _add(commands, "doctor", _doctor, "look for what would end a run before it gets far", groups=True)
+    doctor.add_argument("--nodes", action="store_true", help="start the ranks and let them look at each other")
+    doctor.add_argument("--json", action="store_true", help="print one JSON list")
 
     checkpoint.add_commands(
         _add(commands, "checkpoint", None, "list, show, verify, compare, export and import checkpoints")
@@ -144,7 +144,9 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    return doctor.run_doctor(_compose(options).config, nodes=options.nodes, as_json=options.json)
+    from .doctor import run_doctor
+
+    return run_doctor(_compose(options).config, nodes=options.nodes, as_json=options.json)
 
 
 def _config(options: argparse.Namespace) -> int:

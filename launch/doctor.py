@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -29,12 +28,6 @@ from . import local
 NODES_TIMEOUT_S = 180.0
 #: fp32 parameter and the three EMAs of AdEMAMix: what a checkpoint holds of each parameter.
 _BYTES_PER_PARAMETER = 16
-
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
-    command.add_argument("--nodes", action="store_true", help="start the ranks and let them look at each other")
-    command.add_argument("--json", action="store_true", help="print one JSON list")
 
 
 def run_doctor(config: Config, *, nodes: bool, as_json: bool) -> int:

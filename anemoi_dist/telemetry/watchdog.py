@@ -172,7 +172,7 @@ class Watchdog:
         self._watched = threading.get_ident()
         self._log: IO[str] = run.log_file(attempt, rank).open("a", buffering=1, encoding="utf-8")
         # A lone rank has nobody to end the run in its stead. The others' watchdogs need time to do it in order.
-        grace_s = 1.0 if world_size == 1 else _GRACE_S
+        grace_s = 3.0 if world_size == 1 else _GRACE_S
         self._deadman = Deadman(grace_s=grace_s, code=ExitCode.HANG, log=self._log)
         self._is_stalled, self._no_judge_since, self._seen = False, 0.0, 0.0
         self._closed = threading.Event()

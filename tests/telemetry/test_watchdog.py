@@ -178,13 +178,13 @@ DEADMAN = """
 import ctypes, sys, threading, time
 from anemoi_dist.telemetry.deadman import Deadman
 log = open(sys.argv[1], "w")
-switch = Deadman(grace_s=0.2, code=6, log=log)
+switch = Deadman(grace_s=3.0, code=6, log=log)
 for _ in range(8):
     switch.hold(0.4)
     time.sleep(0.1)
 if sys.argv[2] == "close":
     switch.close()
-    time.sleep(1.0)
+    time.sleep(4.0)
     sys.exit(0)
 switch.hold(0.4)
 ctypes.PyDLL(None).sleep(60)  # with the interpreter lock

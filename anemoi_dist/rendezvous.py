@@ -59,10 +59,15 @@ class Meeting:
         Rank 0's: bound and listening, so that whoever connects before the store serves it waits.
     note : Path, optional
         The file that tells the others; it has done its service when all have joined.
+    kills_others : bool
+        Whether what started the ranks kills the others, at once or after a second, when one leaves with another code
+        than 0: mpirun does, and ``srun --kill-on-bad-exit``. torchrun gives them time to save.
     """
 
-    def __init__(self, *, listener: socket.socket | None = None, note: Path | None = None) -> None:
-        self._listener, self._note = listener, note
+    def __init__(
+        self, *, listener: socket.socket | None = None, note: Path | None = None, kills_others: bool = False
+    ) -> None:
+        self._listener, self._note, self.kills_others = listener, note, kills_others
         self._store: Any = None
 
     def __enter__(self) -> Meeting:
@@ -193,7 +198,7 @@ def _meet_by_mpi(environ: MutableMapping[str, str]) -> Meeting:
     if "error" in told:
         raise PreflightError(f"rank 0 cannot listen: {told['error']}")
     _publish(environ, place, told)
-    return Meeting(listener=listener)
+    return Meeting(listener=listener, kills_others=True)
 
 
 def _import_mpi(num_ranks: int) -> Any:
@@ -219,7 +224,7 @@ def _meet_by_file(run_directory: Path | None, environ: MutableMapping[str, str])
     place = slurm_place(environ)
     if _is_told(environ):
         _publish(environ, place, {})
-        return Meeting()
+        return Meeting(kills_others=True)
     if run_directory is None:
         raise PreflightError(
             f"srun started {place.world_size} ranks, which meet through the run directory: give --run-directory, or "
@@ -230,9 +235,9 @@ def _meet_by_file(run_directory: Path | None, environ: MutableMapping[str, str])
         listener, told = _listen(place, environ)
         write_atomically(note, json.dumps(told))
         _publish(environ, place, told)
-        return Meeting(listener=listener, note=note)
+        return Meeting(listener=listener, note=note, kills_others=True)
     _publish(environ, place, _wait_for(note))
-    return Meeting()
+    return Meeting(kills_others=True)
 
 
 def slurm_place(environ: Mapping[str, str]) -> Place:

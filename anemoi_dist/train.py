@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except AnemoiDistError as error:
         _tell(error)
         sys.exit(error.exit_code)
-    _exit(_train(run, meeting))
+    _exit(_train(run, meeting), meeting)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -146,12 +146,15 @@ def _tell(error: AnemoiDistError) -> None:
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _exit(code: ExitCode) -> NoReturn:
+def _exit(code: ExitCode, meeting: Meeting) -> NoReturn:
     """Leave. After a failure at once: other ranks may be gone, and a clean-up that talks to them would hang."""
     sys.stdout.flush()
     sys.stderr.flush()
     if code == ExitCode.FINISHED:
         sys.exit(code)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if code == ExitCode.SAVED_RUN_AGAIN and meeting.kills_others and (not is_main or LAUNCHED in os.environ):
+        os._exit(0)  # with its own code the first to leave would end rank 0 before that has recorded the end
     counts = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     restart_count, max_restarts = map(int, counts)
     if LAUNCHED in os.environ and restart_count < max_restarts and code not in (ExitCode.INTERNAL, ExitCode.HANG):

@@ -132,7 +132,7 @@ def _train(options: argparse.Namespace) -> int:
         from .plan import plan
 
         run = RunDirectory.locate(composed.config.run.root, str(composed.config.run.id))
-        print(plan(composed.config, run, look()).shell())
+        print(plan(composed.config, run, look(composed.config.launcher.kind)).shell())
         return ExitCode.FINISHED
     ranks = local.num_ranks(composed.config)
     return local.train(prepare_run(composed.config), composed.config, num_ranks=ranks)

@@ -118,24 +118,28 @@ def _compose(options: argparse.Namespace) -> Composed:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from anemoi_dist.prepare import prepare_run
+    from anemoi_dist.prepare import claim_run
+    from anemoi_dist.run_directory import RunDirectory
 
-    from . import local
+    from . import local, mpi
+    from .machine import look
+    from .plan import plan
 
     if options.strict:
         options.overrides.append("checkpoint.strict=true")
-    composed = _compose(options)
+    config = _compose(options).config
+    run = RunDirectory.locate(config.run.root, str(config.run.id))
+    planned = plan(config, run, look(config.launcher.kind))  # refuses before the run is touched
     if options.dry_run:
-        from anemoi_dist.run_directory import RunDirectory
-
-        from .machine import look
-        from .plan import plan
-
-        run = RunDirectory.locate(composed.config.run.root, str(composed.config.run.id))
-        print(plan(composed.config, run, look(composed.config.launcher.kind)).shell())
+        print(planned.shell())
         return ExitCode.FINISHED
-    ranks = local.num_ranks(composed.config)
-    return local.train(prepare_run(composed.config), composed.config, num_ranks=ranks)
+    run, hold = claim_run(config)
+    try:
+        if planned.kind == "mpi":
+            return mpi.train(run, config, planned)
+        return local.train(run, config, num_ranks=planned.ranks_per_node)
+    finally:
+        hold.release()
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from anemoi_dist.run_directory import LAUNCHED, RunDirectory
 
 from .local import RANKS_WITHOUT_GPU, rank_environment
 from .plan import Machine, Mpirun, Plan
+from .supervise import Job, supervise
 
 #: Set by a queue for the jobs in which every mpirun knows its hosts.
 _ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_DJOB_HOSTFILE", "PE_HOSTFILE")
@@ -127,3 +131,37 @@ def _exports(mpirun: Mpirun, environ: Mapping[str, str], *, nodes: int) -> list[
     wanted = re.compile(r"(ANEMOI|GLOO|HYDRA|MASTER|NCCL|OMP|PYTHON|TORCH)_?\w*|PATH|LD_LIBRARY_PATH|VIRTUAL_ENV")
     names = {name for name in environ if wanted.fullmatch(name) and not name.startswith("ANEMOI_DIST_PARENT")}
     return [word for name in sorted(names | {LAUNCHED}) for word in ("-x", name)]
+
+
+def train(run: RunDirectory, config: Config, planned: Plan) -> int:
+    """Train a run under mpirun until it ends and return its exit code; see :func:`.supervise.supervise`.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        A prepared run, owned by this process.
+    config : Config
+        Its configuration.
+    planned : Plan
+        What :func:`plan` said of it.
+    """
+    run.stop_file.unlink(missing_ok=True)  # asked of an earlier start that did not live to answer
+    environment = {**os.environ, **planned.environment}
+    if not sys.stdout.isatty():
+        environment["TERM"] = "dumb"  # Open MPI gives rank 0 a terminal of its own, whatever ours is
+    job = Job(
+        run=run,
+        kind="mpi",
+        # Through the module that dies with us: mpirun itself would go on.
+        command=lambda restarts: [sys.executable, "-m", "anemoi_dist.parent", *planned.command],
+        environment=environment,
+        ask_to_stop=_ask_to_stop,
+        facts={"nodes": planned.nodes, "ranks": planned.world_size},
+        returns_codes=False,
+    )
+    return supervise(job, config.launcher)
+
+
+def _ask_to_stop(process: subprocess.Popen[bytes], number: int) -> None:
+    # Every mpirun passes SIGUSR1 to all ranks, each once. After a SIGTERM Open MPI's kills them within a second.
+    process.send_signal(signal.SIGUSR1)

@@ -57,7 +57,7 @@ def process_started(pid: int) -> int | None:
 def main(arguments: list[str]) -> None:
     """Become the command that the arguments are, which now gets SIGTERM when whoever started this process ends."""
     die_with_parent(parent_pid=parent_in_environment(), number=signal.SIGTERM)
-    os.execvp(arguments[0], arguments)  # what the kernel was asked for stays asked
+    os.execvp(arguments[0], arguments)  # noqa: S606 - what the kernel was asked for stays asked
 
 
 if __name__ == "__main__":

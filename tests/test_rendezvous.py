@@ -158,7 +158,7 @@ def test_a_stale_word_of_rank_0_is_not_read(tmp_path: Path, monkeypatch: pytest.
 def test_the_address_of_an_interface():
     assert own_address({"GLOO_SOCKET_IFNAME": "lo"}) == "127.0.0.1"
     assert own_address({"NCCL_SOCKET_IFNAME": "=lo,eth9"}) == "127.0.0.1"
-    with pytest.raises(PreflightError, match="must name one of: .*lo"):
+    with pytest.raises(PreflightError, match=r"must name one of: .*lo"):
         own_address({"GLOO_SOCKET_IFNAME": "no-such-if"})
     own = own_address({})
     with socket.socket() as probe:

@@ -73,7 +73,7 @@ def test_hosts_of_a_job_and_hosts_from_nowhere():
     assert "--hostfile" not in planned("launcher.nodes=2", on=job).command
     with pytest.raises(ConfigError, match=r"launcher\.hostfile=FILE"):
         planned("launcher.nodes=2")
-    with pytest.raises(ConfigError, match="no effect with launcher.kind=local"):
+    with pytest.raises(ConfigError, match=r"no effect with launcher\.kind=local"):
         compose(["launcher.hostfile=/h"])
 
 

@@ -113,8 +113,9 @@ def program(directory: Path, script: str) -> str:
 
 
 def meeting_fails(**environ: str) -> str:
+    """Return what one of four ranks says that an mpirun of Hydra's family has started."""
     code = "from anemoi_dist.rendezvous import meet; meet(None)"
-    environment = {**os.environ, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", **environ}
+    environment = {**os.environ, "PMI_RANK": "1", "PMI_SIZE": "4", **environ}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     return done.stderr
@@ -129,6 +130,14 @@ def test_no_mpi4py(tmp_path):
     (tmp_path / "mpi4py.py").write_text("raise ModuleNotFoundError(\"No module named 'mpi4py'\")")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     assert "pip install 'anemoi-dist[mpi]'" in meeting_fails(PYTHONPATH=path)
+
+
+def test_an_mpirun_of_another_mpi():
+    pytest.importorskip("mpi4py")
+    found = mpi.find_mpirun(os.environ, python=sys.executable)
+    if found is None or found.family != "openmpi":
+        pytest.skip("mpi4py is not linked to Open MPI here")
+    assert "mpirun started 4 ranks, but mpi4py sees a world of 1: it is linked to another MPI" in meeting_fails()
 
 
 # With a real mpirun

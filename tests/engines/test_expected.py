@@ -57,7 +57,7 @@ def held_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
 
 
 def measure(world: World, name: str, precision: str) -> dict[str, Any]:
-    """Train two steps and count the bytes behind the engine: of gradients when all are there, and when they are used."""
+    """Train two steps and count the bytes behind the engine: of gradients when all are there and when they are read."""
     engine: Any = toy.build(world, make_config(name, precision))
     measured: dict[str, Any] = {"staging": required_bytes(engine.shards()), "communication": 0, "update": 0}
     zero = engine._engine.optimizer if name in ("zero1", "zero2", "zero3", "zero3_offload") else None

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from anemoi_dist.launch import machine, mpi
 from anemoi_dist.launch.plan import Machine, Mpirun, plan
+from anemoi_dist.launch.supervise import read_ending
 
 from anemoi_dist.checkpoint.compare import differences
 from anemoi_dist.checkpoint.ranges import SavedCheckpoint
@@ -103,6 +104,14 @@ def test_an_mpirun_that_is_neither(tmp_path):
     with pytest.raises(PreflightError, match=r"neither Open MPI's nor.*'prun 1\.0'"):
         mpi.find_mpirun({"PATH": f"{tmp_path}:/bin:/usr/bin"}, python="/no/python")
     assert mpi.find_mpirun({"PATH": str(tmp_path / "none")}, python="/no/python") is None
+
+
+def test_the_number_of_a_signal_is_no_code_of_ours(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.create()
+    run.write_state({"state": "running", "attempts": [{"attempt": 1}]})
+    hydras = read_ending(run, signal.SIGABRT, attempts_before=0, interrupted=False, returns_codes=False)
+    assert hydras.code == 70 and "ended without a word" in hydras.message
 
 
 def program(directory: Path, script: str) -> str:

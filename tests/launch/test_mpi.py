@@ -349,5 +349,3 @@ def test_a_held_run_is_refused(tmp_path: Path):
     wait_for_step(tmp_path, 2, process)
     code, output = finish(start(tmp_path, "launcher=mpi"))
     assert code == 3 and "is held by process" in output
-    process.send_signal(signal.SIGINT)
-    assert finish(process)[0] == 75

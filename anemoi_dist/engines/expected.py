@@ -147,7 +147,11 @@ def state_bytes(optimizer: Mapping[str, Any]) -> dict[str, int] | None:
         betas = optimizer.get("betas")
         has_fast = not isinstance(betas, Sequence) or not betas or bool(betas[0])
         names = (("exp_avg_fast",) if has_fast else ()) + ("exp_avg_slow", "exp_avg_sq")
-        return dict.fromkeys(names, _FP32)
+        chosen = optimizer.get("state_dtype", "fp32")
+        if chosen == "bf16":
+            chosen = {"exp_avg_fast": "bf16", "exp_avg_sq": "bf16"}
+        narrow = [name for name, dtype in chosen.items() if dtype == "bf16"] if isinstance(chosen, Mapping) else []
+        return {name: _BF16 if name in narrow else _FP32 for name in names}
     # torch.optim.adamw.AdamW is torch.optim.AdamW.
     package, _, name = target.rpartition(".")
     known = f"torch.optim.{name}"

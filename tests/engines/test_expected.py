@@ -151,6 +151,22 @@ def test_a_state_for_every_element_of_every_known_optimizer() -> None:
         assert state_bytes({"_target_": unknown}) is None
 
 
+@pytest.mark.parametrize(
+    ("state_dtype", "expected"),
+    [
+        ("fp32", (12, 8)),
+        ("bf16", (8, 6)),
+        ({"exp_avg_fast": "bf16"}, (10, 8)),
+        ({"exp_avg_slow": "bf16", "exp_avg_sq": "fp32"}, (10, 6)),
+        (dict.fromkeys(("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"), "bf16"), (6, 4)),
+    ],
+)
+def test_narrow_averages(state_dtype: Any, expected: tuple[int, int]) -> None:
+    node = {"_target_": "anemoi_dist.optimizers.ademamix.AdEMAMix", "state_dtype": state_dtype}
+    sizes = [state_bytes({**node, "betas": [beta, 0.999, 0.9999]}) or {} for beta in (0.9, 0.0)]
+    assert tuple(sum(size.values()) for size in sizes) == expected
+
+
 def created_states(node: dict[str, Any]) -> dict[str, int]:
     parameter = nn.Parameter(torch.ones(10, 10))
     optimizer = create_optimizer(node, [parameter], lr=1e-3)
@@ -165,8 +181,10 @@ def test_offload_moves_what_the_optimizer_needs_to_the_host() -> None:
     on_device, offloaded = (
         expected_memory(toy.make_config(engine), model, world_size=4) for engine in ("zero3", "zero3_offload")
     )
-    assert on_device.movable == offloaded.movable == (4 + 12 + 4 + 4) * 250_000
-    assert on_device.device - offloaded.device == offloaded.host - on_device.host == on_device.movable
+    assert offloaded.movable >= (4 + 12 + 4) * 250_000
+    assert offloaded.host == offloaded.staging + offloaded.movable
+    assert offloaded.device == offloaded.parameters + offloaded.communication + 7
+    assert on_device.device == on_device.parameters + on_device.communication + 7 + on_device.movable
     assert on_device.host == on_device.staging == 16 * 250_000
 
 

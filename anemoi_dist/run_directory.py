@@ -123,6 +123,10 @@ class RunDirectory:
         """Its existence asks the run to save and stop."""
         return self.control_dir / "stop"
 
+    def rendezvous_file(self, key: str) -> Path:
+        """Return the file in which rank 0 of the start that ``key`` names says where it listens."""
+        return self.control_dir / f"rendezvous-{key}.json"
+
     @property
     def heartbeats_dir(self) -> Path:
         """One small file a rank."""

@@ -128,21 +128,27 @@ def _compose(options: argparse.Namespace) -> Composed:
 
 def _train(options: argparse.Namespace) -> int:
     from anemoi_dist.prepare import claim_run
+    from anemoi_dist.run_directory import RunDirectory
 
-    from . import local
+    from . import local, mpi
+    from .machine import look
+    from .plan import plan
 
     if options.strict:
         options.overrides.append("checkpoint.strict=true")
-    composed = _compose(options)
+    config = _compose(options).config
     if options.dry_run:
         from .planning import show
 
-        print(show(composed.config))
+        print(show(config))
         return ExitCode.FINISHED
-    ranks = local.num_ranks(composed.config)
-    run, hold = claim_run(composed.config)
+    run = RunDirectory.locate(config.run.root, str(config.run.id))
+    planned = plan(config, run, look(config.launcher.kind))  # refuses before the run is touched
+    run, hold = claim_run(config)
     try:
-        return local.train(run, composed.config, num_ranks=ranks)
+        if planned.kind == "mpi":
+            return mpi.train(run, config, planned)
+        return local.train(run, config, num_ranks=planned.ranks_per_node)
     finally:
         hold.release()
 

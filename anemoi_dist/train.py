@@ -17,6 +17,7 @@ from anemoi_dist.config import from_yaml, plan_batches
 from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
 from anemoi_dist.parent import die_with_parent, parent_in_environment
 from anemoi_dist.prepare import Change, changes_table, prepare_run
+from anemoi_dist.rendezvous import Meeting, meet
 from anemoi_dist.run_directory import LAUNCHED, RunDirectory
 
 if TYPE_CHECKING:
@@ -28,15 +29,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # before the imports that take seconds: the agent may be killed meanwhile
         die_with_parent(parent_pid=parent_in_environment())
     arguments = _parse(argv)
-    is_main = os.environ.get("RANK", "0") == "0"
     run = None
     try:
+        meeting = meet(arguments.run_directory)
+        is_main = os.environ.get("RANK", "0") == "0"
         # Rank 0 alone composes, before any process group or device exists: a wrong key costs nobody anything.
         run = _prepare(arguments) if is_main else None
     except AnemoiDistError as error:
         _tell(error)
         sys.exit(error.exit_code)
-    _exit(_train(run))
+    _exit(_train(run, meeting))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,14 +60,15 @@ def _prepare(arguments: argparse.Namespace) -> RunDirectory:
     return prepare_run(composed.config)
 
 
-def _train(run: RunDirectory | None) -> ExitCode:
+def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
     """Join, agree on the run, train it, record how it ended."""
     from anemoi_dist.session import train
     from anemoi_dist.world import World
 
     attempt, number = None, 0
     try:
-        world = World.join()
+        with meeting:
+            world = World.join()
         if world.is_main:
             assert run is not None, "rank 0 has prepared the run"
             attempt, agreed = _begin(run, world)

@@ -241,9 +241,7 @@ def slurm_place(environ: Mapping[str, str]) -> Place:
     assert numbers is not None
     rank, world_size = numbers
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", str(world_size)))
-    counts = [
-        int(count) for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(nodes or 1))
-    ]
+    counts = [int(count) for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(nodes or 1))]
     node = _integer(environ, "SLURM_NODEID", default=0)
     if node >= len(counts):
         raise PreflightError(f"SLURM_NODEID={node} is not among the nodes of SLURM_STEP_TASKS_PER_NODE={tasks!r}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from anemoi_dist import __version__
 from anemoi_dist.errors import AnemoiDistError, ExitCode
 
-from . import checkpoint, submit
+from . import checkpoint, logs, steer, submit, watch
 from .arguments import RUN_HELP, add_command, compose_arguments, locate_run
 
 
@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     submit.add_commands(commands)
+    watch.add_commands(commands)
+    logs.add_commands(commands)
+    steer.add_commands(commands)
 
     report = add_command(commands, "report", _report, "write a run's HTML report")
     report.add_argument("run", metavar="RUN", help=RUN_HELP)

@@ -137,7 +137,8 @@ def gather(run: RunDirectory, *, every_rank: bool = True) -> Facts:
     state, damage = _state(run)
     attempts = _attempts(state)
     launch = _launch(run)
-    owner = state.get("owner") if isinstance(state.get("owner"), dict) else {}
+    owner = state.get("owner")
+    owner = owner if isinstance(owner, dict) else {}
     step_event, written = _newest_step(run.events_file)
     return Facts(
         run_id=run.run_id,

@@ -17,6 +17,8 @@ from .queue import GONE, JobView
 SILENT_AFTER_S = 120.0
 #: Ranks import, open data and compile before their first step, each of which may take so long without a sign.
 SILENT_AT_STARTUP_AFTER_S = 600.0
+#: Signs of life as young as this are believed, and not a scheduler that does not know the job.
+CONTRADICTED_S = 30.0
 #: Clocks of two nodes agree to this; the control side's word and a rank's are put in order no finer.
 SKEW_S = 2.0
 
@@ -107,6 +109,11 @@ class RunStatus:
         """It does something, or will without a person."""
         return self.state in ACTIVE
 
+    @property
+    def may_go_on(self) -> bool:
+        """It is active, or nothing here can tell."""
+        return self.is_active or self.state == "unknown"
+
 
 def derive(facts: Facts, *, now: float, job: JobView | None = None, queue_error: str = "") -> RunStatus:
     """Tell what a run is doing; pure.
@@ -179,6 +186,16 @@ class _Derivation:
     def _alive(self) -> bool | None:
         """Whether processes of the run exist; None where nothing here can tell."""
         facts = self.facts
+        if (
+            self.job is not None
+            and self.job.state == GONE
+            and self._current_attempt()
+            and not self._control_has_ended()
+        ):
+            newest = max((beat.seen for beat in facts.beats), default=None)
+            if newest is not None and self.now - newest < CONTRADICTED_S:
+                self.notes.append(f"this SLURM does not know job {self.job.job_id}: is it of another cluster?")
+                return None
         if self.job is not None:
             return not self.job.is_over
         if facts.owner_alive or (facts.launcher_alive and not self._control_has_ended()):
@@ -241,10 +258,10 @@ class _Derivation:
 
     def _between_attempts(self) -> tuple[str, str]:
         begun, attempt = self.begun, self.attempt
-        if attempt is not None and attempt.exit_code is not None and attempt.ended is not None and begun is not None:
+        if attempt is not None and attempt.exit_code is not None and attempt.ended is not None:
             # A restart is decided a moment after the ranks have ended.
-            after = begun["time"] + (SKEW_S if begun["event"] == "restart" else 0.0)
-            if attempt.ended > after:
+            slack_s = SKEW_S if begun is not None and begun["event"] == "restart" else 0.0
+            if all(attempt.ended > start + slack_s for start in self._starts()):
                 if attempt.exit_code == ExitCode.FINISHED:
                     return self._over()
                 return "stopping", f"its ranks ended with code {attempt.exit_code} {self._ago(attempt.ended)}"
@@ -282,7 +299,7 @@ class _Derivation:
         if not first.phase:
             return f"rank {first.rank} has given no sign of life for {lasts}"
         stood = f"in {first.phase}" + ("" if first.step is None else f" at step {first.step}")
-        others = f"; so are {len(self.silent) - 1} others" if len(self.silent) > 1 else ""
+        others = f"; {len(self.silent) - 1} more silent" if len(self.silent) > 1 else ""
         stop = "; a stop is asked for, which needs every rank" if self.facts.stop_requested else ""
         return f"rank {first.rank} on {first.host or '?'} is silent for {lasts} {stood}{others}{stop}"
 
@@ -293,8 +310,10 @@ class _Derivation:
         last = {} if self.last is None or self._attempt_is_newer() else self.last
         if attempt is not None and attempt.exit_code == ExitCode.FINISHED:
             return self._by_code(attempt.exit_code, attempt.ended)
-        if last.get("event") == "cancel":
-            return "cancelled", self._ago(last["time"])
+        # The launcher may note after it that the ranks, which were ended, had saved.
+        told = journal.last(self.facts.launch, "submit", "launch", "cancel")
+        if last and told is not None and told["event"] == "cancel" and last.get("code") != ExitCode.FINISHED:
+            return "cancelled", self._ago(told["time"])
         if last.get("event") == "end" and (code := whole(last.get("code"))) is not None:
             return self._by_code(code, last["time"], reason=str(last.get("reason") or ""))
         if job is not None and job.state == "CANCELLED":
@@ -309,7 +328,7 @@ class _Derivation:
         self.exit_code = code
         ago = self._ago(when)
         if code == ExitCode.FINISHED:
-            return "finished", ago
+            return "finished", f"it ended {ago}"
         if code == ExitCode.SAVED_RUN_AGAIN:
             return "preempted", f"saved on request {f'({reason}) ' if reason else ''}{ago}; resume goes on"
         if code == ExitCode.INTERRUPTED:
@@ -379,12 +398,19 @@ class _Derivation:
             attempt = Attempt(beats[0].attempt)  # run.json is damaged: the ranks' own word counts
         if attempt is None or attempt.exit_code is not None:
             return None
-        starts = [] if self.begun is None else [self.begun["time"] - SKEW_S]
-        if self.job is not None and self.job.restarts and self.job.start_time is not None:
-            starts.append(self.job.start_time - SKEW_S)
         signs = [attempt.started, *(beat.seen for beat in beats)]
         latest = max((sign for sign in signs if sign is not None), default=self.now)
-        return attempt if all(start < latest for start in starts if start <= self.now) else None
+        return attempt if all(latest > start - SKEW_S for start in self._starts()) else None
+
+    def _starts(self) -> list[float]:
+        """Return what a sign of the present life comes after: the last start, and where SLURM gave nodes again, that.
+
+        A start that a wrong clock has put into the future says nothing.
+        """
+        starts = [] if self.begun is None else [self.begun["time"]]
+        if self.job is not None and self.job.restarts and self.job.start_time is not None:
+            starts.append(self.job.start_time)
+        return [start for start in starts if start <= self.now + SKEW_S]
 
     def _has_events(self, attempt: Attempt) -> bool:
         written = self.facts.events_written

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from anemoi_dist.prepare import prepare_run
+    from anemoi_dist.prepare import claim_run
 
     from . import local
 
@@ -100,7 +100,11 @@ def _train(options: argparse.Namespace) -> int:
         print(plan(composed.config, run, look()).shell())
         return ExitCode.FINISHED
     ranks = local.num_ranks(composed.config)
-    return local.train(prepare_run(composed.config), composed.config, num_ranks=ranks)
+    run, hold = claim_run(composed.config)
+    try:
+        return local.train(run, composed.config, num_ranks=ranks)
+    finally:
+        hold.release()
 
 
 def _config(options: argparse.Namespace) -> int:

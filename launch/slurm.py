@@ -21,8 +21,8 @@ from .plan import Machine, Plan
 
 #: The script is given to it on its standard input.
 SBATCH = ("sbatch", "--parsable")
-#: Characters that mean nothing to SLURM's reader of ``#SBATCH`` lines.
-_PLAIN = re.compile(r"[^A-Za-z0-9_@%+=:,./\[\]-]")
+#: Characters that may mean something to SLURM's reader of ``#SBATCH`` lines.
+_SPECIAL = re.compile(r"[^A-Za-z0-9_@%+=:,./\[\]-]")
 
 
 def num_ranks_per_node(launcher: LauncherConfig) -> int:
@@ -135,8 +135,13 @@ def _options(config: Config, run: RunDirectory, dependency: str | None) -> list[
 
 
 def _escaped(text: str) -> str:
-    """Escape a value of an ``#SBATCH`` line: SLURM's reader knows quotes, backslashes and comments, no shell."""
-    return _PLAIN.sub(lambda match: f"\\{match[0]}", text)
+    """Escape a value of an ``#SBATCH`` line: SLURM's reader knows quotes, backslashes and comments, no shell.
+
+    A backslash before a space does not keep it; quotes do.
+    """
+    if _SPECIAL.search(text) is None:
+        return text
+    return f'"{_SPECIAL.sub(lambda match: match[0] if match[0] == " " else chr(92) + match[0], text)}"'
 
 
 def _preparation(config: Config) -> list[str]:

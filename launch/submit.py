@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,10 +227,9 @@ def submit(request: Request) -> str:
     PreflightError
         There is no sbatch here, SLURM refuses the job, or the run is queued or running already. Nothing is recorded.
     """
-    from anemoi_dist.launcher_rules import parse_time_limit
     from anemoi_dist.prepare import prepare_run
 
-    from . import journal, slurm
+    from . import slurm
 
     if shutil.which("sbatch") is None:
         raise PreflightError(
@@ -239,12 +240,33 @@ def submit(request: Request) -> str:
     _refuse_other_kind(request)
     _refuse_queued(request.directory())
     run = prepare_run(config)
-    run.slurm_logs_dir.mkdir(mode=0o700, exist_ok=True)
-    job_id = _sbatch(script, slurm.options(config, run, request.dependency))
-    run.scripts_dir.mkdir(mode=0o700, exist_ok=True)
+    for folder in (run.slurm_logs_dir, run.scripts_dir):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    with _submitting(run):
+        _refuse_queued(run)
+        # Asked of an earlier life; the one who submits wants the run to go on.
+        run.stop_file.unlink(missing_ok=True)
+        job_id = _sbatch(script, slurm.options(config, run, request.dependency))
+        _record(request, run, job_id, script)
+    return job_id
+
+
+@contextlib.contextmanager
+def _submitting(run: RunDirectory) -> Iterator[None]:
+    """Let one process at a time ask the queue, submit and record it. The run itself is the job's from then on."""
+    with (run.scripts_dir / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _record(request: Request, run: RunDirectory, job_id: str, script: str) -> None:
+    from anemoi_dist.launcher_rules import parse_time_limit
+
+    from . import journal, slurm
+
     file = run.scripts_dir / f"slurm-{job_id}.sh"
     write_atomically(file, script)
-    launcher = config.launcher
+    launcher = request.config.launcher
     record: dict[str, Any] = {
         "kind": "slurm",
         "job_id": job_id,
@@ -257,7 +279,6 @@ def submit(request: Request) -> str:
     if request.words is not None:
         record["command"] = list(request.words)
     journal.note(run, "submit", **record)
-    return job_id
 
 
 def _refuse_other_kind(request: Request) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anemoi_dist.errors import PreflightError
+from anemoi_dist.parent import process_started
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.telemetry.events import Event
 
@@ -216,17 +217,17 @@ def launcher_alive(launch: tuple[Event, ...]) -> bool | None:
     event = journal.last(launch, "launch")
     if event is None or event.get("host") != socket.gethostname() or whole(event.get("pid")) is None:
         return None
-    started = journal.process_started(event["pid"])
+    started = process_started(event["pid"])
     return started is not None and started == event.get("started", started)
 
 
 def _owner_alive(owner: Mapping[str, Any], attempts: tuple[Attempt, ...]) -> bool | None:
     if not attempts or owner.get("host") != socket.gethostname():
         return None
-    pid = whole(owner.get("pid"))
-    ticks = None if pid is None else journal.process_started(pid)
-    if ticks is None:
-        return False
+    pid, noted = whole(owner.get("pid")), whole(owner.get("started"))
+    ticks = None if pid is None else process_started(pid)
+    if ticks is None or noted is not None:
+        return ticks is not None and ticks == noted
     # Rank 0 recorded the attempt after it began; a process that began later has only inherited its number.
     began, recorded = _boot_time() + ticks / os.sysconf("SC_CLK_TCK"), attempts[-1].started
     return recorded is None or began <= recorded + _CLOCK_SLACK_S

@@ -196,11 +196,12 @@ class _Derivation:
             if newest is not None and self.now - newest < CONTRADICTED_S:
                 self.notes.append(f"this SLURM does not know job {self.job.job_id}: is it of another cluster?")
                 return None
-        if self.job is not None:
+        # Of an allocation in which somebody starts ranks by hand only its end tells something of the run.
+        if self.job is not None and (self.job.is_over or self.begun is not None):
             return not self.job.is_over
         if facts.owner_alive or (facts.launcher_alive and not self._control_has_ended()):
             return True
-        if facts.job_id:  # a process that is dead on this host is not the end of a job
+        if facts.job_id and self.begun is not None:  # a process that is dead on this host is not the end of a job
             return None
         if facts.owner_host and facts.owner_alive is None:  # rank 0 holds it elsewhere
             return None
@@ -211,7 +212,7 @@ class _Derivation:
     # In the queue, or on the way out of it or back
 
     def _waiting(self, job: JobView) -> tuple[str, str]:
-        ran = bool(job.restarts or self._num_launches(job) or (self.attempt and self.attempt.job_id == job.job_id))
+        ran = bool(job.restarts or self._num_lives(job) or (self.attempt and self.attempt.job_id == job.job_id))
         words = f"job {job.job_id} waits" + (f": {job.reason}" if job.reason else "")
         if job.is_held:
             words += f" (scontrol release {job.job_id} lets it go)"
@@ -224,15 +225,16 @@ class _Derivation:
     def _completing(self, job: JobView) -> tuple[str, str]:
         noted = self.last is not None and self.last["event"] == "requeue"
         # SLURM counts a restart as soon as it decides on it; the new life has not launched anything yet.
-        if noted or (job.restarts and job.restarts >= self._num_launches(job) > 0):
+        if noted or (job.restarts and job.restarts >= self._num_lives(job) > 0):
             return "requeued", f"job {job.job_id} leaves its nodes and goes back into the queue"
         if self._control_has_ended():
             return self._over()
         return "stopping", f"SLURM ends the processes of job {job.job_id}"
 
-    def _num_launches(self, job: JobView) -> int:
+    def _num_lives(self, job: JobView) -> int:
+        """Return how many lives the job has had; the last that launched anything is known by its number."""
         launches = [event for event in self.facts.launch if event["event"] == "launch"]
-        return sum(str(event.get("job_id")) == job.job_id for event in launches)
+        return max(((whole(e.get("life")) or 0) + 1 for e in launches if str(e.get("job_id")) == job.job_id), default=0)
 
     # Alive
 
@@ -265,6 +267,8 @@ class _Derivation:
                 if attempt.exit_code == ExitCode.FINISHED:
                     return self._over()
                 return "stopping", f"its ranks ended with code {attempt.exit_code} {self._ago(attempt.ended)}"
+        if self._control_has_ended() and self.last is not None and all(self.last["time"] > s for s in self._starts()):
+            return "stopping", f"its launcher ended with code {self.last.get('code')} {self._ago(self.last['time'])}"
         since = self.job.start_time if self.job is not None else None
         if begun is not None and begun["event"] == "restart":
             left_s = begun["time"] + (number(begun.get("wait_s")) or 0.0) - self.now
@@ -338,9 +342,9 @@ class _Derivation:
     def _without_a_word(self) -> tuple[str, str]:
         job = self.job
         if job is not None and job.state == GONE:
-            how = "left no word" if self.attempt or self._num_launches(job) else "never started"
+            how = "left no word" if self.attempt or self._num_lives(job) else "never started"
             return "lost", f"SLURM does not know job {job.job_id} any more, and it {how}; resume goes on"
-        if job is not None:
+        if job is not None and job.is_over:
             self.exit_code = job.exit_code or None
             why = f" ({job.reason})" if job.reason else ""
             code = f" with code {job.exit_code}" if job.exit_code else ""

@@ -73,8 +73,8 @@ def ask(queue: Queue, facts: Sequence[Facts]) -> tuple[dict[str, JobView], str]:
 
 
 def _is_settled(facts: Facts) -> bool:
-    """Whether the control side has written how the run ended, so that no scheduler need be asked."""
-    return bool(facts.launch) and facts.launch[-1]["event"] == "end"
+    """Whether the run has done its work, so that no scheduler need be asked; after any other end SLURM may go on."""
+    return bool(facts.launch) and facts.launch[-1]["event"] == "end" and facts.launch[-1].get("code") == 0
 
 
 # runs

@@ -40,7 +40,7 @@ def end(*_):
     journal.note(run, "end", code=75, reason="SIGTERM")
     os._exit(75)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2] == "deaf" else end)
-journal.note(run, "launch", kind="local", started=journal.process_started(os.getpid()))
+journal.note(run, "launch", kind="local")
 time.sleep(60)
 """
 

@@ -72,6 +72,12 @@ def test_an_owners_pid_given_to_another_process_is_nobody(root):
     assert gather(run).owner_alive is True
     run.write_state({"state": "running", "owner": owner, "attempts": [attempt(started=1e6)]})
     assert gather(run).owner_alive is False, "this process began after the attempt"
+    exact = {**owner, "started": journal.process_started(os.getpid())}
+    run.write_state({"state": "running", "owner": exact, "attempts": [attempt(started=1e6)]})
+    assert gather(run).owner_alive is True, "it says itself when it began"
+    exact["started"] -= 1
+    run.write_state({"state": "running", "owner": exact, "attempts": [attempt(started=0)]})
+    assert gather(run).owner_alive is False
     run.write_state({"state": "running", "owner": {**owner, "pid": NOBODY}, "attempts": [attempt(started=0)]})
     assert gather(run).owner_alive is False
     run.write_state({"state": "running", "owner": {**owner, "host": "n7"}, "attempts": [attempt(started=0)]})
@@ -169,7 +175,7 @@ def test_runs_are_listed_with_the_newest_last(root, slurm, capsys):
     assert (listed["busy"]["step"], listed["old"]["state"], listed["old"]["step"]) == (40, "finished", 20)
 
 
-def test_slurm_is_not_asked_about_runs_that_have_ended(root, slurm):
+def test_slurm_is_not_asked_about_finished_runs(root, slurm):
     run = make_run(root, "r", state={"state": "finished", "attempts": [attempt(started=99, code=0)]})
     write_launch(run, {"event": "launch", "kind": "slurm", "job_id": "12"}, {"event": "end", "code": 0})
     assert main(["runs", "--root", str(root)]) == 0

@@ -1,6 +1,6 @@
 """What goes wrong with SLURM jobs, done to a real one: each fault, what became of the run, and a table of it.
 
-    python -m support.faults [NAME ...]      on a cluster of its own; prints the table
+python -m support.faults [NAME ...]      on a cluster of its own; prints the table
 """
 
 from __future__ import annotations

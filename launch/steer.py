@@ -21,15 +21,17 @@ from .queue import SlurmQueue
 from .state import RunStatus
 from .watch import add_run_argument, look_at
 
-#: Between SIGTERM and SIGKILL to a launcher on this machine. SLURM has its own (KillWait).
+#: Between two signals to a launcher on this machine. SLURM has its own (KillWait).
 _GRACE_S = 5.0
+#: The first lets the ranks save if they can in that time, the second kills them, the third does not even ask.
+_SIGNALS = {"SIGTERM": signal.SIGTERM, "a second SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
 _LOOK_S = 0.05
 
 
 def add_commands(commands: Any) -> None:
     """Add ``stop``, ``cancel`` and ``resume``."""
     add_run_argument(add_command(commands, "stop", _stop, "ask a run to save and stop"))
-    add_run_argument(add_command(commands, "cancel", _cancel, "end a run at once, without saving"))
+    add_run_argument(add_command(commands, "cancel", _cancel, "end a run now, whether it has saved or not"))
     resume = add_command(commands, "resume", _resume, "let a run go on, with other settings where some are given")
     add_run_argument(resume)
     resume.add_argument("overrides", nargs="*", metavar="key=value", help="settings, in Hydra's grammar")
@@ -118,11 +120,11 @@ def _cancel_process(run: RunDirectory, facts: Facts) -> None:
             f"`anemoi-dist stop {run.run_id}` asks it from here to save and stop"
         )
     journal.note(run, "cancel")
-    number = _end(facts, pid or 0)
-    print(f"process {pid} was gone already" if number is None else f"process {pid} was ended by {number.name}")
+    by = _end(facts, pid or 0)
+    print(f"process {pid} was gone already" if by is None else f"process {pid} was ended by {by}")
 
 
-def _end(facts: Facts, pid: int) -> signal.Signals | None:
+def _end(facts: Facts, pid: int) -> str | None:
     """End the launcher and return by what; its pid may have been given to another process meanwhile: never that one."""
     try:
         handle = os.pidfd_open(pid)
@@ -132,16 +134,16 @@ def _end(facts: Facts, pid: int) -> signal.Signals | None:
         # The handle stands for one process for good; is it the one that was noted?
         if not launcher_alive(facts.launch):
             return None
-        for number, grace_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, 2.0)):
+        for name, number in _SIGNALS.items():
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(handle, number)
-            deadline = time.monotonic() + grace_s
+            deadline = time.monotonic() + _GRACE_S
             while launcher_alive(facts.launch):
                 if time.monotonic() > deadline:
                     break
                 time.sleep(_LOOK_S)
             else:
-                return number
+                return name
         raise PreflightError(f"process {pid} did not end, not even by SIGKILL: it may wait for a file system")
     finally:
         os.close(handle)

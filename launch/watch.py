@@ -25,7 +25,7 @@ from .state import STATES, RunStatus, derive, format_ago
 _LOOK_S, _ASK_S = 2.0, 15.0
 #: A line comes at least so often while a run is followed and nothing changes.
 _QUIET_S = 60.0
-_COLUMNS = ("run", "state", "attempt", "job", "step", "samples/s", "loss", "heartbeat", "time left")
+_COLUMNS = ("run", "state", "attempt", "job", "step", "samples/s", "loss", "last seen", "time left")
 #: States whose reason is shown below the table.
 _EXPLAINED = ("submitted", "requeued", "silent", "failed", "crashed", "lost", "unknown")
 _MOST_SILENT = 8
@@ -180,7 +180,7 @@ def described(status: RunStatus, run: RunDirectory) -> Iterator[str]:
     if status.loss is not None:
         yield _line("loss", format_number(status.loss))
     if status.seen_s is not None:
-        yield _line("heartbeat", format_ago(status.seen_s))
+        yield _line("last seen", format_ago(status.seen_s))
     if status.eta_s is not None:
         yield _line("time left", format_duration(status.eta_s))
     for rank in status.silent[:_MOST_SILENT]:

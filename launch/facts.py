@@ -119,6 +119,12 @@ class Facts:
         return str(begun["job_id"]) if begun.get("job_id") else None
 
     @property
+    def is_command(self) -> bool:
+        """It is another program: it records no attempts, and knows no stop request."""
+        submitted = journal.last(self.launch, "submit")
+        return submitted is not None and bool(submitted.get("command"))
+
+    @property
     def kind(self) -> str | None:
         """What launched it last: ``local``, ``slurm``, ``mpi``."""
         begun = journal.last(self.launch, "submit", "launch")

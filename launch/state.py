@@ -269,6 +269,9 @@ class _Derivation:
                 return "stopping", f"its ranks ended with code {attempt.exit_code} {self._ago(attempt.ended)}"
         if self._control_has_ended() and self.last is not None and all(self.last["time"] > s for s in self._starts()):
             return "stopping", f"its launcher ended with code {self.last.get('code')} {self._ago(self.last['time'])}"
+        launched = self.job is None or self._num_lives(self.job) > (self.job.restarts or 0)
+        if self.facts.is_command and launched and self.last is not None and self.last["event"] == "launch":
+            return "running", "its command runs" + self._for(self.last["time"])
         since = self.job.start_time if self.job is not None else None
         if begun is not None and begun["event"] == "restart":
             left_s = begun["time"] + (number(begun.get("wait_s")) or 0.0) - self.now

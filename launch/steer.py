@@ -43,6 +43,10 @@ def add_commands(commands: Any) -> None:
 def _stop(options: argparse.Namespace) -> int:
     run = locate_run(options.run, options.root)
     status = look_at(run)
+    if status.may_go_on and gather(run).is_command:
+        raise ConfigError(
+            "RUN", options.run, "is a command, which hears no stop request", fix=f"anemoi-dist cancel {run.run_id}"
+        )
     if not status.may_go_on:
         # The file would wait for the next start, and stop that.
         raise ConfigError("RUN", options.run, f"has nothing to stop: it is {_described(status)}")
@@ -161,8 +165,7 @@ def _resume(options: argparse.Namespace) -> int:
     status = look_at(run)
     if status.is_active:
         raise PreflightError(f"run {status.run_id} is {_described(status)}; it needs no resume")
-    submitted = journal.last(journal.read(run), "submit")
-    if submitted is not None and submitted.get("command"):
+    if gather(run).is_command:
         raise ConfigError(
             "RUN",
             options.run,

@@ -205,6 +205,19 @@ QUEUE = [
         job=job("COMPLETING"),
     ),
     Case(
+        "a command of another program",
+        "running",
+        "its command runs, for 13:20",
+        launch=({**submit(900), "command": ["true"]}, launch(800)),
+        job=job("RUNNING", start_time=NOW - 810),
+    ),
+    Case(
+        "a command of another program, given nodes again",
+        "starting",
+        launch=({**submit(900), "command": ["true"]}, launch(800)),
+        job=job("RUNNING", restarts=1, start_time=NOW - 3),
+    ),
+    Case(
         "given nodes, nothing launched yet",
         "starting",
         "for 0:05",
@@ -449,7 +462,7 @@ OVER = [
         more={"launcher_alive": False},
     ),
     Case(
-        "a command of another program",
+        "a command of another program, done",
         "finished",
         launch=(submit(900), launch(890), event("end", 60, code=0)),
         job=job("COMPLETED"),

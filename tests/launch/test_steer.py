@@ -101,6 +101,14 @@ def test_stop_of_what_will_not_hear_of_it_says_so(root, slurm, capsys, state, ra
     assert run.stop_file.exists() and says in capsys.readouterr().out
 
 
+def test_stop_of_a_command_is_refused(root, slurm, capsys):
+    run = make_run(root, "r")
+    write_launch(run, {"event": "submit", "kind": "slurm", "job_id": "12", "command": ["true"]})
+    slurm.answer("squeue", squeue_line("12", "RUNNING"))
+    assert say(root, "stop") == 2
+    assert not run.stop_file.exists() and "anemoi-dist cancel r" in capsys.readouterr().err
+
+
 # cancel
 
 

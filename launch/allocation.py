@@ -68,7 +68,7 @@ class Allocation:
             cpus_per_task=int(environ.get("SLURM_CPUS_PER_TASK", "1")),
         )
 
-    def fields(self, *names: str) -> tuple[str | None, ...]:
+    def fields(self, *names: str, timeout_s: float = _PATIENCE_S) -> tuple[str | None, ...]:
         """Return fields of ``scontrol show job``, None where SLURM no longer knows the job.
 
         Raises
@@ -76,7 +76,7 @@ class Allocation:
         QueueError
             slurmctld does not answer.
         """
-        answer = queue.call(["scontrol", "--oneliner", "show", "job", self.job_id], timeout_s=_PATIENCE_S)
+        answer = queue.call(["scontrol", "--oneliner", "show", "job", self.job_id], timeout_s=timeout_s)
         if answer.returncode and not answer.stdout and "Invalid job id" not in answer.stderr:
             raise queue.QueueError(" ".join(answer.stderr.split()))
         return tuple(field(answer.stdout, name) for name in names)

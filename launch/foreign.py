@@ -7,6 +7,7 @@ It stands where rank 0 stands for a run of ours: it holds the run and writes ``r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -68,11 +69,13 @@ class _Command:
         signal.signal(signal.SIGTERM, self._stop)
         environment = {name: value for name, value in os.environ.items() if name not in (PARENT_PID, LAUNCHED)}
         try:
-            self._process = subprocess.Popen(self._command, env=environment)
+            self._process = subprocess.Popen(self._command, env=environment, process_group=0)
         except OSError as error:
             print(f"cannot start {self._command[0]}: {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201
             return 127
         code = self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # what it has left in the background would outlive the job
+            os.killpg(self._process.pid, signal.SIGKILL)
         if self._asked:
             return int(ExitCode.SAVED_RUN_AGAIN)
         return code if code >= 0 else 128 - code
@@ -86,3 +89,7 @@ class _Command:
             queue.call(["scancel", "--signal=TERM", self._allocation.job_id], timeout_s=60)
         else:
             self._process.send_signal(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

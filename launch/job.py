@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from anemoi_dist.config import Config, LauncherConfig, from_yaml
-from anemoi_dist.errors import AnemoiDistError, ExitCode
+from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
+from anemoi_dist.launcher_rules import parse_time_limit
 from anemoi_dist.ownership import hold_launch
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.telemetry.events import Event, read_events
@@ -118,7 +119,8 @@ class Life:
         past = Past.of(journal.read(self._run), self._allocation.job_id)
         ended = Ended(code, first_signal=self._first_signal, progress=newest_saved(self._run) > saved)
         decision = decide(ended, past, self._launcher)
-        _say(f"run {self._run.run_id}: {decision.reason}")
+        reason = self._who_ended_it() if self._first_signal == signal.SIGTERM else decision.reason
+        _say(f"run {self._run.run_id}: {reason}")
         if decision.requeue:
             self._requeue(code, decision)
         return code
@@ -178,6 +180,21 @@ class Life:
             return
         if written.startswith(_STOP_MARK):
             self._run.stop_file.unlink(missing_ok=True)
+
+    def _who_ended_it(self) -> str:
+        """Say why SLURM has ended this life, and record it where that was for good."""
+        try:
+            restarts, limit, ran = self._allocation.fields(
+                "Restarts", "TimeLimit", "RunTime", timeout_s=queue.TIMEOUT_S
+            )
+        except queue.QueueError as error:
+            return f"ended by SLURM: {error}"
+        if restarts is not None and int(restarts) > self._allocation.life:
+            return "SLURM has put the job back into the queue"
+        if limit and ran and _seconds(ran) >= _seconds(limit):
+            return "ended at the time limit: a larger launcher.slurm.signal_s leaves more time to save"
+        journal.note(self._run, "cancel", **self._facts)
+        return "cancelled"
 
     def _requeue(self, code: int, decision: Decision) -> None:
         journal.note(self._run, "requeue", code=code, reason=decision.reason, count=decision.count, **self._facts)
@@ -286,6 +303,14 @@ def newest_saved(run: RunDirectory) -> int:
     return max(
         (int(event["step"]) for event in read_events(run.events_file) if event["event"] == "checkpoint"), default=-1
     )
+
+
+def _seconds(text: str) -> float:
+    """Return the seconds of one of SLURM's times, infinite for words such as UNLIMITED."""
+    try:
+        return parse_time_limit(text)
+    except ConfigError:
+        return float("inf")
 
 
 def _say(text: str) -> None:

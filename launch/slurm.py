@@ -89,8 +89,8 @@ def render(
     """
     job = [python, "-m", "anemoi_dist.launch.job", str(run.path), *arguments]
     for text in job:
-        if "\0" in text:
-            raise ConfigError("argument", text, "holds a character that no command line can", fix="leave it out")
+        if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+            raise ConfigError("argument", text, "holds what is no text in UTF-8", fix="leave it out")
     lines = ["#!/bin/bash", *_options(config, run, dependency), "", *_preparation(config), f"exec {shlex.join(job)}"]
     return "\n".join(lines) + "\n"
 

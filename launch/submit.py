@@ -36,8 +36,9 @@ _FIXES = (
     ("time limit", "a shorter launcher.time; `sinfo -s` shows the limits"),
     ("feature", "launcher.slurm.constraint=NAME; `sinfo -o '%n %f'` lists them"),
     ("unrecognized option", "launcher.slurm.options: `man sbatch` lists the names"),
-    ("node", "fewer launcher.nodes, launcher.gpus_per_node or launcher.ranks; `sinfo -N -l` shows what there is"),
     ("generic resource", "launcher.gpus_per_node; `sinfo -o '%n %G'` shows what there is"),
+    ("processors", "fewer launcher.nodes or launcher.ranks; `sinfo -N -l` shows what there is"),
+    ("node", "fewer launcher.nodes, launcher.gpus_per_node or launcher.ranks; `sinfo -N -l` shows what there is"),
     ("controller", "try again when slurmctld answers (`scontrol ping`)"),
 )
 _OTHER_FIX = "`anemoi-dist submit --dry-run ...` prints the batch script"

@@ -71,8 +71,8 @@ class Job:
 def supervise(job: Job, options: LauncherConfig) -> int:
     """Run the job until it ends for good and return the exit code of the run.
 
-    SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the ranks to save and leave; a second one but SIGUSR1 kills them. A crash or a hang is
-    followed by another start, ``launcher.max_restarts`` times, each after a longer wait.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the ranks to save and leave; a second one but SIGUSR1 kills them. A crash or
+    a hang is followed by another start, ``launcher.max_restarts`` times, each after a longer wait.
 
     Parameters
     ----------

@@ -17,10 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from anemoi_dist.telemetry.events import read_events
 from support.minislurm import MiniSlurm, wait_until
 from support.runs import SMALL
-
-from anemoi_dist.telemetry.events import read_events
 
 #: Long enough to be hit in the middle, on an idle machine too.
 STEPS, INTERVAL = 40, 5

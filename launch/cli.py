@@ -57,12 +57,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="name", required=True)
 
     train = add_command(commands, "train", _train, "compose a configuration and train it on this machine", groups=True)
-    train.add_argument("--dry-run", action="store_true", help="print the torchrun command and start nothing")
+    train.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
     train.add_argument(
         "--strict",
         action="store_true",
         help="refuse a damaged newest checkpoint instead of going on from the one before it",
     )
+    plan = add_command(commands, "plan", _plan, "show what would be started, and the memory of a rank", groups=True)
+    plan.add_argument("--sweep", action="store_true", help="memory of a rank for every engine on 1 to 1024 ranks")
+    plan.add_argument("--num-parameters", metavar="N", help="size of the model (1e9), instead of building it")
+    plan.add_argument("--device-memory-gib", metavar="GIB", help="memory of each GPU, where it is not this machine's")
+    plan.add_argument("--json", action="store_true", help="print JSON")
     add_command(
         commands, "config", _config, "print the resolved configuration and where each value came from", groups=True
     )
@@ -91,13 +96,9 @@ def _train(options: argparse.Namespace) -> int:
         options.overrides.append("checkpoint.strict=true")
     composed = compose_arguments(options)
     if options.dry_run:
-        from anemoi_dist.run_directory import RunDirectory
+        from .planning import show
 
-        from .machine import look
-        from .plan import plan
-
-        run = RunDirectory.locate(composed.config.run.root, str(composed.config.run.id))
-        print(plan(composed.config, run, look()).shell())
+        print(show(composed.config))
         return ExitCode.FINISHED
     ranks = local.num_ranks(composed.config)
     run, hold = claim_run(composed.config)
@@ -105,6 +106,21 @@ def _train(options: argparse.Namespace) -> int:
         return local.train(run, composed.config, num_ranks=ranks)
     finally:
         hold.release()
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .planning import show
+
+    print(
+        show(
+            compose_arguments(options).config,
+            sweep=options.sweep,
+            as_json=options.json,
+            num_parameters=options.num_parameters,
+            device_gib=options.device_memory_gib,
+        )
+    )
+    return ExitCode.FINISHED
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -118,14 +118,14 @@ def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
         The batch plan does not work out.
     """
     ranks = config.launcher.ranks or machine.num_gpus or RANKS_WITHOUT_GPU
-    ranks_environment = rank_environment(machine.environ)
+    ranks_environment = {**_LOOPBACK, **rank_environment(machine.environ)}
     return Plan(
         kind="local",
         nodes=1,
         ranks_per_node=ranks,
         batches=plan_batches(config.training, world_size=ranks),
         environment={k: v for k, v in ranks_environment.items() if machine.environ.get(k) != v},
-        rendezvous="127.0.0.1, on a port that is bound before it is told",
+        rendezvous="127.0.0.1, on a port that is reserved when the ranks start",
         command=(machine.python, *torchrun_command(run, ranks)[1:]),
     )
 

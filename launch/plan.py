@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from anemoi_dist.config import LAUNCHER_KINDS, BatchPlan, Config
+from anemoi_dist.engines.expected import ExpectedMemory, ModelSize, expected_memory
 from anemoi_dist.run_directory import RunDirectory
 
 
@@ -56,6 +57,10 @@ class Plan:
         What is started on this machine: torchrun, mpirun, sbatch.
     script : str, optional
         Text of the batch script, where there is one.
+    memory : ExpectedMemory, optional
+        What the fullest rank holds, where the size of the model is known.
+    device_bytes : int, optional
+        Memory of the device that it has to fit into, where that is known.
     """
 
     kind: str
@@ -66,11 +71,20 @@ class Plan:
     rendezvous: str
     command: tuple[str, ...]
     script: str | None = None
+    memory: ExpectedMemory | None = None
+    device_bytes: int | None = None
 
     @property
     def world_size(self) -> int:
         """Ranks on all nodes."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def share(self) -> float | None:
+        """What the fullest rank takes of its device, activations aside; 1 is all of it."""
+        if self.memory is None or self.device_bytes is None:
+            return None
+        return self.memory.device / self.device_bytes
 
     def shell(self) -> str:
         """Return the command with the variables it needs, to paste into a shell."""
@@ -97,7 +111,14 @@ def launcher(kind: str) -> Launcher:
     return cast(Launcher, importlib.import_module(f".{kind}", __package__))
 
 
-def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
+def plan(
+    config: Config,
+    run: RunDirectory,
+    machine: Machine,
+    *,
+    model: ModelSize | None = None,
+    device_bytes: int | None = None,
+) -> Plan:
     """Say what ``config.launcher`` would start for a run. Pure.
 
     Parameters
@@ -108,10 +129,16 @@ def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
         Its directory, which need not exist.
     machine : Machine
         Where the launcher runs.
+    model : ModelSize, optional
+        What memory follows from; without it the plan has none.
+    device_bytes : int, optional
+        Memory of each rank's device.
 
     Raises
     ------
     ConfigError
         The configuration cannot be launched.
     """
-    return launcher(config.launcher.kind).plan(config, run, machine)
+    launched = launcher(config.launcher.kind).plan(config, run, machine)
+    memory = None if model is None else expected_memory(config, model, world_size=launched.world_size)
+    return replace(launched, memory=memory, device_bytes=device_bytes)

@@ -30,7 +30,7 @@ def test_a_local_plan():
     found = planned(on=dataclasses.replace(HERE, num_gpus=4))
     assert (found.kind, found.nodes, found.ranks_per_node, found.world_size) == ("local", 1, 4, 4)
     assert found.batches == BatchPlan(global_size=16, micro_size=4, accumulation=1, world_size=4)
-    assert found.command[:3] == ("/env/bin/python", "-m", "torch.distributed.run")
+    assert found.command[:3] == ("/env/bin/python", "-m", "anemoi_dist.launch.agent")
     assert "--nproc-per-node=4" in found.command
     assert found.command[-2:] == ("--run-directory", str(RUN.path))
     assert "OMP_NUM_THREADS" not in found.environment, "the user's stands"

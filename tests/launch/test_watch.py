@@ -228,6 +228,12 @@ def test_an_unknown_run_has_near_matches(root, capsys):
         assert "nearest: first" in capsys.readouterr().err
 
 
+def test_of_many_runs_only_the_near_ones_are_named(two_hundred, capsys):
+    assert main(["status", "mien", "--root", str(two_hundred)]) == 2
+    error = capsys.readouterr().err
+    assert "nearest: mine" in error and "era5_sample" not in error
+
+
 def test_following_ends_with_the_run(root, monkeypatch, capsys):
     run = running(root)
     monkeypatch.setattr(watch, "_LOOK_S", 0.05)

@@ -18,13 +18,14 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from anemoi_dist.errors import ConfigError
+from anemoi_dist.launcher_rules import check_launcher
 from anemoi_dist.run_directory import check_run_id
 
 PRECISIONS = ("fp32", "bf16")
 LR_SCALINGS = ("none", "world_size")
 ENGINE_KINDS = ("ddp", "deepspeed", "fsdp2")
 DATA_KINDS = ("anemoi", "synthetic")
-LAUNCHER_KINDS = ("local", "mpi")
+LAUNCHER_KINDS = ("local", "slurm", "mpi")
 RANKS_BY = ("torchrun", "srun")
 SAVE_WHEN_BUSY = ("wait", "skip")
 SAVE_ON_ERROR = ("warn", "stop")
@@ -579,6 +580,7 @@ def check(config: Config) -> None:
             "must be a list of steps from 1 on",
             fix="validation.lead_steps=[1,2,4]",
         )
+    check_launcher(config.launcher)
     _check_rename(config.checkpoint.rename)
     _check_engine(config.engine)
     _check_checkpoint(config)

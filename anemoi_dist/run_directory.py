@@ -114,6 +114,11 @@ class RunDirectory:
         return self.path / "scripts"
 
     @property
+    def slurm_logs_dir(self) -> Path:
+        """Output of SLURM's batch scripts, ``slurm-<job id>.log``."""
+        return self.path / "logs"
+
+    @property
     def control_dir(self) -> Path:
         """Stop requests are files in here."""
         return self.path / "control"

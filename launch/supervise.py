@@ -75,8 +75,8 @@ class Job:
 def supervise(job: Job, options: LauncherConfig) -> int:
     """Run the job until it ends for good and return the exit code of the run.
 
-    SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the ranks to save and leave; a second one kills them. A crash or a hang is
-    followed by another start, ``launcher.max_restarts`` times, each after a longer wait.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the ranks to save and leave; a second one but SIGUSR1 kills them. A crash or
+    a hang is followed by another start, ``launcher.max_restarts`` times, each after a longer wait.
 
     Parameters
     ----------
@@ -165,6 +165,8 @@ class _Stopper:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # os.write: print may not be entered again from a handler that interrupted it.
         if self.requested:
+            if number == signal.SIGUSR1:
+                return  # a scheduler may remind; it does not kill by this one
             if self._process is not None:
                 os.write(2, b"killed; what was saved last is intact\n")
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from anemoi_dist.launch import cli
+from anemoi_dist.launch.state import STATES
 
 from anemoi_dist.compose import Composed, compose
 from anemoi_dist.config import schema_keys
@@ -174,6 +175,11 @@ def test_every_event_is_described():
     written = set(re.findall(r'(?:telemetry\.event|log\.write)\(\s*"(\w+)"', sources))
     table = (DOCS / "running.rst").read_text(encoding="utf-8").partition("events.jsonl\n==")[2]
     assert written == set(re.findall(r"^``(\w+)`` ", table, re.MULTILINE))
+
+
+def test_every_state_is_described():
+    [_, table, *_] = re.split(r"^=+ =+$", (DOCS / "watching.rst").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(STATES) == set(re.findall(r"^``(\w+)``", table, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.name)

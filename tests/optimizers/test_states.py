@@ -360,8 +360,8 @@ def test_errors_over_20000_steps(state_dtype, beta1, bounds):
     assert errors.keys() == bounds.keys()
     for name, bound in bounds.items():
         assert errors[name] < bound, (name, errors)
-        # Rounded stochastically, no element drifts in the direction of the others.
-        assert shared[name] < max(1e-6, bound / 20), (name, shared)
+        # Noise, no drift: what is left is that of the parameters by a root whose mean is not the root of the mean.
+        assert shared[name] < max(1e-6, bound / 10), (name, shared)
 
 
 @pytest.mark.slow

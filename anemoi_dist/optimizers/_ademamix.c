@@ -110,24 +110,27 @@ INLINE void narrowed(u16 *restrict to, const float *restrict wide, i64 n) {
 }
 
 /* rounding.py's random_words. */
-INLINE void random_words(u32 *restrict words, u32 first, u32 key, u32 other_key, i64 n) {
-    first += key;
-#pragma omp simd
-    for (i64 i = 0; i < n; i++) {
-        u32 x = first + (u32)i;
-        x = (x ^ x >> 16) * 0x85ebca6bu;
-        x = ((x ^ x >> 13) + other_key) * 0xc2b2ae35u;
-        words[i] = x ^ x >> 16;
-    }
+INLINE u32 random_word(u32 index, u32 key, u32 other_key) {
+    u32 x = index + key;
+    x = (x ^ x >> 16) * 0x85ebca6bu;
+    x = ((x ^ x >> 13) + other_key) * 0xc2b2ae35u;
+    return x ^ x >> 16;
 }
 
-/* Round to bfloat16, up in magnitude where 16 random bits carry over what is cut off. */
-INLINE void rounded(u16 *restrict to, const float *restrict wide, const u32 *restrict words, const int shift, i64 n) {
+/* To bfloat16, up in magnitude where 16 random bits carry over what is cut off. */
+INLINE u16 narrow_randomly(float x, u32 bits) {
+    union { float value; u32 bits; } u = {x};
+    return x == x ? (u16)((u.bits + bits) >> 16) : (u16)0x7fc0u;
+}
+
+/* Round one average with the low halves of the elements' words, another with the high ones; either may be absent. */
+INLINE void rounded(u16 *restrict low, const float *restrict from_low, u16 *restrict high,
+                    const float *restrict from_high, u32 first, u32 key, u32 other_key, i64 n) {
 #pragma omp simd
     for (i64 i = 0; i < n; i++) {
-        union { float value; u32 bits; } u = {wide[i]};
-        const u32 sum = (u.bits + (words[i] >> shift & 0xffffu)) >> 16;
-        to[i] = wide[i] == wide[i] ? (u16)sum : (u16)0x7fc0u;
+        const u32 word = random_word(first + (u32)i, key, other_key);
+        if (low) low[i] = narrow_randomly(from_low[i], word & 0xffffu);
+        if (high) high[i] = narrow_randomly(from_high[i], word >> 16);
     }
 }
 
@@ -158,7 +161,6 @@ INLINE void run_rounded(const struct segment *s, i64 low, i64 high, const struct
     const int fast16 = (s->types & FAST_BF16) != 0, slow16 = (s->types & SLOW_BF16) != 0;
     const int square16 = (s->types & SQUARE_BF16) != 0;
     float wide[5][BLOCK];
-    u32 words[BLOCK];
     for (i64 begin = low; begin < high; begin += BLOCK) {
         const i64 n = begin + BLOCK < high ? BLOCK : high - begin;
         for (i64 line = begin + AHEAD; line < begin + AHEAD + BLOCK; line += 16) {
@@ -175,13 +177,13 @@ INLINE void run_rounded(const struct segment *s, i64 low, i64 high, const struct
         elements(p, 0, g, 0, m1, m2, nu, 0, n, c, fused, 0, 0, 0, fast);
         if (p16) narrowed((u16 *)s->parameter + begin, p, n);
         if (s->copy) narrowed(s->copy + begin, p, n);
-        if (fast16 || square16) random_words(words, r.first + (u32)(begin - low), r.key, r.other_key, n);
-        if (fast && fast16) rounded((u16 *)s->fast + begin, m1, words, 0, n);
-        if (square16) rounded((u16 *)s->square + begin, nu, words, 16, n);
-        if (slow16) {
-            random_words(words, r.first + (u32)(begin - low), r.other_key, r.key, n);
-            rounded((u16 *)s->slow + begin, m2, words, 0, n);
-        }
+        const u32 first = r.first + (u32)(begin - low);
+        u16 *low_halves = fast && fast16 ? (u16 *)s->fast + begin : 0;
+        u16 *high_halves = square16 ? (u16 *)s->square + begin : 0;
+        if (low_halves && high_halves) rounded(low_halves, m1, high_halves, nu, first, r.key, r.other_key, n);
+        else if (low_halves) rounded(low_halves, m1, 0, 0, first, r.key, r.other_key, n);
+        else if (high_halves) rounded(0, 0, high_halves, nu, first, r.key, r.other_key, n);
+        if (slow16) rounded((u16 *)s->slow + begin, m2, 0, 0, first, r.other_key, r.key, n);
     }
 }
 

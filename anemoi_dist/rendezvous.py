@@ -59,10 +59,15 @@ class Meeting:
         Rank 0's: bound and listening, so that whoever connects before the store serves it waits.
     note : Path, optional
         The file that tells the others; it has done its service when all have joined.
+    kills_others : bool
+        Whether what started the ranks kills the others, at once or after a second, when one leaves with another code
+        than 0: mpirun does, and ``srun --kill-on-bad-exit``. torchrun gives them time to save.
     """
 
-    def __init__(self, *, listener: socket.socket | None = None, note: Path | None = None) -> None:
-        self._listener, self._note = listener, note
+    def __init__(
+        self, *, listener: socket.socket | None = None, note: Path | None = None, kills_others: bool = False
+    ) -> None:
+        self._listener, self._note, self.kills_others = listener, note, kills_others
         self._store: Any = None
 
     def __enter__(self) -> Meeting:
@@ -173,12 +178,13 @@ def _meet_by_mpi(environ: MutableMapping[str, str]) -> Meeting:
     if world.size != started[1]:
         raise PreflightError(
             f"mpirun started {started[1]} ranks, but mpi4py sees a world of {world.size}: it is linked to another MPI "
-            f"({mpi.Get_library_version().splitlines()[0].strip()}). Take the mpirun of that one, or point MPI4PY_LIBMPI "
-            "to the library of this mpirun"
+            f"({mpi.Get_library_version().splitlines()[0].strip()}). Take the mpirun of that one, or point "
+            "MPI4PY_LIBMPI to the library of this mpirun"
         )
     node = world.Split_type(mpi.COMM_TYPE_SHARED)
     place = Place(world.rank, world.size, node.rank, node.size)
-    listener, told = None, {}
+    listener: socket.socket | None = None
+    told: dict[str, Any] = {}
     if not _is_told(environ):
         if place.rank == 0:
             try:
@@ -193,7 +199,7 @@ def _meet_by_mpi(environ: MutableMapping[str, str]) -> Meeting:
     if "error" in told:
         raise PreflightError(f"rank 0 cannot listen: {told['error']}")
     _publish(environ, place, told)
-    return Meeting(listener=listener)
+    return Meeting(listener=listener, kills_others=True)
 
 
 def _import_mpi(num_ranks: int) -> Any:
@@ -219,7 +225,7 @@ def _meet_by_file(run_directory: Path | None, environ: MutableMapping[str, str])
     place = slurm_place(environ)
     if _is_told(environ):
         _publish(environ, place, {})
-        return Meeting()
+        return Meeting(kills_others=True)
     if run_directory is None:
         raise PreflightError(
             f"srun started {place.world_size} ranks, which meet through the run directory: give --run-directory, or "
@@ -230,9 +236,9 @@ def _meet_by_file(run_directory: Path | None, environ: MutableMapping[str, str])
         listener, told = _listen(place, environ)
         write_atomically(note, json.dumps(told))
         _publish(environ, place, told)
-        return Meeting(listener=listener, note=note)
+        return Meeting(listener=listener, note=note, kills_others=True)
     _publish(environ, place, _wait_for(note))
-    return Meeting()
+    return Meeting(kills_others=True)
 
 
 def slurm_place(environ: Mapping[str, str]) -> Place:
@@ -258,7 +264,7 @@ def _wait_for(note: Path) -> dict[str, Any]:
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         # Listing the directory makes NFS look again; a missing name alone would be remembered as missing.
-        if note.parent.is_dir() and note.name in os.listdir(note.parent):
+        if note.parent.is_dir() and note in note.parent.iterdir():
             return json.loads(note.read_text(encoding="utf-8"))
         time.sleep(0.05)
     raise PreflightError(
@@ -330,7 +336,8 @@ def own_address(environ: Mapping[str, str]) -> str:
     if named:
         return named[0]  # nodes of a cluster that lies on one machine
     raise PreflightError(
-        f"host {socket.gethostname()} has no address that other nodes could reach: set GLOO_SOCKET_IFNAME or MASTER_ADDR"
+        f"host {socket.gethostname()} has no address that other nodes could reach: set GLOO_SOCKET_IFNAME or "
+        "MASTER_ADDR"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from anemoi_dist.run_directory import RunDirectory
 
 RUN_HELP = "a run's id, or the path of its directory"
+#: Of more runs than this an error names only those that are near to what was typed.
+_MOST_NAMES = 20
 
 
 def add_command(
@@ -85,5 +88,7 @@ def locate_run(name: str, root: str) -> RunDirectory:
     if not run.config_file.is_file():
         folder = run.path.parent
         known = sorted(path.parent.name for path in folder.glob("*/config.yaml")) if folder.is_dir() else []
+        if len(known) > _MOST_NAMES:
+            known = difflib.get_close_matches(run.run_id, known, n=_MOST_NAMES)
         raise ConfigError("RUN", name, f"is not a run ({run.config_file} is missing)", valid=known)
     return run

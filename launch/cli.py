@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from anemoi_dist import __version__
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 
-from . import checkpoint, submit
+from . import checkpoint, logs, steer, submit, watch
 from .arguments import RUN_HELP, add_command, compose_arguments, locate_run
 
 
@@ -73,10 +73,17 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     submit.add_commands(commands)
+    watch.add_commands(commands)
+    logs.add_commands(commands)
+    steer.add_commands(commands)
 
     report = add_command(commands, "report", _report, "write a run's HTML report")
     report.add_argument("run", metavar="RUN", help=RUN_HELP)
     report.add_argument("--root", default="runs", help="directory of the runs (default: %(default)s)")
+
+    doctor = add_command(commands, "doctor", _doctor, "look for what would end a run before it gets far", groups=True)
+    doctor.add_argument("--nodes", action="store_true", help="start the ranks and let them look at each other")
+    doctor.add_argument("--json", action="store_true", help="print one JSON list")
 
     checkpoint.add_commands(
         add_command(commands, "checkpoint", None, "list, show, verify, compare, export and import checkpoints")
@@ -86,27 +93,39 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     from anemoi_dist.prepare import claim_run
+    from anemoi_dist.run_directory import RunDirectory
 
-    from . import local
+    from . import local, mpi
+    from .machine import look
+    from .plan import plan
 
     if options.strict:
         options.overrides.append("checkpoint.strict=true")
-    composed = compose_arguments(options)
+    config = compose_arguments(options).config
     if options.dry_run:
         from .planning import show
 
-        print(show(composed.config))
+        print(show(config))
         return ExitCode.FINISHED
-    if composed.config.launcher.kind == "slurm":
+    if config.launcher.kind == "slurm":
         raise ConfigError(
             "launcher", "slurm", "is submitted, not started here", fix="anemoi-dist submit launcher=slurm"
         )
-    ranks = local.num_ranks(composed.config)
-    run, hold = claim_run(composed.config)
+    run = RunDirectory.locate(config.run.root, str(config.run.id))
+    planned = plan(config, run, look(config.launcher.kind))  # refuses before the run is touched
+    run, hold = claim_run(config)
     try:
-        return local.train(run, composed.config, num_ranks=ranks)
+        if planned.kind == "mpi":
+            return mpi.train(run, config, planned)
+        return local.train(run, config, num_ranks=planned.ranks_per_node)
     finally:
         hold.release()
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import run_doctor
+
+    return run_doctor(compose_arguments(options).config, nodes=options.nodes, as_json=options.json)
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ from anemoi_dist.overrides import (
     remove,
 )
 from anemoi_dist.prepare import derive_run_id
+from anemoi_dist.profiles import absolute_profile, read_profile
 from anemoi_dist.provenance import COMMAND_LINE, DERIVED, Provenance, leaves, read_yaml
 
 #: Nodes that are one choice, by the key that makes the choice: another one replaces the node instead of merging, or
@@ -141,8 +142,6 @@ class _Builder:
 
     def profile(self, over: dict[str, Any], edits: Sequence[KeyEdit]) -> None:
         """Lay the cluster's profile over the groups, whichever of the later layers names it."""
-        from anemoi_dist.profiles import read_profile
-
         named = [edit.value for edit in edits if edit.key == "launcher.profile" and edit.action != "delete"]
         if not named:
             exists, value = find(over, "launcher.profile")
@@ -194,6 +193,8 @@ class _Builder:
         refuse_missing(self.container)
         container = _resolved(self.container)
         config = from_container(container)
+        if config.launcher.profile is not None:
+            config.launcher.profile = absolute_profile(config.launcher.profile)
         provenance = self.provenance.of(dataclasses.asdict(config))
         if config.run.id is None:
             config.run.id = derive_run_id(config, choices=self.choices)

@@ -35,17 +35,25 @@ def read_profile(name: str) -> tuple[dict[str, Any], str]:
     ConfigError
         There is no such profile, or it holds a key that ``launcher`` does not have.
     """
-    is_path = "/" in name or name.endswith((".yaml", ".yml"))
-    if not is_path and name not in profile_names():
+    if not _is_path(name) and name not in profile_names():
         raise ConfigError(
             "launcher.profile", name, "is not a profile", valid=profile_names(), fix="a path of your own: ./mine.yaml"
         )
-    file = Path(name).expanduser() if is_path else PROFILES_DIR / f"{name}.yaml"
+    file = Path(name).expanduser() if _is_path(name) else PROFILES_DIR / f"{name}.yaml"
     if not file.is_file():
         raise ConfigError("launcher.profile", name, f"does not exist ({file.absolute()})", valid=profile_names())
     content = read_yaml(file)
     _refuse_unknown(content, LauncherConfig, file=file, prefix="")
-    return content, str(file) if is_path else f"slurm/profiles/{file.name}"
+    return content, str(file) if _is_path(name) else f"slurm/profiles/{file.name}"
+
+
+def absolute_profile(name: str) -> str:
+    """Return ``name`` so that it means the same in another directory: a run is resumed from anywhere."""
+    return str(Path(name).expanduser().absolute()) if _is_path(name) else name
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or name.endswith((".yaml", ".yml"))
 
 
 def _refuse_unknown(content: dict[str, Any], schema: type, *, file: Path, prefix: str) -> None:

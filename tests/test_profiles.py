@@ -44,6 +44,13 @@ def test_what_the_user_says_wins_over_the_profile_and_that_over_the_group(tmp_pa
     assert other.config.run.id == slurm().config.run.id, "where a run runs is not what it is"
 
 
+def test_a_run_that_goes_on_elsewhere_finds_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("gpus_per_node: 4")
+    monkeypatch.chdir(tmp_path)
+    assert slurm("launcher.profile=mine.yaml").config.launcher.profile == str(tmp_path / "mine.yaml")
+    assert slurm("launcher.profile=example").config.launcher.profile == "example"
+
+
 @pytest.mark.parametrize("name", profile_names())
 def test_every_profile_of_the_package_composes(name: str) -> None:
     assert slurm(f"launcher.profile={name}").config.launcher.profile == name

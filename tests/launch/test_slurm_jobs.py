@@ -108,14 +108,6 @@ def test_a_cancelled_run_says_so_and_can_be_resumed(
     assert_equal_bit_for_bit(undisturbed[4, False], run.directory)
 
 
-@pytest.mark.slow
-def test_one_srun_task_a_rank(cluster: MiniSlurm, undisturbed: dict[tuple[int, bool], Path], tmp_path: Path) -> None:
-    outcome = play(cluster, tmp_path, "kill -9 of a rank", *TWO_BY_TWO, "launcher.ranks_by=srun")
-    assert outcome.state == "COMPLETED", outcome.run.log
-    assert not outcome.run.left_running()
-    assert_equal_bit_for_bit(undisturbed[4, False], outcome.run.directory)
-
-
 def command_run(cluster: MiniSlurm, root: Path, run_id: str, *arguments: str) -> SlurmRun:
     """Submit any command; what stands before ``--`` are options and overrides."""
     place = arguments.index("--")

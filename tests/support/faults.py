@@ -230,6 +230,9 @@ FAULTS = {
     "scontrol requeue": Fault(_requeue),
     "kill -9 of a rank": Fault(_kill("anemoi_dist.train", RANK="3")),
     "kill -9 of rank 0": Fault(_kill("anemoi_dist.train", RANK="0")),
+    "kill -9 of a rank that srun started": Fault(
+        _kill("anemoi_dist.train", SLURM_PROCID="3"), overrides=("launcher.ranks_by=srun",)
+    ),
     "kill -9 of a torchrun agent": Fault(_kill("anemoi_dist.launch.agent", SLURM_NODEID="1")),
     "kill -9 of the first node's slurmd": Fault(_kill_slurmd(0), _start_slurmds, LONG),
     "kill -9 of the second node's slurmd": Fault(_kill_slurmd(1), _start_slurmds, LONG),

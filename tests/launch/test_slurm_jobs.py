@@ -52,12 +52,8 @@ def test_a_job_goes_through_a_time_limit(
     assert not run.left_running()
     assert "starts: zero2 on 2 ranks" in run.log and "resumes at step" in run.log, "one log for both lives"
     assert_equal_bit_for_bit(undisturbed[2, False], run.directory)
-    again = anemoi_dist(
-        cluster, "submit", *TWO_BY_ONE, f"run.root={run.directory.parent}", f"run.id={run.directory.name}"
-    )
-    assert again.returncode == 0, again.stderr
-    job_id = int(again.stdout.partition(": job ")[2].partition(",")[0])
-    assert wait_until(lambda: cluster.job_state(job_id) == "COMPLETED", timeout_s=60), "there is nothing left to do"
+    again = SlurmRun(cluster, run.directory.parent, run.directory.name, *TWO_BY_ONE)
+    assert again.wait_until_over() == "COMPLETED", "there is nothing left to do"
     assert len(state_of(run)["attempts"]) == 2
 
 

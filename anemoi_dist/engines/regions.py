@@ -26,6 +26,7 @@ from anemoi_dist.module import BaseGraphModule
 from anemoi_dist.optimizers.ademamix import AdEMAMix, conversions, schedule_values
 from anemoi_dist.optimizers.rounding import Range
 from anemoi_dist.schedulers.factory import set_num_updates
+from anemoi_dist.telemetry.heartbeat import beat
 from anemoi_dist.world import World
 
 
@@ -136,6 +137,7 @@ class RegionEngine(ABC):
         lr = float(self.optimizer.param_groups[0]["lr"])
         total = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches):
+            beat()
             prediction = self._forward(batch, rollout=self.config.training.rollout)
             loss = self.module.loss(prediction, batch) / len(micro_batches)
             total += loss.detach()

@@ -65,14 +65,14 @@ INLINE float lerp(float start, float end, float weight, const int fused) {
     return multiply_add(near ? weight : weight - 1.0f, end - start, near ? start : end, fused);
 }
 
-/* The update of n elements. Pointers to what there is not are null. */
+/* The update of elements `begin` to `end`. Pointers to what there is not are null. */
 INLINE void elements(float *restrict p, u16 *restrict p_narrow, const float *restrict g, const u16 *restrict g_narrow,
-                     float *restrict m1, float *restrict m2, float *restrict nu, u16 *restrict out, i64 n,
-                     const struct scalars c, const int fused, const int g16, const int p16, const int copy,
+                     float *restrict m1, float *restrict m2, float *restrict nu, u16 *restrict out, i64 begin,
+                     i64 end, const struct scalars c, const int fused, const int g16, const int p16, const int copy,
                      const int fast) {
     const float minus_lr = -c.lr;
 #pragma omp simd
-    for (i64 i = 0; i < n; i++) {
+    for (i64 i = begin; i < end; i++) {
         const float gradient = (g16 ? widen(g_narrow[i]) : g[i]) * c.grad_factor;
         const float parameter = p16 ? widen(p_narrow[i]) : p[i];
         float first = gradient;
@@ -137,18 +137,25 @@ INLINE void rounded(u16 *restrict low, const float *restrict from_low, u16 *rest
 INLINE void run(const struct segment *s, i64 low, i64 high, const struct scalars *k, const int fused, const int g16,
                 const int p16, const int copy, const int fast) {
     const struct scalars c = *k;
-    for (i64 begin = low; begin < high; begin += BLOCK) {
-        const i64 n = begin + BLOCK < high ? BLOCK : high - begin;
+    float *restrict p = (float *)s->parameter + (p16 ? 0 : low);
+    u16 *restrict p_narrow = (u16 *)s->parameter + (p16 ? low : 0);
+    const float *restrict g = (const float *)s->gradient + (g16 ? 0 : low);
+    const u16 *restrict g_narrow = (const u16 *)s->gradient + (g16 ? low : 0);
+    float *restrict m1 = fast ? (float *)s->fast + low : 0;
+    float *restrict m2 = (float *)s->slow + low;
+    float *restrict nu = (float *)s->square + low;
+    u16 *restrict out = copy ? s->copy + low : 0;
+    const i64 n = high - low;
+    for (i64 begin = 0; begin < n; begin += BLOCK) {
+        const i64 end = begin + BLOCK < n ? begin + BLOCK : n;
         for (i64 line = begin + AHEAD; line < begin + AHEAD + BLOCK; line += 16) {
-            prefetch(s->parameter, line, p16, 1);
-            prefetch(s->gradient, line, g16, 0);
-            if (fast) prefetch(s->fast, line, 0, 1);
-            prefetch(s->slow, line, 0, 1);
-            prefetch(s->square, line, 0, 1);
+            if (p16) prefetch(p_narrow, line, 1, 1); else prefetch(p, line, 0, 1);
+            if (g16) prefetch(g_narrow, line, 1, 0); else prefetch(g, line, 0, 0);
+            if (fast) prefetch(m1, line, 0, 1);
+            prefetch(m2, line, 0, 1);
+            prefetch(nu, line, 0, 1);
         }
-        elements((float *)s->parameter + begin, (u16 *)s->parameter + begin, (const float *)s->gradient + begin,
-                 (const u16 *)s->gradient + begin, fast ? (float *)s->fast + begin : 0, (float *)s->slow + begin,
-                 (float *)s->square + begin, copy ? s->copy + begin : 0, n, c, fused, g16, p16, copy, fast);
+        elements(p, p_narrow, g, g_narrow, m1, m2, nu, out, begin, end, c, fused, g16, p16, copy, fast);
     }
 }
 
@@ -174,7 +181,7 @@ INLINE void run_rounded(const struct segment *s, i64 low, i64 high, const struct
         const float *g = widened(s->gradient, begin, n, g16, wide[1]);
         float *m1 = fast ? widened(s->fast, begin, n, fast16, wide[2]) : 0;
         float *m2 = widened(s->slow, begin, n, slow16, wide[3]), *nu = widened(s->square, begin, n, square16, wide[4]);
-        elements(p, 0, g, 0, m1, m2, nu, 0, n, c, fused, 0, 0, 0, fast);
+        elements(p, 0, g, 0, m1, m2, nu, 0, 0, n, c, fused, 0, 0, 0, fast);
         if (p16) narrowed((u16 *)s->parameter + begin, p, n);
         if (s->copy) narrowed(s->copy + begin, p, n);
         const u32 first = r.first + (u32)(begin - low);

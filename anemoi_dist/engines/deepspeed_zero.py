@@ -10,7 +10,7 @@ import importlib
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class _ZeroEngine(RegionEngine):
             # DeepSpeed takes its fp32 masters from the weights after it has rounded them to bf16.
             self._take(initial, num_updates=0)
 
-    def _take_over(self) -> None:  # noqa: B027, stage 0 leaves nothing to take
+    def _take_over(self) -> None:
         """Put our own in the place of what DeepSpeed does with its partitions."""
 
     def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
@@ -125,6 +125,12 @@ class _PartitionedEngine(_ZeroEngine):
     def _zero(self) -> Any:
         return self._engine.optimizer
 
+    def _unite(self, masters: Sequence[torch.Tensor], working: Sequence[torch.Tensor]) -> None:
+        """Let fp32 working parameters be their own masters; DeepSpeed keeps a copy."""
+        for master, own in zip(masters, working, strict=True):
+            if own.dtype == master.dtype and own.device == master.device:
+                master.data = own.data
+
     def _lend(self, partition: torch.Tensor, gradient: torch.Tensor) -> None:
         """Let the optimizer see ``gradient`` as that of ``partition``, as it is where it can read its type."""
         if gradient.dtype != partition.dtype:
@@ -158,6 +164,8 @@ class _Bucket:
         Their averaged gradient.
     working : list[torch.Tensor]
         For each rank, the range at the same place of its partition, in the working parameters.
+    is_own : bool
+        Of this rank's there it is no copy, but the same memory.
     """
 
     group: dict[str, Any]
@@ -166,6 +174,7 @@ class _Bucket:
     parameter: torch.nn.Parameter
     gradient: torch.Tensor
     working: list[torch.Tensor]
+    is_own: bool
 
 
 class Zero12Engine(_PartitionedEngine):
@@ -195,24 +204,14 @@ class Zero12Engine(_PartitionedEngine):
         zero._use_compact_grad_partition_buffer = lambda group: True
         zero.averaged_gradients = dict(enumerate(gradients))
         zero._add_to_grad_partition_buffer = self._gradients.receive
-        self._share_masters()
+        own = [partitions[self.world.rank] for partitions in zero.parallel_partitioned_bit16_groups]
+        self._unite(zero.single_partition_of_fp32_groups, own)
         zero._link_all_hp_params()  # DeepSpeed's own accessors would show the partitions and gradients of before
         self._buckets = list(self._cut(overlap=overlap))
         self._gather_groups()
         if isinstance(self.optimizer, AdEMAMix):
-            own = {bucket.parameter: bucket.working[self.world.rank] for bucket in self._buckets}
-            self.optimizer.copies = {p: w for p, w in own.items() if w.data_ptr() != p.data_ptr()}
+            self.optimizer.copies = {b.parameter: b.working[self.world.rank] for b in self._buckets if not b.is_own}
         zero.step = self._step
-
-    def _share_masters(self) -> None:
-        """Let fp32 working parameters be their own masters; DeepSpeed keeps a copy."""
-        zero = self._zero
-        for master, working in zip(
-            zero.single_partition_of_fp32_groups, zero.parallel_partitioned_bit16_groups, strict=True
-        ):
-            own = working[self.world.rank]
-            if own.dtype == master.dtype and own.device == master.device:
-                master.data = own.data
 
     def _cut(self, *, overlap: bool) -> Iterator[_Bucket]:
         """Yield the buckets: every partition whole or, where they are gathered while others are stepped, in pieces."""
@@ -222,13 +221,15 @@ class Zero12Engine(_PartitionedEngine):
             size = max(BUCKET_NUMEL, -(-numel // NUM_BUCKETS)) if overlap else numel
             for low in range(0, numel, size):
                 here = slice(low, min(low + size, numel))
+                working = [partition.detach()[here] for partition in zero.parallel_partitioned_bit16_groups[index]]
                 yield _Bucket(
                     group=self.optimizer.param_groups[index],
                     index=index,
                     begin=self.world.rank * numel + low,
                     parameter=torch.nn.Parameter(master.detach()[here]),
                     gradient=zero.averaged_gradients[index].flat_partition[here],
-                    working=[partition.detach()[here] for partition in zero.parallel_partitioned_bit16_groups[index]],
+                    working=working,
+                    is_own=working[self.world.rank].data_ptr() == master[here].data_ptr(),
                 )
 
     def _gather_groups(self) -> None:
@@ -270,7 +271,7 @@ class Zero12Engine(_PartitionedEngine):
                     self.optimizer.step()
                     bucket.parameter.grad = None
                     own = bucket.working[self.world.rank]
-                    if not isinstance(self.optimizer, AdEMAMix):
+                    if not (bucket.is_own or isinstance(self.optimizer, AdEMAMix)):
                         own.copy_(bucket.parameter)
                     if self.config.engine.overlap and self.world.world_size > 1:
                         under_way.append(dist.all_gather(bucket.working, own, async_op=True))
@@ -306,9 +307,8 @@ class Zero12Engine(_PartitionedEngine):
         self._zero.update_lp_params()
 
     def _working_bytes(self) -> tuple[int, int]:
-        rank = self.world.rank
-        apart = [b.parameter for b in self._buckets if b.working[rank].data_ptr() != b.parameter.data_ptr()]
-        return sum(parameter.nbytes for parameter in self.module.parameters()), sum(p.nbytes for p in apart)
+        apart = sum(bucket.parameter.nbytes for bucket in self._buckets if not bucket.is_own)
+        return sum(parameter.nbytes for parameter in self.module.parameters()), apart
 
 
 class Zero3Engine(_PartitionedEngine):
@@ -322,6 +322,7 @@ class Zero3Engine(_PartitionedEngine):
         zero = self._zero
         self._rewrite = zero._reassign_or_swap_out_partitioned_parameters
         if not self.config.engine.offload:  # else gradients are squared, and brought to the CPU, as they arrive
+            self._unite(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
             zero._prepare_fp32_grad_for_sub_group = self._lend_sub_group
             zero._get_norm_groups = self._norms
         if not isinstance(self.optimizer, AdEMAMix):

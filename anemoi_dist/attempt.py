@@ -1,15 +1,15 @@
-"""One attempt at a run as ``run.json`` records it: who holds the run, since when, and how it ended."""
+"""One attempt at a run as ``run.json`` records it: on what it runs, since when, and how it ended."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
 import time
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import Any
 
-from anemoi_dist.errors import ExitCode, PreflightError
-from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.errors import ExitCode
+from anemoi_dist.ownership import Holder, hold_ranks
+from anemoi_dist.run_directory import LAUNCHED, RunDirectory
 
 _STATES = {
     ExitCode.FINISHED: "finished",
@@ -24,7 +24,7 @@ def end_state(code: ExitCode) -> str:
 
 
 class Attempt:
-    """Holds a run for one process and records it. Rank 0 only.
+    """Holds a run for one process and records it. Rank 0 only; its owner has seen to it that nobody else starts ranks.
 
     Parameters
     ----------
@@ -44,47 +44,61 @@ class Attempt:
 
     Raises
     ------
-    PreflightError
-        Another process holds the run. The kernel drops the lock with its holder, however it dies.
+    HeldError
+        Ranks of an earlier start are still there after they were asked to leave.
     """
 
     def __init__(self, run: RunDirectory, *, world_size: int, max_steps: int) -> None:
         self._run = run
-        self._lock: IO[str] = run.lock_file.open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            owner = run.read_state().get("owner") or {}
-            raise PreflightError(
-                f"run {run.run_id} is held by process {owner.get('pid', '?')} on {owner.get('host', '?')}; wait for "
-                "it, stop it, or take another run.id"
-            ) from error
-        state = run.read_state()
-        self.number = len(state["attempts"]) + 1
-        owner = {"pid": os.getpid(), "host": socket.gethostname()}
-        state |= {"state": "running", "owner": owner}
-        self.changes: list[dict[str, Any]] = state.get("changes", []) if state["attempts"] else []
-        record = {"attempt": self.number, "started": time.time(), "world_size": world_size, "max_steps": max_steps}
-        state["attempts"].append({**record, "changes": self.changes})
-        run.write_state(state)
+        self._hold = hold_ranks(run, say=lambda text: print(text, flush=True))  # noqa: T201
+        holder = Holder.here()
+        with run.changing_state() as state:
+            self.number = len(state["attempts"]) + 1
+            self.changes: list[dict[str, Any]] = state.get("changes", []) if state["attempts"] else []
+            record = {"attempt": self.number, "started": time.time(), "world_size": world_size, "max_steps": max_steps}
+            state["attempts"].append({**record, "changes": self.changes, **_place(holder, world_size)})
+            state |= {"state": "running", "owner": {"pid": holder.pid, "host": holder.host, "started": holder.started}}
         run.logs_dir(self.number).mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def end(self, code: ExitCode) -> None:
+    def end(self, code: ExitCode, *, failure: Mapping[str, Any] | None = None) -> None:
         """Record how the attempt ended and let go of the run."""
-        record_end(self._run, self.number, code)
-        self._lock.close()
+        record_end(self._run, self.number, code, failure=failure)
+        self._hold.release()
 
 
-def record_end(run: RunDirectory, number: int, code: ExitCode) -> None:
-    """Record the end of an attempt, on whichever rank sees it first; the first record stands."""
-    state = run.read_state()
-    attempt = state["attempts"][number - 1]
-    if "exit_code" in attempt:
-        return
-    ended = end_state(code)
-    attempt |= {"ended": time.time(), "exit_code": int(code), "state": ended}
-    run.write_state({**state, "state": ended, "owner": None})
+def _place(holder: Holder, world_size: int) -> dict[str, Any]:
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return {
+        "launcher": os.environ.get(LAUNCHED, "torchrun"),
+        "num_nodes": max(1, world_size // ranks_per_node),
+        "job_id": holder.job_id,
+        "life": holder.life,
+    }
+
+
+def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Mapping[str, Any] | None = None) -> None:
+    """Record the end of an attempt, on whichever rank sees it first; the first record stands.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        The run.
+    number : int
+        The attempt.
+    code : ExitCode
+        How it ended.
+    failure : Mapping[str, Any], optional
+        Of the rank that failed: ``rank``, ``host``, ``pid``, ``error`` (its traceback or message), ``log``.
+    """
+    with run.changing_state() as state:
+        attempt = state["attempts"][number - 1]
+        if "exit_code" in attempt:
+            return
+        ended = end_state(code)
+        attempt |= {"ended": time.time(), "exit_code": int(code), "state": ended}
+        if failure is not None:
+            attempt["failure"] = dict(failure)
+        state |= {"state": ended, "owner": None}
 
 
 def is_finished(run: RunDirectory, *, max_steps: int) -> bool:

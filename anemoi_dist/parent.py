@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them. No torch: both sides use it."""
+"""Processes that end with the one that started them, and how to tell one from another. No torch: both sides use it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 #: In the environment of a process: who started it. Its own look at its parent may come too late.
 PARENT_PID = "ANEMOI_DIST_PARENT_PID"
@@ -38,3 +39,16 @@ def parent_in_environment() -> int | None:
     """Return the process that :data:`PARENT_PID` names, None where nobody has set it."""
     text = os.environ.get(PARENT_PID, "")
     return int(text) if text.isdigit() else None
+
+
+def process_started(pid: int) -> int | None:
+    """Return when a process of this machine began, in clock ticks since boot: with it a pid is never taken for another.
+
+    None where there is no such process.
+    """
+    try:
+        text = Path("/proc", str(pid), "stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # a program's name may hold anything
+    return None if fields[0] == "Z" else int(fields[19])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from anemoi_dist.config import GUARDED, Config, to_yaml
 from anemoi_dist.errors import ConfigError, PreflightError
+from anemoi_dist.ownership import Hold, hold_launch
 from anemoi_dist.provenance import leaves, read_yaml
 from anemoi_dist.run_directory import RunDirectory, write_atomically
 
@@ -67,54 +66,54 @@ def changes_table(changes: Sequence[Change]) -> str:
 
 
 def prepare_run(config: Config) -> RunDirectory:
-    """Create the run's directory and freeze the configuration in it, or check it against the one frozen there.
+    """Own the run for a moment and prepare it; see :func:`claim_run`."""
+    run, hold = claim_run(config)
+    hold.release()
+    return run
+
+
+def claim_run(config: Config) -> tuple[RunDirectory, Hold]:
+    """Own the run, create its directory and freeze the configuration in it, or check it against the one frozen there.
 
     What differs from the frozen configuration is left in ``run.json`` under ``changes`` (key, was, is), for the one who
-    starts the run to show and for the trainer to record.
+    starts the run to show and for the trainer to record. The run is owned first: of two starts with different
+    configurations the one that runs is the one whose configuration is frozen.
 
     Raises
     ------
     ConfigError
         The run exists with another model, other data or another seed, and ``run.allow_changed`` does not name them.
     PreflightError
-        The directory cannot be written, or the run is running.
+        The directory cannot be written, or the run has an owner.
     """
     assert config.run.id is not None
     run = RunDirectory.locate(config.run.root, config.run.id)
     try:
-        changes: list[Change] = []
-        if run.config_file.exists():
-            changes = config_changes(_read_frozen(run), dataclasses.asdict(config))
-            _refuse_breaking(changes, config)
+        if run.config_file.exists():  # what is refused leaves no trace, not even a lock file
+            _refuse_breaking(config_changes(_read_frozen(run), dataclasses.asdict(config)), config)
         run.create()
-        with unused(run):
-            if changes or not run.config_file.exists():
-                write_atomically(run.config_file, to_yaml(config))
-            _leave_changes(run, changes)
+        hold = hold_launch(run, say=lambda text: print(text, flush=True))  # noqa: T201
+        try:
+            _freeze(run, config)
+        except BaseException:
+            hold.release()
+            raise
     except OSError as error:
         raise PreflightError(f"cannot prepare the run directory {run.path}: {error}") from error
-    return run
+    return run, hold
 
 
-@contextlib.contextmanager
-def unused(run: RunDirectory) -> Iterator[None]:
-    """Hold the lock that a running attempt holds: nobody's configuration is replaced under its feet.
-
-    Raises
-    ------
-    PreflightError
-        The run is running.
-    """
-    with run.lock_file.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = run.read_state().get("owner") or {}
-            raise PreflightError(
-                f"run {run.run_id} is held by process {owner.get('pid', '?')} on {owner.get('host', '?')}; wait for "
-                "it, stop it, or take another run.id"
-            ) from error
-        yield
+def _freeze(run: RunDirectory, config: Config) -> None:
+    changes: list[Change] = []
+    if run.config_file.exists():
+        changes = config_changes(_read_frozen(run), dataclasses.asdict(config))
+        _refuse_breaking(changes, config)
+    if changes or not run.config_file.exists():
+        write_atomically(run.config_file, to_yaml(config))
+    with run.changing_state() as state:
+        left = [{"key": change.key, "was": change.was, "is": change.now} for change in changes]
+        if state.get("changes", []) != left:
+            state["changes"] = left
 
 
 def _read_frozen(run: RunDirectory) -> dict[str, Any]:
@@ -123,13 +122,6 @@ def _read_frozen(run: RunDirectory) -> dict[str, Any]:
     except ConfigError as error:
         rule = f"the configuration frozen in {run.config_file} cannot be read: {error.rule}"
         raise ConfigError("run.id", run.run_id, rule, fix="take another run.id, or repair that file") from error
-
-
-def _leave_changes(run: RunDirectory, changes: Sequence[Change]) -> None:
-    state = run.read_state()
-    left = [{"key": change.key, "was": change.was, "is": change.now} for change in changes]
-    if state.get("changes", []) != left:
-        run.write_state({**state, "changes": left})
 
 
 def _refuse_breaking(changes: Sequence[Change], config: Config) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 from anemoi_dist.errors import ConfigError, PreflightError
 
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-#: Set in the ranks' environment by a launcher that takes the exit code from ``run.json``.
+#: Set in the ranks' environment by the launcher that owns the run, to its kind.
 LAUNCHED = "ANEMOI_DIST_LAUNCHED"
 STATES = ("planned", "submitted", "running", "preempted", "finished", "failed", "cancelled")
 
@@ -87,7 +90,7 @@ class RunDirectory:
 
     @property
     def lock_file(self) -> Path:
-        """Locked by the process that holds the run."""
+        """Locked by rank 0 while it runs."""
         return self.path / "lock"
 
     @property
@@ -184,6 +187,17 @@ class RunDirectory:
                 f"{self.state_file} is damaged ({error!r}); move it away: the run goes on from its checkpoints"
             ) from error
         return state
+
+    @contextlib.contextmanager
+    def changing_state(self) -> Iterator[dict[str, Any]]:
+        """Yield ``run.json`` to be changed, and write it at the end, while no other process changes it."""
+        with (self.path / ".run.json.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            state = self.read_state()
+            before = json.dumps(state)
+            yield state
+            if json.dumps(state) != before:
+                self.write_state(state)
 
     def write_state(self, state: dict[str, Any]) -> None:
         """Write ``run.json`` atomically."""

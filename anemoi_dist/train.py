@@ -5,22 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from anemoi_dist.attempt import Attempt, is_finished, record_end
 from anemoi_dist.compose import compose
 from anemoi_dist.config import from_yaml, plan_batches
 from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
+from anemoi_dist.ownership import Hold, hold_launch
 from anemoi_dist.parent import die_with_parent, parent_in_environment
-from anemoi_dist.prepare import Change, changes_table, prepare_run
+from anemoi_dist.prepare import Change, changes_table, claim_run
 from anemoi_dist.run_directory import LAUNCHED, RunDirectory
 
 if TYPE_CHECKING:
     from anemoi_dist.world import World
+
+#: Of an error, its end says what happened; ``run.json`` is read by every command that lists runs.
+_MAX_ERROR_CHARS = 8000
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -29,14 +34,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         die_with_parent(parent_pid=parent_in_environment())
     arguments = _parse(argv)
     is_main = os.environ.get("RANK", "0") == "0"
-    run = None
+    run, hold = None, None
     try:
-        # Rank 0 alone composes, before any process group or device exists: a wrong key costs nobody anything.
-        run = _prepare(arguments) if is_main else None
+        if is_main:
+            # Rank 0 alone composes, before any process group or device exists: a wrong key costs nobody anything.
+            run, hold = _prepare(arguments)
     except AnemoiDistError as error:
         _tell(error)
         sys.exit(error.exit_code)
-    _exit(_train(run))
+    code = _train(run)
+    if hold is not None:
+        hold.release()
+    _exit(code)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,22 +57,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _prepare(arguments: argparse.Namespace) -> RunDirectory:
+def _prepare(arguments: argparse.Namespace) -> tuple[RunDirectory, Hold | None]:
+    """Return the run and, where no launcher owns it, the ownership of this process."""
     if arguments.run_directory is not None:
-        return RunDirectory(arguments.run_directory.absolute())
+        run = RunDirectory(arguments.run_directory.absolute())
+        return run, None if LAUNCHED in os.environ else hold_launch(run, say=print)
     composed = compose(arguments.overrides, config_file=arguments.config, config_dir=arguments.config_dir)
     for message in composed.messages:
         print(message, flush=True)  # noqa: T201
     plan_batches(composed.config.training, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    return prepare_run(composed.config)
+    return claim_run(composed.config)
 
 
 def _train(run: RunDirectory | None) -> ExitCode:
     """Join, agree on the run, train it, record how it ended."""
     from anemoi_dist.session import train
+    from anemoi_dist.telemetry.console import keep_log
     from anemoi_dist.world import World
 
-    attempt, number = None, 0
+    attempt, number, failure = None, 0, None
     try:
         world = World.join()
         if world.is_main:
@@ -74,25 +86,32 @@ def _train(run: RunDirectory | None) -> ExitCode:
             world.leave()
             return ExitCode(agreed["exit_code"])
         run, number = RunDirectory(Path(agreed["path"])), agreed["attempt"]
-        if not world.is_main:
-            _redirect(run.log_file(number, world.rank))
+        (keep_log if world.is_main else _redirect)(run.log_file(number, world.rank))
         config = from_yaml(_read_frozen(run, agreed["config"]))
         train(config, run=run, world=world, attempt=number)
         code = ExitCode.FINISHED
         world.leave()
     except AnemoiDistError as error:
         _tell(error)
-        code = error.exit_code
+        code, failure = error.exit_code, f"{type(error).__name__}: {error}"
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
     except Exception:
-        traceback.print_exc()
-        code = ExitCode.INTERNAL
+        code, failure = ExitCode.INTERNAL, traceback.format_exc()
+        print(failure, file=sys.stderr, flush=True)  # noqa: T201
+    told = _failure(run, number, failure) if run is not None and failure and code != ExitCode.SAVED_RUN_AGAIN else None
     if attempt is not None:
-        attempt.end(code)
-    elif run is not None and number and code == ExitCode.INTERNAL:  # known to this rank alone
-        record_end(run, number, code)
+        attempt.end(code, failure=told)
+    elif run is not None and number and told is not None:  # perhaps known to this rank alone
+        record_end(run, number, code, failure=told)
     return code
+
+
+def _failure(run: RunDirectory, number: int, error: str) -> dict[str, Any]:
+    """Say which rank failed, where and how, for the one who reads ``run.json``."""
+    rank = int(os.environ.get("RANK", "0"))
+    place = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+    return {**place, "error": error[-_MAX_ERROR_CHARS:], "log": str(run.log_file(number, rank))}
 
 
 def _begin(run: RunDirectory, world: World) -> tuple[Attempt | None, dict[str, object]]:
@@ -149,10 +168,6 @@ def _exit(code: ExitCode) -> NoReturn:
     sys.stderr.flush()
     if code == ExitCode.FINISHED:
         sys.exit(code)
-    counts = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-    restart_count, max_restarts = map(int, counts)
-    if LAUNCHED in os.environ and restart_count < max_restarts and code not in (ExitCode.INTERNAL, ExitCode.HANG):
-        os._exit(0)  # torchrun would start all over again what a restart cannot mend; the launcher reads run.json
     os._exit(code)
 
 

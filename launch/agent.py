@@ -1,6 +1,6 @@
-"""torchrun for the local launcher: the same program, which dies with its launcher and is quiet where ranks have spoken.
+"""torchrun as our launchers start it: it dies with its launcher, meets at a reserved port and says which rank failed.
 
-The only file in this package that imports torch; nothing else here imports it, it is started as a process.
+Started as a process on every node; with ``rendezvous.py`` the only part of this package that imports torch.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 
 from anemoi_dist.errors import ExitCode
@@ -22,6 +23,9 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from .rendezvous import register
+
+    register()
     # It logs every rank that ends with a code, also those that mean "saved" or "your configuration is wrong". What goes
     # wrong in torchrun itself is an exception.
     logging.disable(logging.ERROR)
@@ -32,7 +36,8 @@ def main() -> int:
         if failure.exitcode in set(ExitCode):
             return failure.exitcode
         how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"code {failure.exitcode}"
-        print(f"rank {rank} (pid {failure.pid}) ended with {how}", file=sys.stderr)  # noqa: T201
+        where = f"rank {rank} (pid {failure.pid} on {socket.gethostname()})"
+        print(f"{where} ended with {how}", file=sys.stderr)  # noqa: T201
         return 1
     except SignalException as error:
         return 128 + int(error.sigval)

@@ -118,7 +118,7 @@ def _compose(options: argparse.Namespace) -> Composed:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from anemoi_dist.prepare import prepare_run
+    from anemoi_dist.prepare import claim_run
 
     from . import local
 
@@ -130,9 +130,13 @@ def _train(options: argparse.Namespace) -> int:
         from anemoi_dist.run_directory import RunDirectory
 
         run = RunDirectory.locate(composed.config.run.root, str(composed.config.run.id))
-        print(local.printable(local.torchrun_command(run, composed.config, ranks)))
+        print(local.printable(local.torchrun_command(run, ranks)))
         return ExitCode.FINISHED
-    return local.train(prepare_run(composed.config), composed.config, num_ranks=ranks)
+    run, hold = claim_run(composed.config)
+    try:
+        return local.train(run, composed.config, num_ranks=ranks)
+    finally:
+        hold.release()
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from anemoi_dist.parent import process_started
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.telemetry.events import Event, EventLog, read_events
 
@@ -18,7 +18,7 @@ EVENTS = ("submit", "launch", "restart", "requeue", "end", "cancel")
 
 
 def note(run: RunDirectory, event: str, *, step: int = 0, **fields: Any) -> Event:
-    """Append one of :data:`EVENTS`; every line says which process on which host wrote it.
+    """Append one of :data:`EVENTS`; every line says which process wrote it, by host, pid and start (clock ticks).
 
     Parameters
     ----------
@@ -35,7 +35,8 @@ def note(run: RunDirectory, event: str, *, step: int = 0, **fields: Any) -> Even
         raise ValueError(f"event {event!r} is not one of {', '.join(EVENTS)}")
     log = EventLog(run.launch_file)
     try:
-        return log.write(event, step=step, host=socket.gethostname(), pid=os.getpid(), **fields)
+        writer = {"host": socket.gethostname(), "pid": os.getpid(), "started": process_started(os.getpid())}
+        return log.write(event, step=step, **writer, **fields)
     finally:
         log.close()
 
@@ -48,16 +49,3 @@ def read(run: RunDirectory) -> list[Event]:
 def last(events: Sequence[Event], *names: str) -> Event | None:
     """Return the newest of the events so named."""
     return next((event for event in reversed(events) if event["event"] in names), None)
-
-
-def process_started(pid: int) -> int | None:
-    """Return when a process of this machine began, in clock ticks since boot: with it a pid is never taken for another.
-
-    None where there is no such process.
-    """
-    try:
-        text = Path("/proc", str(pid), "stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # a program's name may hold anything
-    return None if fields[0] == "Z" else int(fields[19])

@@ -1,25 +1,24 @@
-"""torchrun on this machine: how many ranks, with what command and environment, and how it ended. No torch."""
+"""torchrun on this machine: how many ranks, with what command and environment. No torch."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from anemoi_dist.config import Config, plan_batches
-from anemoi_dist.errors import ExitCode
-from anemoi_dist.parent import PARENT_PID
-from anemoi_dist.run_directory import LAUNCHED, RunDirectory
+from anemoi_dist.run_directory import RunDirectory
+
+from .supervise import Job, signal_process, supervise
 
 #: Ranks where there is no GPU: the fewest that still partition the optimizer's states.
 RANKS_WITHOUT_GPU = 2
+#: gloo asks the host name for an address otherwise, which need not resolve.
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
 def count_gpus(environ: Mapping[str, str] | None = None, *, proc: Path = Path("/proc/driver/nvidia/gpus")) -> int:
@@ -68,30 +67,29 @@ def num_ranks(config: Config, *, environ: Mapping[str, str] | None = None) -> in
     return ranks
 
 
-def torchrun_command(run: RunDirectory, config: Config, num_ranks: int) -> list[str]:
+def torchrun_command(run: RunDirectory, num_ranks: int) -> list[str]:
     """Return the command that trains ``run`` on this machine; pure.
 
     Everything is bound to the loopback address: a machine's host name need not resolve, and nobody else should connect.
+    torchrun never restarts ranks itself: the launcher does, with fresh agents.
 
     Parameters
     ----------
     run : RunDirectory
         A prepared run.
-    config : Config
-        Its configuration.
     num_ranks : int
         Ranks to start.
     """
     return [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "anemoi_dist.launch.agent",
         "--nnodes=1",
         f"--nproc-per-node={num_ranks}",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
+        "--rdzv-backend=anemoi-dist",
+        "--rdzv-endpoint=127.0.0.1",
         "--local-addr=127.0.0.1",
-        f"--max-restarts={config.launcher.max_restarts}",
+        "--max-restarts=0",
         "-m",
         "anemoi_dist.train",
         "--run-directory",
@@ -105,11 +103,8 @@ def rank_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]
         # Two spinning threads a rank on a shared core cost many times the work.
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
-        # With the shared store, an in-place restart after a killed rank hangs now and then.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         # A stop request is answered by a checkpoint: torchrun's 30 s before SIGKILL may be too few to write it.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120",
-        LAUNCHED: "1",
     }
     return {**defaults, **(os.environ if environ is None else environ)}
 
@@ -122,98 +117,24 @@ def printable(command: list[str]) -> str:
 
 
 def train(run: RunDirectory, config: Config, *, num_ranks: int) -> int:
-    """Run torchrun until it ends and return the exit code of the run.
-
-    SIGINT and SIGTERM (SIGHUP as SIGTERM) go to torchrun, which passes them to the ranks; they save and leave. A second
-    one kills.
+    """Train a run on this machine until it ends and return its exit code; see :func:`.supervise.supervise`.
 
     Parameters
     ----------
     run : RunDirectory
-        A prepared run.
+        A prepared run, owned by this process.
     config : Config
         Its configuration.
     num_ranks : int
         Ranks to start.
     """
-    attempts_before = len(run.read_state()["attempts"])
-    command = torchrun_command(run, config, num_ranks)
-    # The same arguments through our agent: torchrun, less its traceback for a rank that has already said why it ended.
-    command[2] = "anemoi_dist.launch.agent"
-    # A session of its own: Ctrl-C in a terminal reaches this process alone, and torchrun hears of it once.
-    environment = rank_environment() | {PARENT_PID: str(os.getpid())}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    stopper = _Stopper(process)
-    with stopper:
-        agent_code = process.wait()
-    code, message = outcome(run, agent_code, attempts_before=attempts_before, interrupted=stopper.interrupted)
-    if message:
-        print(message, file=sys.stderr)  # noqa: T201
-    return code
-
-
-class _Stopper:
-    """Passes stop signals on to torchrun while it runs."""
-
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-        self._former: dict[int, Any] = {}
-        self.interrupted = False
-
-    def __enter__(self) -> None:
-        self._former = {number: signal.signal(number, self._stop) for number in self._SIGNALS}
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        # os.write: print may not be entered again from a handler that interrupted it.
-        if self.interrupted:
-            os.write(2, b"killed; what was saved last is intact\n")
-            os.killpg(self._process.pid, signal.SIGKILL)
-            return
-        self.interrupted = True
-        os.write(2, f"{signal.Signals(number).name}: saving and stopping; once more kills\n".encode())
-        self._process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-
-
-def outcome(run: RunDirectory, agent_code: int, *, attempts_before: int, interrupted: bool) -> tuple[int, str]:
-    """Return how the run ended: its exit code, and what to tell the user (nothing where the ranks have said it).
-
-    torchrun answers 1 for any failure, so what counts is what rank 0 wrote into ``run.json``.
-
-    Parameters
-    ----------
-    run : RunDirectory
-        The run.
-    agent_code : int
-        What the agent returned; a code of ours where the first rank that failed left with one.
-    attempts_before : int
-        Attempts recorded before this start.
-    interrupted : bool
-        Whether a stop was asked for through this process.
-    """
-    attempts = run.read_state()["attempts"]
-    last = attempts[-1] if len(attempts) > attempts_before else None
-    code = None if last is None else last.get("exit_code")
-    if code is not None and code != ExitCode.INTERNAL:
-        return int(code), ""
-    if interrupted and code is None:
-        return ExitCode.INTERRUPTED, f"stopped before anything was saved; the same command starts {run.run_id} again"
-    if last is None:
-        # Nothing to do for a finished run, or refused before the attempt began: rank 0 has said so.
-        if agent_code in set(ExitCode):
-            return agent_code, ""
-        return ExitCode.INTERNAL, (
-            f"run {run.run_id}: no rank got as far as recording its start (torchrun returned {agent_code}); "
-            f"what they printed is above"
-        )
-    attempt = int(last.get("attempt", len(attempts)))
-    how = "failed" if code is not None else "ended without a word: a rank was killed or crashed (out of memory?)"
-    return ExitCode.INTERNAL, (
-        f"run {run.run_id}: attempt {attempt} {how}; read above what rank 0 said, and the other ranks' files in "
-        f"{run.logs_dir(attempt)}; the same command continues from the last checkpoint"
+    run.stop_file.unlink(missing_ok=True)  # asked of an earlier start that did not live to answer
+    job = Job(
+        run=run,
+        kind="local",
+        command=lambda restarts: torchrun_command(run, num_ranks),
+        environment={**_LOOPBACK, **rank_environment()},
+        ask_to_stop=signal_process,
+        facts={"nodes": 1, "ranks": num_ranks},
     )
+    return supervise(job, config.launcher)

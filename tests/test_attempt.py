@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from anemoi_dist import ownership
 from anemoi_dist.attempt import Attempt, is_finished, record_end
 from anemoi_dist.errors import ExitCode, PreflightError
 from anemoi_dist.run_directory import RunDirectory
@@ -42,7 +43,8 @@ def test_an_attempt_is_recorded_from_start_to_end(run: RunDirectory, code: ExitC
     assert Attempt(run, world_size=1, max_steps=10).number == 2
 
 
-def test_the_second_owner_is_told_who_holds_the_run(run: RunDirectory) -> None:
+def test_ranks_that_stay_are_named(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "PATIENCE_S", 0.3)
     first = Attempt(run, world_size=1, max_steps=1)
     with pytest.raises(PreflightError, match=r"run r is held by process \d+ on "):
         Attempt(run, world_size=1, max_steps=1)
@@ -53,6 +55,8 @@ def test_the_second_owner_is_told_who_holds_the_run(run: RunDirectory) -> None:
 
 def test_the_first_record_of_an_end_stands(run: RunDirectory) -> None:
     attempt = Attempt(run, world_size=2, max_steps=1)
-    record_end(run, attempt.number, ExitCode.INTERNAL)
+    failure = {"rank": 1, "host": "h", "pid": 2, "error": "It broke", "log": "l"}
+    record_end(run, attempt.number, ExitCode.INTERNAL, failure=failure)
     attempt.end(ExitCode.FINISHED)
+    assert run.read_state()["attempts"][0]["failure"] == failure
     assert run.read_state()["attempts"][0]["exit_code"] == ExitCode.INTERNAL

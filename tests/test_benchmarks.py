@@ -24,3 +24,11 @@ def test_optimizer_step(tmp_path):
     table = (tmp_path / "out" / "result.md").read_text()
     assert "0.06M in 300 tensors, 1 thread" in table and "AdEMAMix, this package: eager |" in table
     assert "AdamW, torch fused" in (tmp_path / "plot.svg").read_text()
+
+
+@pytest.mark.slow
+def test_twenty_killed_ranks(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "restart.py"), "--kills", "20"]
+    subprocess.run([*command, "--output", str(tmp_path / "result")], check=True, timeout=1500)
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["equal"] and found["exit_code"] == 0 and len(found["seconds"]) == 20

@@ -166,6 +166,31 @@ def test_a_killed_run_goes_on_bit_for_bit(undisturbed: Path, tmp_path: Path, vic
     assert_equal_bit_for_bit(undisturbed, tmp_path / "b")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["launcher", "agent", "rank 0", "rank 1", "data worker"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_whoever_gets_which_signal(
+    undisturbed: Path, tmp_path: Path, victim: str, number: signal.Signals
+) -> None:
+    process = start(command(tmp_path, "n"))
+    wait_for_step(tmp_path / "n", 7, process)
+    launcher = psutil.Process(process.pid)
+    everybody = [launcher, *launcher.children(recursive=True)]
+    first, second = ranks_of(process, tmp_path / "n")
+    agent = first.parent()
+    workers = [each for each in first.children(recursive=True) if "resource_tracker" not in " ".join(each.cmdline())]
+    victims = {"launcher": launcher, "agent": agent, "rank 0": first, "rank 1": second, "data worker": workers[-1]}
+    victims[victim].send_signal(number)
+    code, output = finish(process)
+    _, left = psutil.wait_procs(everybody, timeout=30)
+    assert not [each for each in left if each.is_running() and each.status() != psutil.STATUS_ZOMBIE], output
+    expected = {70} if number == signal.SIGKILL else {75, 0}
+    assert code in expected | ({-9} if victim == "launcher" else set()), output
+    code, output = finish(start(command(tmp_path, "n")))
+    assert code == 0, output
+    assert_equal_bit_for_bit(undisturbed, tmp_path / "n")
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(undisturbed: Path, tmp_path: Path) -> None:
     process = start(command(tmp_path, "c"))
     wait_for_step(tmp_path / "c", 7, process)

@@ -193,7 +193,7 @@ def test_what_would_break_a_run_is_refused_unless_named(override, name):
 def test_a_running_run_is_left_alone():
     _, run = prepare()
     frozen = run.config_file.read_text()
-    with run.lock_file.open("a") as lock:
+    with run.launch_lock_file.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(PreflightError, match="held by"):
             prepare("training.max_steps=3")

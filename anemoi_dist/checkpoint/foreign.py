@@ -21,7 +21,7 @@ from anemoi_dist.checkpoint.store import Folder
 from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.engines.base import Shard
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.prepare import unused
+from anemoi_dist.ownership import owned
 from anemoi_dist.run_directory import RunDirectory
 
 #: What reads each format; ``lightning`` and ``torch`` are both files of torch.save.
@@ -138,7 +138,7 @@ def import_checkpoint(
             f"++training.optimizer.schedule_start={step}, so that alpha and beta3 warm up from here"
         )
     run.create()
-    with unused(run):
+    with owned(run):
         store = store_of(run)
         if newer := [known for known in store.steps() if known >= step]:
             raise ConfigError(

@@ -130,9 +130,34 @@ def open_progress(*, total_steps: int, first_step: int, interval_steps: int, str
         Standard output by default.
     """
     stream = sys.stdout if stream is None else stream
-    if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        return BarProgress(total_steps=total_steps, first_step=first_step, stream=stream)
-    return PlainProgress(total_steps=total_steps, interval_steps=interval_steps, stream=stream)
+    log = getattr(stream, "log", None)
+    if not stream.isatty():
+        return PlainProgress(total_steps=total_steps, interval_steps=interval_steps, stream=stream)
+    plain = None if log is None else PlainProgress(total_steps=total_steps, interval_steps=interval_steps, stream=log)
+    if os.environ.get("TERM", "dumb") == "dumb":
+        screen: Progress = PlainProgress(total_steps=total_steps, interval_steps=interval_steps, stream=stream)
+    else:
+        screen = BarProgress(total_steps=total_steps, first_step=first_step, stream=stream)
+    return screen if plain is None else Both(screen, plain)
+
+
+class Both:
+    """What is shown on a terminal, and as plain lines in the log beside it."""
+
+    def __init__(self, screen: Progress, log: Progress) -> None:
+        self._screen, self._log = screen, log
+
+    def update(self, line: StepLine) -> None:  # noqa: D102
+        self._screen.update(line)
+        self._log.update(line)
+
+    def message(self, text: str) -> None:  # noqa: D102
+        self._screen.message(text)
+        self._log.message(text)
+
+    def close(self) -> None:  # noqa: D102
+        self._screen.close()
+        self._log.close()
 
 
 class PlainProgress:

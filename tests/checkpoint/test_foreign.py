@@ -20,7 +20,7 @@ from anemoi_dist.checkpoint.foreign import Imported, import_checkpoint
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.errors import ConfigError, PreflightError
 from anemoi_dist.optimizers import AdEMAMix
-from anemoi_dist.prepare import unused
+from anemoi_dist.ownership import owned
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.world import World
 
@@ -136,7 +136,7 @@ def test_a_run_that_is_further_or_running_is_left_alone(tmp_path: Path) -> None:
     for step in (9, 10):
         with pytest.raises(ConfigError, match=f"has a checkpoint of step 10, not before step {step}"):
             imported(tmp_path / "w.pt", tmp_path, step=step)
-    with unused(RunDirectory(tmp_path / "run")), pytest.raises(PreflightError, match="is held by"):
+    with owned(RunDirectory(tmp_path / "run")), pytest.raises(PreflightError, match="is held by"):
         imported(tmp_path / "w.pt", tmp_path, step=11)
     imported(tmp_path / "w.pt", tmp_path, step=11)
 

@@ -37,13 +37,23 @@ def main() -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return wait(stopped, then=-1)
     if how == "killed-once":
-        if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        first = not (run.path / f"been-{rank}").exists()
+        (run.path / f"been-{rank}").touch()
+        if rank == 1 and first:
             os.kill(os.getpid(), signal.SIGKILL)
-        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if first:
             return wait(stopped, then=1)
         if rank == 0:
             record(run, {"exit_code": 0})
         return 0
+    if how == "raises":
+        if rank == 0:
+            return wait(stopped, then=1)
+        while not (run.path / "ready-0").exists():  # its attempt is recorded
+            time.sleep(0.01)
+        failure = {"rank": 1, "host": "there", "pid": os.getpid(), "error": "Traceback\nIt broke", "log": "its log"}
+        record(run, {"exit_code": 70, "failure": failure})
+        return 70
     if how == "ignores":
         time.sleep(60)
         return 0

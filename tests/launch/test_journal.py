@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 from anemoi_dist.launch import journal
@@ -33,15 +31,3 @@ def test_an_unknown_event_is_refused(run):
     with pytest.raises(ValueError, match="not one of"):
         journal.note(run, "sumbit")
     assert journal.read(run) == []
-
-
-def test_a_process_is_known_by_its_start():
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = journal.process_started(process.pid)
-    assert started is not None and started == journal.process_started(process.pid)
-    assert started >= journal.process_started(os.getpid())
-    process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert journal.process_started(process.pid) is None, "a zombie runs nothing"
-    process.wait()
-    assert journal.process_started(process.pid) is None

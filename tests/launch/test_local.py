@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from anemoi_dist.launch import local
+from anemoi_dist.launch import journal, local
 
 from anemoi_dist.compose import compose
 from anemoi_dist.errors import ConfigError
@@ -35,16 +35,16 @@ def run(tmp_path, config) -> RunDirectory:
 # Pure parts
 
 
-def test_the_command(config):
+def test_the_command():
     run = RunDirectory(Path("/runs/first one"))
-    assert local.torchrun_command(run, config, 4) == [
+    assert local.torchrun_command(run, 4) == [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "anemoi_dist.launch.agent",
         "--nnodes=1",
         "--nproc-per-node=4",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
+        "--rdzv-backend=anemoi-dist",
+        "--rdzv-endpoint=127.0.0.1",
         "--local-addr=127.0.0.1",
         "--max-restarts=0",
         "-m",
@@ -54,8 +54,8 @@ def test_the_command(config):
     ]
 
 
-def test_the_printed_command_survives_a_shell(config):
-    command = local.torchrun_command(RunDirectory(Path("/it's; here")), config, 1)
+def test_the_printed_command_survives_a_shell():
+    command = local.torchrun_command(RunDirectory(Path("/it's; here")), 1)
     words = shlex.split(local.printable(command))
     assert words[-len(command) :] == command
     assert all("=" in word for word in words[: -len(command)])
@@ -65,7 +65,7 @@ def test_the_environment_keeps_what_the_user_set():
     environment = local.rank_environment({"OMP_NUM_THREADS": "8", "HOME": "/h"})
     assert environment["OMP_NUM_THREADS"] == "8"
     assert environment["HOME"] == "/h"
-    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert environment["PYTHONUNBUFFERED"] == "1"
     assert local.rank_environment({})["OMP_NUM_THREADS"] == "1"
 
 
@@ -111,29 +111,6 @@ def test_number_of_ranks(tmp_path):
         local.num_ranks(composed, environ=gpus)
 
 
-@pytest.mark.parametrize(
-    ("attempts", "agent_code", "interrupted", "code", "said"),
-    [
-        ([{"attempt": 1, "exit_code": 5}, {"attempt": 2, "exit_code": 0}], 0, False, 0, ""),
-        ([{"attempt": 1, "exit_code": 0}, {"attempt": 2, "exit_code": 75}], 1, True, 75, ""),
-        ([{"attempt": 1, "exit_code": 0}, {"attempt": 2, "exit_code": 70}], 1, False, 70, "attempt-02"),
-        ([{"attempt": 1, "exit_code": 0}, {"attempt": 2}], 1, False, 70, "attempt-02"),
-        ([{"attempt": 1, "exit_code": 0}, {"attempt": 2}], 1, False, 70, "continues from the last checkpoint"),
-        ([{"attempt": 1, "exit_code": 0}, {"attempt": 2}], 143, True, 130, "before anything was saved"),
-        ([{"attempt": 1, "exit_code": 0}], 3, False, 3, ""),
-        ([{"attempt": 1, "exit_code": 0}], 1, False, 70, "no rank got as far"),
-        ([{"attempt": 1, "exit_code": 0}], 0, False, 0, ""),
-        ([{"attempt": 1, "exit_code": 0}], 143, True, 130, "before anything"),
-    ],
-)
-def test_outcome(run, attempts, agent_code, interrupted, code, said):
-    run.write_state({"state": "running", "attempts": attempts})
-    found, message = local.outcome(run, agent_code, attempts_before=1, interrupted=interrupted)
-    assert found == code
-    assert said in message
-    assert bool(message) == bool(said)
-
-
 # With torchrun, and a worker that ends as it is told
 
 
@@ -143,11 +120,11 @@ def start(run: RunDirectory, how: str, *, restarts: int = 0) -> subprocess.Popen
 import sys
 from pathlib import Path
 from anemoi_dist.compose import compose
-from anemoi_dist.launch import local
+from anemoi_dist.launch import journal, local
 from anemoi_dist.run_directory import RunDirectory
 real = local.torchrun_command
 local.torchrun_command = lambda *given: [*real(*given)[:-4], {str(FAKE)!r}, *real(*given)[-2:]]
-config = compose(["launcher.max_restarts={restarts}"]).config
+config = compose(["launcher.max_restarts={restarts}", "launcher.backoff_s=0.1"]).config
 code = local.train(RunDirectory(Path({str(run.path)!r})), config, num_ranks=2)
 assert "torch" not in sys.modules
 sys.exit(code)
@@ -212,10 +189,19 @@ def test_a_killed_rank_is_an_internal_error_with_directions(run):
     assert "Traceback" not in errors
 
 
+def test_the_rank_that_failed_first_is_shown(run):
+    code, errors = ended(start(run, "raises"))
+    assert code == 70, errors
+    assert "rank 1 on there" in errors and "failed first" in errors and "  It broke" in errors and "its log" in errors
+
+
 def test_a_killed_rank_restarts_in_place(run):
     code, errors = ended(start(run, "killed-once", restarts=1))
     assert code == 0, errors
     assert len(run.read_state()["attempts"]) == 2
+    assert "restart 1 of 1 in 0.1 s" in errors
+    names = [(event["event"], event.get("code")) for event in journal.read(run)]
+    assert names == [("launch", None), ("restart", 70), ("end", 0)]
 
 
 @pytest.mark.parametrize(("number", "how", "code"), [(signal.SIGINT, "saves", 75), (signal.SIGTERM, "lost", 130)])
@@ -240,6 +226,21 @@ def test_a_second_request_kills(run):
     assert code == 130, errors
     assert "killed; what was saved last is intact" in errors
     gone(run)
+
+
+def test_ranks_go_when_torchrun_is_killed(run):
+    process = start(run, "saves")
+    ready(run, process)
+    (agent,) = [pid for pid in alive(str(run.path)) if parent_of(pid) == process.pid]
+    os.kill(agent, signal.SIGKILL)
+    code, errors = ended(process)
+    assert code == 70, errors
+    assert "without a word" in errors
+    gone(run)
+
+
+def parent_of(pid: int) -> int:
+    return int(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_torchrun_goes_when_the_launcher_is_killed(run):

@@ -1,0 +1,237 @@
+"""The life of a run's ranks, the same under every launcher: start, pass on a stop, start again, say how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from anemoi_dist.config import LauncherConfig
+from anemoi_dist.errors import ExitCode
+from anemoi_dist.parent import PARENT_PID
+from anemoi_dist.run_directory import LAUNCHED, RunDirectory
+
+from . import journal
+
+#: Ends that another start may mend: a crash, and a hang. What a rank said on purpose comes again.
+RESTARTED = (ExitCode.INTERNAL, ExitCode.HANG)
+_LONGEST_WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one start of the ranks ended.
+
+    Attributes
+    ----------
+    code : int
+        The exit code of the run.
+    message : str
+        What to tell the user; empty where the ranks have said it.
+    """
+
+    code: int
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is supervised.
+
+    Attributes
+    ----------
+    run : RunDirectory
+        A prepared run, owned by this process.
+    kind : str
+        ``local``, ``slurm`` or ``mpi``.
+    command : Callable[[int], list[str]]
+        Number of restarts so far -> the command that starts the ranks and ends with them.
+    environment : Mapping[str, str]
+        That of the command.
+    ask_to_stop : Callable[[subprocess.Popen[bytes], int], None]
+        Passes a stop signal on, so that the ranks save and leave.
+    facts : Mapping[str, Any]
+        What ``launch.jsonl`` shall say of this job: ``job_id``, ``life``.
+    """
+
+    run: RunDirectory
+    kind: str
+    command: Callable[[int], list[str]]
+    environment: Mapping[str, str]
+    ask_to_stop: Callable[[subprocess.Popen[bytes], int], None]
+    facts: Mapping[str, Any]
+
+
+def supervise(job: Job, options: LauncherConfig) -> int:
+    """Run the job until it ends for good and return the exit code of the run.
+
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the ranks to save and leave; a second one kills them. A crash or a hang is
+    followed by another start, ``launcher.max_restarts`` times, each after a longer wait.
+
+    Parameters
+    ----------
+    job : Job
+        What to run.
+    options : LauncherConfig
+        How often to start again, and after which wait.
+    """
+    journal.note(job.run, "launch", kind=job.kind, **job.facts)
+    with _Stopper(job.ask_to_stop) as stopper:
+        for restarts in range(options.max_restarts + 1):
+            ending = _run_once(job, stopper, restarts)
+            if ending.message:
+                _say(ending.message)
+            if ending.code not in RESTARTED or stopper.requested or restarts == options.max_restarts:
+                break
+            wait_s = min(options.backoff_s * 2**restarts, _LONGEST_WAIT_S)
+            _say(f"run {job.run.run_id}: restart {restarts + 1} of {options.max_restarts} in {wait_s:g} s")
+            reason = ending.message.partition("\n")[0]
+            journal.note(job.run, "restart", code=int(ending.code), reason=reason, wait_s=wait_s, **job.facts)
+            if stopper.wait(wait_s):
+                break
+    journal.note(job.run, "end", code=int(ending.code), reason=ending.message.partition("\n")[0], **job.facts)
+    return ending.code
+
+
+def _run_once(job: Job, stopper: _Stopper, restarts: int) -> Ending:
+    attempts_before = len(job.run.read_state()["attempts"])
+    environment = {**job.environment, LAUNCHED: job.kind, PARENT_PID: str(os.getpid())}
+    # A session of its own: Ctrl-C in a terminal reaches this process alone, and the ranks hear of it once.
+    process = subprocess.Popen(job.command(restarts), env=environment, start_new_session=True)
+    agent_code = stopper.attend(process)
+    return read_ending(job.run, agent_code, attempts_before=attempts_before, interrupted=stopper.requested)
+
+
+class _Stopper:
+    """Passes stop signals on to the ranks while they run."""
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+    def __init__(self, ask_to_stop: Callable[[subprocess.Popen[bytes], int], None]) -> None:
+        self._ask_to_stop = ask_to_stop
+        self._process: subprocess.Popen[bytes] | None = None
+        self._former: dict[int, Any] = {}
+        self._asked: threading.Event = threading.Event()
+        self._number = 0
+        self._passed_on = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody has asked for a stop."""
+        return self._number != 0
+
+    def wait(self, seconds: float) -> bool:
+        """Wait, or return True as soon as a stop is asked for."""
+        return self._asked.wait(seconds)
+
+    def attend(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for the process, and return its code."""
+        self._process = process
+        self._pass_on()  # asked for between two starts, or before the first
+        code = process.wait()
+        self._process = None
+        return code
+
+    def _pass_on(self) -> None:
+        """Tell the ranks of a stop, once."""
+        if self.requested and self._process is not None and not self._passed_on:
+            self._passed_on = True
+            self._ask_to_stop(self._process, self._number)
+
+    def __enter__(self) -> _Stopper:
+        self._former = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # os.write: print may not be entered again from a handler that interrupted it.
+        if self.requested:
+            if self._process is not None:
+                os.write(2, b"killed; what was saved last is intact\n")
+                os.killpg(self._process.pid, signal.SIGKILL)
+            return
+        self._number = number
+        os.write(2, f"{signal.Signals(number).name}: saving and stopping; once more kills\n".encode())
+        self._pass_on()
+        self._asked.set()
+
+
+def signal_process(process: subprocess.Popen[bytes], number: int) -> None:
+    """Ask for a stop by a signal to the process, which passes it to the ranks of this machine."""
+    process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+def read_ending(run: RunDirectory, agent_code: int, *, attempts_before: int, interrupted: bool) -> Ending:
+    """Return how the ranks ended, and what to tell the user (nothing where rank 0 has said it).
+
+    What started them answers for any failure with a code of its own, so what counts is what a rank wrote into
+    ``run.json``.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        The run.
+    agent_code : int
+        What the command returned; a code of ours where the first rank that failed left with one.
+    attempts_before : int
+        Attempts recorded before this start.
+    interrupted : bool
+        Whether a stop was asked for through this process.
+    """
+    attempts = run.read_state()["attempts"]
+    last = attempts[-1] if len(attempts) > attempts_before else None
+    if last is not None and last.get("exit_code") is not None:
+        return Ending(int(last["exit_code"]), _describe_failure(run, last))
+    if interrupted:
+        told = f"stopped before anything was saved; the same command starts {run.run_id} again"
+        return Ending(ExitCode.INTERRUPTED, told)
+    ours = agent_code in set(ExitCode)
+    if last is None:
+        # Nothing to do for a finished run, or refused before the attempt began: rank 0 has said so.
+        if ours:
+            return Ending(agent_code)
+        return Ending(
+            ExitCode.INTERNAL,
+            f"run {run.run_id}: no rank got as far as recording its start (the command returned {agent_code}); what "
+            "they printed is above",
+        )
+    if ours and agent_code != ExitCode.FINISHED:
+        return Ending(agent_code, f"run {run.run_id}: attempt {last['attempt']} ended with {_name(agent_code)}")
+    return Ending(
+        ExitCode.INTERNAL,
+        f"run {run.run_id}: attempt {last['attempt']} ended without a word: a rank was killed or crashed (out of "
+        f"memory?); logs: {run.logs_dir(last['attempt'])}; the same command continues from the last checkpoint",
+    )
+
+
+def _describe_failure(run: RunDirectory, attempt: Mapping[str, Any]) -> str:
+    """Say which rank failed first and how; rank 0 has told its own story."""
+    code, failure = attempt["exit_code"], attempt.get("failure")
+    if failure is None:
+        return "" if code not in RESTARTED else f"run {run.run_id}: attempt {attempt['attempt']} {_name(code)}"
+    place = f"rank {failure['rank']} on {failure['host']} (pid {failure['pid']})"
+    if failure["rank"] == 0 and code not in RESTARTED:
+        return ""
+    first = f"run {run.run_id}: {place} failed first: {_name(code)}; its log: {failure['log']}"
+    lines = [first] if failure["rank"] == 0 else [first, *(f"  {line}" for line in failure["error"].splitlines())]
+    if code in RESTARTED:
+        lines.append("the same command continues from the last checkpoint")
+    return "\n".join(lines)
+
+
+def _name(code: int) -> str:
+    known = {int(each): each.name.lower().replace("_", " ") for each in ExitCode}
+    return f"code {code} ({known[code]})" if code in known else f"code {code}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201

@@ -191,9 +191,11 @@ class Zero12Engine(_PartitionedEngine):
 
     def _take_over(self) -> None:
         zero = self._zero
+        key = "engine.options.zero_optimization"
         if not zero.contiguous_gradients:
-            key = "engine.options.zero_optimization.contiguous_gradients"
-            raise ConfigError(key, False, "does not work with ZeRO 1 and 2 here", fix="remove it")
+            raise ConfigError(f"{key}.contiguous_gradients", False, "does not work with ZeRO 1 and 2", fix="remove it")
+        if zero.cpu_offload:
+            raise ConfigError(f"{key}.offload_optimizer", "cpu", "needs ZeRO stage 3", fix="engine=zero3_offload")
         overlap = self.config.engine.overlap
         gradients = [zero._build_compact_grad_partition_buffer(group) for group in range(len(zero.bit16_groups))]
         pieces = [piece for group in gradients for piece in group if not getattr(piece, "_zero_padding", False)]
@@ -208,7 +210,7 @@ class Zero12Engine(_PartitionedEngine):
         self._unite(zero.single_partition_of_fp32_groups, own)
         zero._link_all_hp_params()  # DeepSpeed's own accessors would show the partitions and gradients of before
         self._buckets = list(self._cut(overlap=overlap))
-        self._gather_groups()
+        self._fill_groups()
         if isinstance(self.optimizer, AdEMAMix):
             self.optimizer.copies = {b.parameter: b.working[self.world.rank] for b in self._buckets if not b.is_own}
         zero.step = self._step
@@ -232,7 +234,7 @@ class Zero12Engine(_PartitionedEngine):
                     is_own=working[self.world.rank].data_ptr() == master[here].data_ptr(),
                 )
 
-    def _gather_groups(self) -> None:
+    def _fill_groups(self) -> None:
         """Let each of the optimizer's groups hold its buckets."""
         for index, group in enumerate(self.optimizer.param_groups):
             group["params"] = [bucket.parameter for bucket in self._buckets if bucket.index == index]
@@ -273,16 +275,23 @@ class Zero12Engine(_PartitionedEngine):
                     own = bucket.working[self.world.rank]
                     if not (bucket.is_own or isinstance(self.optimizer, AdEMAMix)):
                         own.copy_(bucket.parameter)
-                    if self.config.engine.overlap and self.world.world_size > 1:
-                        under_way.append(dist.all_gather(bucket.working, own, async_op=True))
+                    if self.world.world_size > 1:
+                        under_way += self._begin_gather(bucket)
         finally:
             self.optimizer.param_groups = groups
-            self._gather_groups()
+            self._fill_groups()
         for work in under_way:
             work.wait()
-        if not self.config.engine.overlap and self.world.world_size > 1:
-            for flat, bucket in zip(self._zero.bit16_groups_flat, self._buckets, strict=True):
-                dist.all_gather_into_tensor(flat, bucket.working[self.world.rank])
+
+    def _begin_gather(self, bucket: _Bucket) -> list[Any]:
+        """Begin to take the other ranks' working parameters of a bucket; return what to wait for."""
+        own = bucket.working[self.world.rank]
+        if self.world.device.type == "cpu":
+            # Where they belong: gloo's all-gather copies in and out. The bytes on the wire are the same.
+            return [dist.broadcast(part, src=rank, async_op=True) for rank, part in enumerate(bucket.working)]
+        if self.config.engine.overlap:
+            return [dist.all_gather(bucket.working, own, async_op=True)]
+        return [dist.all_gather_into_tensor(self._zero.bit16_groups_flat[bucket.index], own, async_op=True)]
 
     def regions(self) -> Iterator[Region]:
         """Yield the pieces of parameters that lie in this rank's partitions, then what is frozen."""
@@ -321,7 +330,7 @@ class Zero3Engine(_PartitionedEngine):
     def _take_over(self) -> None:
         zero = self._zero
         self._rewrite = zero._reassign_or_swap_out_partitioned_parameters
-        if not self.config.engine.offload:  # else gradients are squared, and brought to the CPU, as they arrive
+        if not zero.offload_optimizer:  # else gradients are squared, and brought to the CPU, as they arrive
             self._unite(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
             zero._prepare_fp32_grad_for_sub_group = self._lend_sub_group
             zero._get_norm_groups = self._norms
@@ -330,7 +339,7 @@ class Zero3Engine(_PartitionedEngine):
         # DeepSpeed calls it for each partition right before it steps that one; its own is a pass over the gradient.
         zero.unscale_and_clip_grads = self._scale_in_update
         flat = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True)
-        if not self.config.engine.offload:
+        if not zero.offload_optimizer:
             self.optimizer.copies = {p: w for p, w in flat if w.data_ptr() != p.data_ptr()}
             # They are views of what the update writes; DeepSpeed copies to it once more and makes the views anew.
             zero._reassign_or_swap_out_partitioned_parameters = lambda sub_group: None

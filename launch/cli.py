@@ -59,12 +59,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="name", required=True)
 
     train = _add(commands, "train", _train, "compose a configuration and train it on this machine", groups=True)
-    train.add_argument("--dry-run", action="store_true", help="print the torchrun command and start nothing")
+    train.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
     train.add_argument(
         "--strict",
         action="store_true",
         help="refuse a damaged newest checkpoint instead of going on from the one before it",
     )
+    plan = _add(commands, "plan", _plan, "show what would be started, and the memory of a rank", groups=True)
+    plan.add_argument("--sweep", action="store_true", help="memory of a rank for every engine on 1 to 1024 ranks")
+    plan.add_argument("--num-parameters", metavar="N", help="size of the model (1e9), instead of building it")
+    plan.add_argument("--device-memory-gib", metavar="GIB", help="memory of each GPU, where it is not this machine's")
+    plan.add_argument("--json", action="store_true", help="print JSON")
     _add(commands, "config", _config, "print the resolved configuration and where each value came from", groups=True)
 
     report = _add(commands, "report", _report, "write a run's HTML report")
@@ -125,18 +130,32 @@ def _train(options: argparse.Namespace) -> int:
     if options.strict:
         options.overrides.append("checkpoint.strict=true")
     composed = _compose(options)
-    ranks = local.num_ranks(composed.config)
     if options.dry_run:
-        from anemoi_dist.run_directory import RunDirectory
+        from .planning import show
 
-        run = RunDirectory.locate(composed.config.run.root, str(composed.config.run.id))
-        print(local.printable(local.torchrun_command(run, ranks)))
+        print(show(composed.config))
         return ExitCode.FINISHED
+    ranks = local.num_ranks(composed.config)
     run, hold = claim_run(composed.config)
     try:
         return local.train(run, composed.config, num_ranks=ranks)
     finally:
         hold.release()
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .planning import show
+
+    print(
+        show(
+            _compose(options).config,
+            sweep=options.sweep,
+            as_json=options.json,
+            num_parameters=options.num_parameters,
+            device_gib=options.device_memory_gib,
+        )
+    )
+    return ExitCode.FINISHED
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from anemoi_dist.config import Config, plan_batches
 from anemoi_dist.run_directory import RunDirectory
 
+from .plan import Machine, Plan
 from .supervise import Job, signal_process, supervise
 
 #: Ranks where there is no GPU: the fewest that still partition the optimizer's states.
@@ -109,11 +109,25 @@ def rank_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]
     return {**defaults, **(os.environ if environ is None else environ)}
 
 
-def printable(command: list[str]) -> str:
-    """Return the command with the variables it needs, to paste into a shell."""
-    here = dict(os.environ)
-    added = [f"{name}={shlex.quote(value)}" for name, value in rank_environment().items() if here.get(name) != value]
-    return " ".join([*added, shlex.join(command)])
+def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
+    """Say what :func:`train` would start; pure.
+
+    Raises
+    ------
+    ConfigError
+        The batch plan does not work out.
+    """
+    ranks = config.launcher.ranks or machine.num_gpus or RANKS_WITHOUT_GPU
+    ranks_environment = {**_LOOPBACK, **rank_environment(machine.environ)}
+    return Plan(
+        kind="local",
+        nodes=1,
+        ranks_per_node=ranks,
+        batches=plan_batches(config.training, world_size=ranks),
+        environment={k: v for k, v in ranks_environment.items() if machine.environ.get(k) != v},
+        rendezvous="127.0.0.1, on a port that is reserved when the ranks start",
+        command=(machine.python, *torchrun_command(run, ranks)[1:]),
+    )
 
 
 def train(run: RunDirectory, config: Config, *, num_ranks: int) -> int:

@@ -50,14 +50,15 @@ def commands(path: Path) -> Iterator[list[str]]:
 
 def overrides_of(words: list[str]) -> list[str] | None:
     """Return the overrides of a command that composes a configuration, None for any other command."""
-    if words[0].endswith("anemoi-dist") and words[1] in ("train", "config"):
+    if words[0].endswith("anemoi-dist") and words[1] in ("train", "plan", "config"):
         rest = words[2:]
     elif "anemoi_dist.train" in words:
         rest = words[words.index("anemoi_dist.train") + 1 :]
     else:
         return None
-    files = {index + 1 for index, word in enumerate(rest) if word == "--config"}
-    return [word for index, word in enumerate(rest) if index not in files and not word.startswith("-")]
+    takes_value = ("--config", "--num-parameters", "--device-memory-gib")
+    values = {index + 1 for index, word in enumerate(rest) if word in takes_value}
+    return [word for index, word in enumerate(rest) if index not in values and not word.startswith("-")]
 
 
 COMPOSING = [

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from anemoi_dist.launch import cli, local
+from anemoi_dist.launch import cli, local, planning
 from omegaconf import OmegaConf
 
 from anemoi_dist import __version__
+from anemoi_dist.engines.expected import ModelSize, Parameter
 from anemoi_dist.errors import DivergedError, ExitCode
 from anemoi_dist.overrides import available_groups
 
@@ -43,7 +44,9 @@ def test_help_is_quick(arguments):
     assert any(seconds() < 0.5 for _ in range(5))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config"], ["train", "--dry-run"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["plan", "--help"], ["config"], ["train", "--dry-run"]]
+)
 def test_torch_is_never_imported(arguments):
     code = (
         "import sys\nfrom anemoi_dist.launch.cli import main\n"
@@ -127,7 +130,8 @@ def test_overrides_may_stand_on_both_sides_of_an_option(tmp_path, capsys):
     assert "alpha" not in printed.training.optimizer
 
 
-def test_dry_run_prints_the_command_and_touches_nothing(capsys):
+def test_dry_run_prints_the_plan_and_touches_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(planning, "model_size", lambda config: ModelSize([Parameter((10,))]))
     assert cli.main(["train", "--dry-run", "launcher.ranks=2", "run.id=x"]) == 0
     assert capsys.readouterr().out.endswith(f"-m anemoi_dist.train --run-directory {Path('runs/x').absolute()}\n")
     assert not Path("runs").exists()
@@ -194,5 +198,6 @@ def test_strict_is_short_for_the_key(arguments, monkeypatch):
     composed = []
     compose = cli._compose
     monkeypatch.setattr(cli, "_compose", lambda options: composed.append(options.overrides) or compose(options))
+    monkeypatch.setattr(planning, "show", lambda config: "")
     assert cli.main(["train", "--dry-run", *arguments]) == 0
     assert composed == [["run.id=x", "checkpoint.strict=true"]]

@@ -1,0 +1,80 @@
+"""How large the model of a configuration is: ``python -m anemoi_dist.sizing < config.yaml`` prints it as JSON.
+
+A process of its own: building a model takes torch, and opening its dataset may take long. The control side has no
+torch; it starts this (:mod:`anemoi_dist.launch.model_size`) and goes on without an answer where it fails. The model is
+built without memory for its values (torch's ``meta`` device) where it can be.
+
+::
+
+    {"parameters": [[[401, 331], true], ...],  shape, takes a gradient
+     "buffer_bytes": 1024,
+     "largest_layer": ["model.wide", 133132]}  module, its own parameters
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from anemoi_dist.config import Config, from_yaml
+from anemoi_dist.errors import AnemoiDistError, ExitCode
+
+
+def main() -> int:
+    """Read a configuration, print the size of its model; what went wrong is the last line of the error output."""
+    # The answer alone belongs on the standard output, whatever a model or a library prints.
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        size = measure(from_yaml(sys.stdin.read()))
+    except AnemoiDistError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201
+        return int(error.exit_code)
+    except Exception as error:
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        return int(ExitCode.INTERNAL)
+    with answer:
+        json.dump(size, answer)
+    return int(ExitCode.FINISHED)
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Build the module of a configuration and return its sizes.
+
+    Parameters
+    ----------
+    config : Config
+        ``data`` says what the model sees.
+    """
+    from anemoi_dist.data.anemoi import open_split
+
+    module = _build(config, open_split(config.data, "train", rollout=config.training.rollout).spec())
+    own = {
+        name: sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+        for name, layer in module.named_modules()
+    }
+    return {
+        "parameters": [[list(parameter.shape), parameter.requires_grad] for parameter in module.parameters()],
+        "buffer_bytes": sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
+        "largest_layer": max(own.items(), key=lambda layer: layer[1]),
+    }
+
+
+def _build(config: Config, spec: Any) -> Any:
+    import torch
+
+    from anemoi_dist.module import BaseGraphModule
+
+    try:
+        with torch.device("meta"):
+            return BaseGraphModule(config, spec=spec)
+    except AnemoiDistError:
+        raise
+    except Exception:  # a model that looks at values while it is built (a graph, a mesh) cannot do without them
+        return BaseGraphModule(config, spec=spec)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The size of a configuration's model, asked of a process that has torch. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from anemoi_dist.config import Config, to_yaml
+from anemoi_dist.engines.expected import ModelSize, Parameter
+
+TIMEOUT_S = 120.0
+
+
+class UnknownSizeError(Exception):
+    """The model could not be built here; the message says why."""
+
+
+def model_size(config: Config, *, timeout_s: float = TIMEOUT_S) -> ModelSize:
+    """Build the model in another process and return its size.
+
+    Parameters
+    ----------
+    config : Config
+        Whose model.
+    timeout_s : float
+        How long that process may take, imports and dataset included.
+
+    Raises
+    ------
+    UnknownSizeError
+        It has failed, or taken longer.
+    """
+    # A login node's GPU, where it has one, is no concern of this.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "anemoi_dist.sizing"],
+            input=to_yaml(config),
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UnknownSizeError(f"building the model took more than {timeout_s:g} s") from error
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
+        raise UnknownSizeError(said[-1])
+    found = json.loads(done.stdout)
+    return ModelSize(
+        parameters=[Parameter(tuple(shape), trained) for shape, trained in found["parameters"]],
+        buffer_bytes=found["buffer_bytes"],
+        largest_layer=tuple(found["largest_layer"]),
+    )

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.engines.base import TensorInfo
+from anemoi_dist.engines.expected import REDUCE_BUCKET
 from anemoi_dist.engines.partitions import GradientPartitions, sum_of_squares
 from anemoi_dist.engines.regions import Region, RegionEngine, clip_coefficient, clipped
 from anemoi_dist.engines.replicated import replicated_regions, step_replicated
@@ -187,7 +188,7 @@ class Zero12Engine(_PartitionedEngine):
     def _zero_options(self) -> dict[str, Any]:
         # Of the same bytes on the wire, the way with fewer copies: DeepSpeed's reduce_scatter is an all-reduce of a
         # copy. Its default bucket of 5e8 elements is allocated anew in every backward pass, whatever the model's size.
-        return {"reduce_scatter": False, "reduce_bucket_size": 1 << 25}
+        return {"reduce_scatter": False, "reduce_bucket_size": REDUCE_BUCKET}
 
     def _take_over(self) -> None:
         zero = self._zero

@@ -236,6 +236,7 @@ def main() -> None:
         arguments.output.write_text(json.dumps(result))
         os._exit(0)  # engines need no tidy end here
     data: dict = {"machine": machine(), "rounds": arguments.rounds, "numel": arguments.numel, "results": {}}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for name, precision in ROWS:
         if name not in arguments.engines:
             continue
@@ -252,9 +253,8 @@ def main() -> None:
                 f"{result['backward']['ratio']:.2f} ({time.perf_counter() - began:.0f} s)",
                 flush=True,
             )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-    arguments.output.with_suffix(".md").write_text(report(data))
+        arguments.output.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+        arguments.output.with_suffix(".md").write_text(report(data))
     print(report(data))
 
 

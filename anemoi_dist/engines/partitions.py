@@ -24,11 +24,20 @@ def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         0-d float64. The order of the sum is a function of the shapes alone.
     """
     pieces = [piece for gradient in gradients for piece in gradient.reshape(-1).split(_PIECE)]
-    # In float32: the norm of a bf16 tensor is rounded to bf16 otherwise. A piece of it converted fits into the cache.
+    return torch.stack(_norms(pieces)).double().square().sum()
+
+
+def _norms(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the L2 norms in float32: that of a bf16 tensor would be rounded to bf16."""
     wide = [piece for piece in pieces if piece.dtype == torch.float32]
+    narrow = [piece for piece in pieces if piece.dtype != torch.float32]
     norms = list(torch._foreach_norm(wide)) if wide else []
-    norms += [torch.linalg.vector_norm(piece.float()) for piece in pieces if piece.dtype != torch.float32]
-    return torch.stack(norms).double().square().sum()
+    if narrow and not narrow[0].is_cpu:
+        norms += torch._foreach_norm(narrow, 2, dtype=torch.float32)
+    elif narrow:  # torch converts bf16 an element at a time there; a piece of it, converted, stays in the cache
+        scratch = torch.empty(max(piece.numel() for piece in narrow))
+        norms += [torch.linalg.vector_norm(scratch[: piece.numel()].copy_(piece)) for piece in narrow]
+    return norms
 
 
 class GradientPartitions:

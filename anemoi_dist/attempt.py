@@ -60,10 +60,11 @@ class Attempt:
             state |= {"state": "running", "owner": {"pid": holder.pid, "host": holder.host, "started": holder.started}}
         run.logs_dir(self.number).mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def end(self, code: ExitCode, *, failure: Mapping[str, Any] | None = None) -> None:
-        """Record how the attempt ended and let go of the run."""
-        record_end(self._run, self.number, code, failure=failure)
+    def end(self, code: ExitCode, *, failure: Mapping[str, Any] | None = None) -> ExitCode:
+        """Record how the attempt ended and let go of the run; return what stands, as :func:`record_end` does."""
+        code = record_end(self._run, self.number, code, failure=failure)
         self._hold.release()
+        return code
 
 
 def _place(holder: Holder, world_size: int) -> dict[str, Any]:
@@ -76,8 +77,8 @@ def _place(holder: Holder, world_size: int) -> dict[str, Any]:
     }
 
 
-def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Mapping[str, Any] | None = None) -> None:
-    """Record the end of an attempt, on whichever rank sees it first; the first record stands.
+def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Mapping[str, Any] | None = None) -> ExitCode:
+    """Record the end of an attempt, on whichever rank sees it first; the first record stands, and its code is returned.
 
     Parameters
     ----------
@@ -88,17 +89,19 @@ def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Mappi
     code : ExitCode
         How it ended.
     failure : Mapping[str, Any], optional
-        Of the rank that failed: ``rank``, ``host``, ``pid``, ``error`` (its traceback or message), ``log``.
+        Of the rank that failed: ``rank``, ``host``, ``pid``, ``error`` (its traceback or message), ``log``; of a hang
+        also ``hang`` (:class:`anemoi_dist.telemetry.watchdog.Hang`).
     """
     with run.changing_state() as state:
         attempt = state["attempts"][number - 1]
         if "exit_code" in attempt:
-            return
+            return ExitCode(attempt["exit_code"])
         ended = end_state(code)
         attempt |= {"ended": time.time(), "exit_code": int(code), "state": ended}
         if failure is not None:
             attempt["failure"] = dict(failure)
         state |= {"state": ended, "owner": None}
+    return code
 
 
 def is_finished(run: RunDirectory, *, max_steps: int) -> bool:

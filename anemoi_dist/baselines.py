@@ -13,6 +13,7 @@ from torch import Tensor
 from anemoi_dist.data.batch import Batch, DataSpec
 from anemoi_dist.data.dataset import WeatherDataset
 from anemoi_dist.data.fields import DAY_S, evenly_spaced, times_of_day
+from anemoi_dist.telemetry.heartbeat import beat
 
 PERSISTENCE = "persistence"
 CLIMATOLOGY = "climatology"
@@ -71,6 +72,7 @@ class Baselines:
         sums = _Sums.empty(train, spec)
         picked = evenly_spaced(len(train), at_most=max_samples, frequency_s=spec.frequency_s)
         for index in picked[rank::world_size]:
+            beat()
             sums.add(train[int(index)], spec)
         for total in (sums.state, sums.now, sums.before, sums.product, sums.square, sums.count):
             all_reduce(total, group=group)

@@ -76,7 +76,7 @@ class Composed:
 
 
 def compose(overrides: Sequence[str], *, config_file: Path | None = None, config_dir: Path | None = None) -> Composed:
-    """Compose a configuration: defaults < chosen group files < ``config_file`` < keys on the command line.
+    """Compose a configuration: defaults < group files < cluster profile < ``config_file`` < keys on the command line.
 
     Parameters
     ----------
@@ -96,8 +96,10 @@ def compose(overrides: Sequence[str], *, config_file: Path | None = None, config
     parsed = parse_overrides(overrides, groups=groups)
     builder = _Builder(config_dir)
     builder.choose(parsed.choices)
+    over = {} if config_file is None else builder.read_overlay(config_file, chosen=parsed.choices, groups=groups)
+    builder.profile(over, parsed.edits)
     if config_file is not None:
-        builder.overlay(config_file, chosen=parsed.choices, groups=groups)
+        builder.overlay(over, config_file)
     builder.edit(parsed.edits)
     return builder.finish()
 
@@ -122,8 +124,8 @@ class _Builder:
             self.provenance.record(keys, _shown(file))
         refuse_unknown(self.container, origin="the chosen group files")
 
-    def overlay(self, file: Path, *, chosen: dict[str, str], groups: dict[str, tuple[str, ...]]) -> None:
-        """Lay the user's file over the groups."""
+    def read_overlay(self, file: Path, *, chosen: dict[str, str], groups: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+        """Return the user's file in our layout."""
         over, messages = _read_overlay(file, groups)
         self.messages += messages
         for node, choice in CHOICE_NODES.items():
@@ -135,6 +137,22 @@ class _Builder:
                     f"has no effect: {file} says what {node} is",
                     fix=f"leave out {group}={chosen[group]}, or {node} in the file",
                 )
+        return over
+
+    def profile(self, over: dict[str, Any], edits: Sequence[KeyEdit]) -> None:
+        """Lay the cluster's profile over the groups, whichever of the later layers names it."""
+        from anemoi_dist.profiles import read_profile
+
+        named = [edit.value for edit in edits if edit.key == "launcher.profile" and edit.action != "delete"]
+        if not named:
+            exists, value = find(over, "launcher.profile")
+            named = [value if exists else find(self.container, "launcher.profile")[1]]
+        if isinstance(named[-1], str):
+            content, origin = read_profile(named[-1])
+            self._merge({"launcher": content}, origin)
+
+    def overlay(self, over: dict[str, Any], file: Path) -> None:
+        """Lay the user's file over the groups."""
         self._merge(over, str(file))
 
     def edit(self, edits: Sequence[KeyEdit]) -> None:

@@ -18,13 +18,14 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from anemoi_dist.errors import ConfigError
+from anemoi_dist.launcher_rules import check_launcher
 from anemoi_dist.run_directory import check_run_id
 
 PRECISIONS = ("fp32", "bf16")
 LR_SCALINGS = ("none", "world_size")
 ENGINE_KINDS = ("ddp", "deepspeed", "fsdp2")
 DATA_KINDS = ("anemoi", "synthetic")
-LAUNCHER_KINDS = ("local",)
+LAUNCHER_KINDS = ("local", "slurm", "mpi")
 RANKS_BY = ("torchrun", "srun")
 SAVE_WHEN_BUSY = ("wait", "skip")
 SAVE_ON_ERROR = ("warn", "stop")
@@ -220,6 +221,8 @@ class LauncherConfig:
     max_retries: int = 3
     #: What starts the ranks of a node in a SLURM job: one ``torchrun``, or one ``srun`` task a rank.
     ranks_by: str = "torchrun"
+    #: File with one host a line, for mpirun; null: this machine, or the hosts of the job it is started in.
+    hostfile: str | None = None
     #: Name of a file in ``slurm/profiles``, or a path: the cluster's values for this group.
     profile: str | None = None
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
@@ -526,6 +529,9 @@ def check(config: Config) -> None:
     _one_of("data.kind", config.data.kind, DATA_KINDS)
     _one_of("launcher.kind", config.launcher.kind, LAUNCHER_KINDS)
     _one_of("launcher.ranks_by", config.launcher.ranks_by, RANKS_BY)
+    if config.launcher.hostfile is not None and config.launcher.kind != "mpi":
+        rule = f"has no effect with launcher.kind={config.launcher.kind}"
+        raise ConfigError("launcher.hostfile", config.launcher.hostfile, rule, fix="launcher=mpi, or leave it out")
     for name in config.run.allow_changed:
         _one_of("run.allow_changed", name, tuple(GUARDED))
     for key, value, lowest in (
@@ -576,6 +582,7 @@ def check(config: Config) -> None:
             "must be a list of steps from 1 on",
             fix="validation.lead_steps=[1,2,4]",
         )
+    check_launcher(config.launcher)
     _check_rename(config.checkpoint.rename)
     _check_engine(config.engine)
     _check_checkpoint(config)

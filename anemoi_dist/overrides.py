@@ -231,4 +231,5 @@ FREE_FORM = (
     "engine.options.",
     "data.options.",
     "data.dataset.",
+    "launcher.slurm.options.",
 )

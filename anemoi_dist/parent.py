@@ -52,3 +52,13 @@ def process_started(pid: int) -> int | None:
         return None
     fields = text.rpartition(")")[2].split()  # a program's name may hold anything
     return None if fields[0] == "Z" else int(fields[19])
+
+
+def main(arguments: list[str]) -> None:
+    """Become the command that the arguments are, which now gets SIGTERM when whoever started this process ends."""
+    die_with_parent(parent_pid=parent_in_environment(), number=signal.SIGTERM)
+    os.execvp(arguments[0], arguments)  # noqa: S606 - what the kernel was asked for stays asked
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

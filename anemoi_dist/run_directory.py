@@ -114,6 +114,11 @@ class RunDirectory:
         return self.path / "scripts"
 
     @property
+    def slurm_logs_dir(self) -> Path:
+        """Output of SLURM's batch scripts, ``slurm-<job id>.log``."""
+        return self.path / "logs"
+
+    @property
     def control_dir(self) -> Path:
         """Stop requests are files in here."""
         return self.path / "control"
@@ -122,6 +127,10 @@ class RunDirectory:
     def stop_file(self) -> Path:
         """Its existence asks the run to save and stop."""
         return self.control_dir / "stop"
+
+    def rendezvous_file(self, key: str) -> Path:
+        """Return the file in which rank 0 of the start that ``key`` names says where it listens."""
+        return self.control_dir / f"rendezvous-{key}.json"
 
     @property
     def heartbeats_dir(self) -> Path:

@@ -28,6 +28,7 @@ from anemoi_dist.errors import AnemoiDistError, ExitCode
 from anemoi_dist.module import BaseGraphModule
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.schedulers.factory import scaled_rate
+from anemoi_dist.telemetry.heartbeat import beat
 from anemoi_dist.telemetry.progress import format_bytes
 from anemoi_dist.telemetry.telemetry import Telemetry
 from anemoi_dist.trainer import Trainer
@@ -114,6 +115,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
     """
     stop = StopRequest(run, is_main=world.is_main)
     stop.listen()
+    world.outlast(config.watchdog.timeout_s)
     choice = choose(open_store(run, config.checkpoint.url), world=world, strict=config.checkpoint.strict)
     checkpoint = choice.checkpoint
     first_step = checkpoint.manifest.step if checkpoint else 0
@@ -136,6 +138,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
                 dataset=dataset,
                 broken=choice.passed_over,
             )
+            world.outlast(config.watchdog.timeout_s)  # once more: engines make groups of their own
             if checkpoint is not None:
                 _note_scaled_rate(
                     config, telemetry, step=first_step, was=checkpoint.manifest.world_size, now=world.world_size
@@ -178,8 +181,11 @@ def _build(
     broken: Collection[int],
 ) -> Trainer:
     torch.manual_seed(config.run.seed)  # the same initial parameters on every rank
+    beat()
     module = BaseGraphModule(config, spec=dataset.spec(), world_size=world.world_size)
+    beat()
     engine = create_engine(module, config=config, world=world)
+    beat()
     return Trainer(
         config=config,
         world=world,

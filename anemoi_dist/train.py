@@ -19,6 +19,7 @@ from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
 from anemoi_dist.ownership import Hold, hold_launch
 from anemoi_dist.parent import die_with_parent, parent_in_environment
 from anemoi_dist.prepare import Change, changes_table, claim_run
+from anemoi_dist.rendezvous import Meeting, meet
 from anemoi_dist.run_directory import LAUNCHED, RunDirectory
 
 if TYPE_CHECKING:
@@ -33,19 +34,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # before the imports that take seconds: the agent may be killed meanwhile
         die_with_parent(parent_pid=parent_in_environment())
     arguments = _parse(argv)
-    is_main = os.environ.get("RANK", "0") == "0"
     run, hold = None, None
     try:
-        if is_main:
+        meeting = meet(arguments.run_directory)
+        if os.environ.get("RANK", "0") == "0":
             # Rank 0 alone composes, before any process group or device exists: a wrong key costs nobody anything.
             run, hold = _prepare(arguments)
     except AnemoiDistError as error:
         _tell(error)
         sys.exit(error.exit_code)
-    code = _train(run)
+    code = _train(run, meeting)
     if hold is not None:
         hold.release()
-    _exit(code)
+    _exit(code, meeting)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,15 +70,17 @@ def _prepare(arguments: argparse.Namespace) -> tuple[RunDirectory, Hold | None]:
     return claim_run(composed.config)
 
 
-def _train(run: RunDirectory | None) -> ExitCode:
+def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
     """Join, agree on the run, train it, record how it ended."""
     from anemoi_dist.session import train
     from anemoi_dist.telemetry.console import keep_log
+    from anemoi_dist.telemetry.watchdog import watch
     from anemoi_dist.world import World
 
     attempt, number, failure = None, 0, None
     try:
-        world = World.join()
+        with meeting:
+            world = World.join()
         if world.is_main:
             assert run is not None, "rank 0 has prepared the run"
             attempt, agreed = _begin(run, world)
@@ -88,9 +91,17 @@ def _train(run: RunDirectory | None) -> ExitCode:
         run, number = RunDirectory(Path(agreed["path"])), agreed["attempt"]
         (keep_log if world.is_main else _redirect)(run.log_file(number, world.rank))
         config = from_yaml(_read_frozen(run, agreed["config"]))
-        train(config, run=run, world=world, attempt=number)
-        code = ExitCode.FINISHED
-        world.leave()
+        with watch(
+            run,
+            attempt=number,
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout_s=config.watchdog.timeout_s,
+            num_collectives=world.num_collectives,
+        ):
+            train(config, run=run, world=world, attempt=number)
+            code = ExitCode.FINISHED
+            world.leave()
     except AnemoiDistError as error:
         _tell(error)
         code, failure = error.exit_code, f"{type(error).__name__}: {error}"
@@ -101,9 +112,9 @@ def _train(run: RunDirectory | None) -> ExitCode:
         print(failure, file=sys.stderr, flush=True)  # noqa: T201
     told = _failure(run, number, failure) if run is not None and failure and code != ExitCode.SAVED_RUN_AGAIN else None
     if attempt is not None:
-        attempt.end(code, failure=told)
-    elif run is not None and number and told is not None:  # perhaps known to this rank alone
-        record_end(run, number, code, failure=told)
+        return attempt.end(code, failure=told)
+    if run is not None and number and told is not None:  # perhaps known to this rank alone
+        return record_end(run, number, code, failure=told)
     return code
 
 
@@ -162,12 +173,15 @@ def _tell(error: AnemoiDistError) -> None:
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _exit(code: ExitCode) -> NoReturn:
+def _exit(code: ExitCode, meeting: Meeting) -> NoReturn:
     """Leave. After a failure at once: other ranks may be gone, and a clean-up that talks to them would hang."""
     sys.stdout.flush()
     sys.stderr.flush()
     if code == ExitCode.FINISHED:
         sys.exit(code)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if code == ExitCode.SAVED_RUN_AGAIN and meeting.kills_others and (not is_main or LAUNCHED in os.environ):
+        os._exit(0)  # with its own code the first to leave would end rank 0 before that has recorded the end
     os._exit(code)
 
 

@@ -19,6 +19,7 @@ from anemoi_dist.data.dataset import WeatherDataset
 from anemoi_dist.data.fields import evenly_spaced
 from anemoi_dist.data.loader import collate
 from anemoi_dist.errors import ConfigError
+from anemoi_dist.telemetry.heartbeat import beat
 
 MODEL = "model"
 #: ``predict(batch, rollout)`` returns physical units, shape (batch, rollout, ensemble, grid, prognostic).
@@ -120,6 +121,7 @@ class Validator:
         # Last axis: squared error, anomaly correlation, samples with an anomaly.
         sums = torch.zeros(len(names), self.rollout, len(self.spec.prognostic), 3, dtype=torch.float64)
         for call in range(self.num_calls):
+            beat()
             batch, counts = self._batch(call)
             truth = batch.fields[:, self.spec.multistep_input :][:, : self.rollout, ..., self.spec.prognostic_indices]
             for row, name in enumerate(names):

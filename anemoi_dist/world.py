@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from anemoi_dist.errors import PreflightError
 
@@ -102,6 +104,25 @@ class World:
         if texts is None:
             return []
         return [t[: int(n)].numpy().tobytes().decode("utf-8") for t, n in zip(texts, lengths, strict=True)]
+
+    def num_collectives(self) -> int:
+        """Return how many collective operations this rank has begun, in all groups."""
+        total = 0
+        for group in list(_world.pg_map):
+            with suppress(RuntimeError):  # a backend that does not count
+                total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        return total
+
+    def outlast(self, seconds: float | None) -> None:
+        """Let collectives of the groups that there are wait for longer than ``seconds``; None: leave them as they are.
+
+        The watchdog is to end a run that hangs, and knows who is to blame. A group's own timeout, 10 minutes with NCCL
+        and 30 with gloo, ends it as an internal error.
+        """
+        if seconds is None:
+            return
+        for group in list(_world.pg_map):
+            _set_pg_timeout(timedelta(seconds=1.5 * seconds + 120.0), group)
 
     def leave(self) -> None:
         """Leave the process group."""

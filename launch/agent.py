@@ -10,9 +10,12 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.parent import PARENT_PID, die_with_parent, parent_in_environment
+from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.telemetry.watchdog import record_unsaid_hang
 
 
 def main() -> int:
@@ -33,6 +36,8 @@ def main() -> int:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == ExitCode.HANG:
+            record_unsaid_hang(RunDirectory(Path(sys.argv[sys.argv.index("--run-directory") + 1])))
         if failure.exitcode in set(ExitCode):
             return failure.exitcode
         how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"code {failure.exitcode}"

@@ -5,16 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from anemoi_dist import __version__
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 
-from . import checkpoint
-
-if TYPE_CHECKING:
-    from anemoi_dist.compose import Composed
+from . import checkpoint, logs, steer, submit, watch
+from .arguments import RUN_HELP, add_command, compose_arguments, locate_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    own, words = submit.split_command(arguments)
+    options, rest = parser.parse_known_args(own)
+    options.words = words
     # argparse takes positional arguments in one piece; overrides may stand on both sides of an option.
     unknown = [argument for argument in rest if argument.startswith("-")]
     if unknown or (rest and not hasattr(options, "overrides")):
@@ -58,89 +56,76 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"anemoi-dist {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="name", required=True)
 
-    train = _add(commands, "train", _train, "compose a configuration and train it on this machine", groups=True)
+    train = add_command(commands, "train", _train, "compose a configuration and train it on this machine", groups=True)
     train.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
     train.add_argument(
         "--strict",
         action="store_true",
         help="refuse a damaged newest checkpoint instead of going on from the one before it",
     )
-    plan = _add(commands, "plan", _plan, "show what would be started, and the memory of a rank", groups=True)
+    plan = add_command(commands, "plan", _plan, "show what would be started, and the memory of a rank", groups=True)
     plan.add_argument("--sweep", action="store_true", help="memory of a rank for every engine on 1 to 1024 ranks")
     plan.add_argument("--num-parameters", metavar="N", help="size of the model (1e9), instead of building it")
     plan.add_argument("--device-memory-gib", metavar="GIB", help="memory of each GPU, where it is not this machine's")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    _add(commands, "config", _config, "print the resolved configuration and where each value came from", groups=True)
+    add_command(
+        commands, "config", _config, "print the resolved configuration and where each value came from", groups=True
+    )
 
-    report = _add(commands, "report", _report, "write a run's HTML report")
-    report.add_argument("run", metavar="RUN", help="a run's id, or the path of its directory")
+    submit.add_commands(commands)
+    watch.add_commands(commands)
+    logs.add_commands(commands)
+    steer.add_commands(commands)
+
+    report = add_command(commands, "report", _report, "write a run's HTML report")
+    report.add_argument("run", metavar="RUN", help=RUN_HELP)
     report.add_argument("--root", default="runs", help="directory of the runs (default: %(default)s)")
 
+    doctor = add_command(commands, "doctor", _doctor, "look for what would end a run before it gets far", groups=True)
+    doctor.add_argument("--nodes", action="store_true", help="start the ranks and let them look at each other")
+    doctor.add_argument("--json", action="store_true", help="print one JSON list")
+
     checkpoint.add_commands(
-        _add(commands, "checkpoint", None, "list, show, verify, compare, export and import checkpoints")
+        add_command(commands, "checkpoint", None, "list, show, verify, compare, export and import checkpoints")
     )
     return parser
 
 
-def _add(commands: argparse._SubParsersAction, name: str, function: object, summary: str, *, groups: bool = False):
-    command = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_groups_text() if groups else None,
-        allow_abbrev=False,
-    )
-    command.set_defaults(command=function)
-    if groups:
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, in Hydra's grammar")
-        command.add_argument("--config", type=Path, metavar="FILE", help="YAML laid over the groups, under key=value")
-        command.add_argument("--config-dir", type=Path, metavar="DIR", help="directory with further group files")
-    return command
-
-
-def _groups_text() -> str:
-    from anemoi_dist.overrides import available_groups
-
-    groups = available_groups()
-    width = max(map(len, groups))
-    lines = "\n".join(f"  {group + '=':<{width + 1}} {' | '.join(options)}" for group, options in groups.items())
-    return (
-        f"groups and their options:\n{lines}\n\n"
-        "example:\n"
-        "  anemoi-dist train engine=zero1 training.max_steps=200 training.lr.rate=5e-3 run.id=first\n"
-        "`anemoi-dist config` prints every key with its value."
-    )
-
-
-def _compose(options: argparse.Namespace) -> Composed:
-    from anemoi_dist.compose import compose
-
-    composed = compose(options.overrides, config_file=options.config, config_dir=options.config_dir)
-    for message in composed.messages:
-        print(f"note: {message}", file=sys.stderr)
-    return composed
-
-
 def _train(options: argparse.Namespace) -> int:
     from anemoi_dist.prepare import claim_run
+    from anemoi_dist.run_directory import RunDirectory
 
-    from . import local
+    from . import local, mpi
+    from .machine import look
+    from .plan import plan
 
     if options.strict:
         options.overrides.append("checkpoint.strict=true")
-    composed = _compose(options)
+    config = compose_arguments(options).config
     if options.dry_run:
         from .planning import show
 
-        print(show(composed.config))
+        print(show(config))
         return ExitCode.FINISHED
-    ranks = local.num_ranks(composed.config)
-    run, hold = claim_run(composed.config)
+    if config.launcher.kind == "slurm":
+        raise ConfigError(
+            "launcher", "slurm", "puts runs into a queue", fix="anemoi-dist submit launcher=slurm; train runs them here"
+        )
+    run = RunDirectory.locate(config.run.root, str(config.run.id))
+    planned = plan(config, run, look(config.launcher.kind))  # refuses before the run is touched
+    run, hold = claim_run(config)
     try:
-        return local.train(run, composed.config, num_ranks=ranks)
+        if planned.kind == "mpi":
+            return mpi.train(run, config, planned)
+        return local.train(run, config, num_ranks=planned.ranks_per_node)
     finally:
         hold.release()
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import run_doctor
+
+    return run_doctor(compose_arguments(options).config, nodes=options.nodes, as_json=options.json)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -148,7 +133,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     print(
         show(
-            _compose(options).config,
+            compose_arguments(options).config,
             sweep=options.sweep,
             as_json=options.json,
             num_parameters=options.num_parameters,
@@ -161,22 +146,15 @@ def _plan(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace) -> int:
     from anemoi_dist.provenance import annotated_yaml
 
-    composed = _compose(options)
+    composed = compose_arguments(options)
     print(annotated_yaml(composed.container(), composed.provenance), end="")
     return ExitCode.FINISHED
 
 
 def _report(options: argparse.Namespace) -> int:
-    from anemoi_dist.run_directory import RunDirectory
     from anemoi_dist.telemetry.report import write_report
 
-    is_path = "/" in options.run or Path(options.run, "config.yaml").is_file()
-    run = RunDirectory(Path(options.run).absolute()) if is_path else RunDirectory.locate(options.root, options.run)
-    if not run.config_file.is_file():
-        root = run.path.parent
-        known = sorted(path.parent.name for path in root.glob("*/config.yaml")) if root.is_dir() else []
-        raise ConfigError("RUN", options.run, f"is not a run ({run.config_file} is missing)", valid=known)
-    print(write_report(run))
+    print(write_report(locate_run(options.run, options.root)))
     return ExitCode.FINISHED
 
 

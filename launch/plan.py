@@ -19,6 +19,22 @@ from anemoi_dist.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
+class Mpirun:
+    """An mpirun of this machine.
+
+    Attributes
+    ----------
+    path : str
+        The program.
+    family : str
+        ``openmpi``, or ``hydra`` (MPICH, Intel MPI, MVAPICH): they take other options.
+    """
+
+    path: str
+    family: str
+
+
+@dataclass(frozen=True)
 class Machine:
     """What a plan has to know about the machine that it is made on.
 
@@ -30,11 +46,14 @@ class Machine:
         The caller's environment.
     python : str
         The interpreter that starts ranks.
+    mpirun : Mpirun, optional
+        What ``launcher=mpi`` starts ranks with; looked for where that is asked for.
     """
 
     num_gpus: int
     environ: Mapping[str, str]
     python: str
+    mpirun: Mpirun | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

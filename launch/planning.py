@@ -66,7 +66,7 @@ def show(
     if number is not None and not number.is_integer():
         raise ConfigError("--num-parameters", num_parameters, "must be a whole number", fix="--num-parameters 1e9")
     run = RunDirectory.locate(config.run.root, str(config.run.id))
-    machine = look()
+    machine = look(config.launcher.kind)
     # What cannot be launched is refused before a model is built.
     planned = None if sweep else plan(config, run, machine)
     sizes = Sizes(

@@ -58,6 +58,9 @@ class Job:
         Passes a stop signal on, so that the ranks save and leave.
     facts : Mapping[str, Any]
         What ``launch.jsonl`` shall say of this job: ``job_id``, ``life``.
+    returns_codes : bool
+        Whether the command returns a rank's exit code as that is. Hydra's mpirun also returns the bare number of a
+        signal, and 6 is an abort there, no hang.
     """
 
     run: RunDirectory
@@ -66,13 +69,14 @@ class Job:
     environment: Mapping[str, str]
     ask_to_stop: Callable[[subprocess.Popen[bytes], int], None]
     facts: Mapping[str, Any]
+    returns_codes: bool = True
 
 
 def supervise(job: Job, options: LauncherConfig) -> int:
     """Run the job until it ends for good and return the exit code of the run.
 
-    SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the ranks to save and leave; a second one kills them. A crash or a hang is
-    followed by another start, ``launcher.max_restarts`` times, each after a longer wait.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the ranks to save and leave; a second one but SIGUSR1 kills them. A crash or
+    a hang is followed by another start, ``launcher.max_restarts`` times, each after a longer wait.
 
     Parameters
     ----------
@@ -105,7 +109,13 @@ def _run_once(job: Job, stopper: _Stopper, restarts: int) -> Ending:
     # A session of its own: Ctrl-C in a terminal reaches this process alone, and the ranks hear of it once.
     process = subprocess.Popen(job.command(restarts), env=environment, start_new_session=True)
     agent_code = stopper.attend(process)
-    return read_ending(job.run, agent_code, attempts_before=attempts_before, interrupted=stopper.requested)
+    return read_ending(
+        job.run,
+        agent_code,
+        attempts_before=attempts_before,
+        interrupted=stopper.requested,
+        returns_codes=job.returns_codes,
+    )
 
 
 class _Stopper:
@@ -155,6 +165,8 @@ class _Stopper:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # os.write: print may not be entered again from a handler that interrupted it.
         if self.requested:
+            if number == signal.SIGUSR1:
+                return  # a scheduler may remind; it does not kill by this one
             if self._process is not None:
                 os.write(2, b"killed; what was saved last is intact\n")
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -170,7 +182,9 @@ def signal_process(process: subprocess.Popen[bytes], number: int) -> None:
     process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
-def read_ending(run: RunDirectory, agent_code: int, *, attempts_before: int, interrupted: bool) -> Ending:
+def read_ending(
+    run: RunDirectory, agent_code: int, *, attempts_before: int, interrupted: bool, returns_codes: bool = True
+) -> Ending:
     """Return how the ranks ended, and what to tell the user (nothing where rank 0 has said it).
 
     What started them answers for any failure with a code of its own, so what counts is what a rank wrote into
@@ -186,6 +200,8 @@ def read_ending(run: RunDirectory, agent_code: int, *, attempts_before: int, int
         Attempts recorded before this start.
     interrupted : bool
         Whether a stop was asked for through this process.
+    returns_codes : bool
+        As in :class:`Job`.
     """
     attempts = run.read_state()["attempts"]
     last = attempts[-1] if len(attempts) > attempts_before else None
@@ -204,7 +220,7 @@ def read_ending(run: RunDirectory, agent_code: int, *, attempts_before: int, int
             f"run {run.run_id}: no rank got as far as recording its start (the command returned {agent_code}); what "
             "they printed is above",
         )
-    if ours and agent_code != ExitCode.FINISHED:
+    if ours and returns_codes and agent_code != ExitCode.FINISHED:
         return Ending(agent_code, f"run {run.run_id}: attempt {last['attempt']} ended with {_name(agent_code)}")
     return Ending(
         ExitCode.INTERNAL,
@@ -217,12 +233,14 @@ def _describe_failure(run: RunDirectory, attempt: Mapping[str, Any]) -> str:
     """Say which rank failed first and how; rank 0 has told its own story."""
     code, failure = attempt["exit_code"], attempt.get("failure")
     if failure is None:
-        return "" if code not in RESTARTED else f"run {run.run_id}: attempt {attempt['attempt']} {_name(code)}"
+        logs = run.logs_dir(attempt["attempt"])
+        return "" if code not in RESTARTED else f"run {run.run_id}: {_name(code)}; logs: {logs}"
     place = f"rank {failure['rank']} on {failure['host']} (pid {failure['pid']})"
     if failure["rank"] == 0 and code not in RESTARTED:
         return ""
     first = f"run {run.run_id}: {place} failed first: {_name(code)}; its log: {failure['log']}"
-    lines = [first] if failure["rank"] == 0 else [first, *(f"  {line}" for line in failure["error"].splitlines())]
+    has_said = failure["rank"] == 0 and "hang" not in failure
+    lines = [first] if has_said else [first, *(f"  {line}" for line in failure["error"].splitlines())]
     if code in RESTARTED:
         lines.append("the same command continues from the last checkpoint")
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""SLURM batch template and cluster profiles."""
+"""Cluster profiles for SLURM jobs."""

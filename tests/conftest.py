@@ -1,13 +1,17 @@
-"""Pools of gloo ranks, shared by all tests that need them."""
+"""Pools of gloo ranks and a SLURM cluster, shared by all tests that need them."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from support.minislurm import MiniSlurm, missing_programs
 from support.ranks import RankPool
 
 
@@ -24,3 +28,19 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[MiniSlurm]:
+    """Return a running SLURM cluster of four nodes with two pretended GPUs each."""
+    if missing := missing_programs():
+        pytest.skip(f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge")
+    folder = Path(tempfile.mkdtemp(prefix="minislurm-", dir="/tmp"))  # pytest's own are too long for a socket
+    cluster = MiniSlurm(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        assert not cluster.processes(), "the cluster left processes behind"
+        shutil.rmtree(folder)

@@ -19,7 +19,11 @@ def test_optimizer_step(tmp_path):
     subprocess.run([*command, "--plot", str(tmp_path / "plot.svg")], check=True, timeout=300)
     results = json.loads((tmp_path / "out" / "result.json").read_text())["results"]["tensors-1"]
     measured = {name for name, result in results.items() if "missing" not in result}
-    assert {"AdEMAMix, Apple's loop (reimplemented)", "AdamW, torch fused"} <= measured
+    assert {
+        "AdEMAMix, Apple's loop (reimplemented)",
+        "AdamW, torch fused",
+        "AdEMAMix, this package: c, bf16 states",
+    } <= measured
     assert all(results[name]["ratio"] > 0 for name in measured)
     table = (tmp_path / "out" / "result.md").read_text()
     assert "0.06M in 300 tensors, 1 thread" in table and "AdEMAMix, this package: eager |" in table

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from anemoi_dist.launch import cli
+from anemoi_dist.launch.state import STATES
 
 from anemoi_dist.compose import Composed, compose
 from anemoi_dist.config import schema_keys
@@ -166,15 +167,19 @@ def test_every_option_of_every_group_is_described():
 def test_every_exit_code_is_described():
     table = (DOCS / "running.rst").read_text(encoding="utf-8").partition("Exit codes")[2]
     described = {int(code) for code in re.findall(r"^(\d+) {2,}\S", table, re.MULTILINE)}
-    # No code path ends with HANG in this version.
-    assert described == {int(code) for code in ExitCode} - {int(ExitCode.HANG)}
+    assert described == {int(code) for code in ExitCode}
 
 
 def test_every_event_is_described():
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "anemoi_dist").rglob("*.py"))
-    written = set(re.findall(r'(?:telemetry\.event|_log\.write)\(\s*"(\w+)"', sources))
+    written = set(re.findall(r'(?:telemetry\.event|log\.write)\(\s*"(\w+)"', sources))
     table = (DOCS / "running.rst").read_text(encoding="utf-8").partition("events.jsonl\n==")[2]
     assert written == set(re.findall(r"^``(\w+)`` ", table, re.MULTILINE))
+
+
+def test_every_state_is_described():
+    [_, table, *_] = re.split(r"^=+ =+$", (DOCS / "watching.rst").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(STATES) == set(re.findall(r"^``(\w+)``", table, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -13,6 +13,9 @@ from anemoi_dist.engines.base import ShardSource, TensorInfo
 from anemoi_dist.errors import CheckpointError
 
 Key = tuple[str, str]
+
+#: AdamW's averages by AdEMAMix's names; the slow one is not among them and begins at zero.
+FROM_ADAMW = {"exp_avg": "exp_avg_fast", "exp_avg_sq": "exp_avg_sq", "step": "step"}
 
 _KINDS = {"param": "parameter", "buffer": "buffer"}
 #: How many names the nearest is looked for: it takes all names for each, and another model has thousands.
@@ -56,8 +59,33 @@ class FittedSource:
         self, source: ShardSource, names: Mapping[Key, Key], *, missing: Sequence[str], unused: Sequence[str]
     ) -> None:
         self._source, self._names, self.missing, self.unused = source, names, missing, unused
+        self._state_notes: list[str] = []
         available = source.tensors()
         self._tensors = {ours: available[theirs] for ours, theirs in names.items()}
+
+    def choose_states(self, known: Collection[str], rename: Mapping[str, str]) -> None:
+        """Keep the states that an optimizer knows, and under its names those of another one that ``rename`` has.
+
+        Parameters
+        ----------
+        known : Collection[str]
+            The optimizer's names.
+        rename : Mapping[str, str]
+            Another optimizer's states -> by this one's names; used where the checkpoint has no others than these.
+        """
+        saved = {kind for _, kind in self._names} - _KINDS.keys()
+        renames = {old: new for old, new in rename.items() if old != new and old in saved and new in known}
+        if not saved <= rename.keys():
+            renames = {}
+        dropped = sorted(saved - {*known} - renames.keys())
+        self._names = {
+            (fqn, renames.get(kind, kind)): theirs for (fqn, kind), theirs in self._names.items() if kind not in dropped
+        }
+        available = self._source.tensors()
+        self._tensors = {ours: available[theirs] for ours, theirs in self._names.items()}
+        self._state_notes += [f"{old} of the checkpoint goes on as {new}" for old, new in renames.items()]
+        if dropped:
+            self._state_notes.append(f"the optimizer has no {', '.join(dropped)}: not taken from the checkpoint")
 
     def tensors(self) -> Mapping[Key, TensorInfo]:
         """Return what fits, by ``(fqn, kind)`` in the model."""
@@ -69,7 +97,7 @@ class FittedSource:
 
     def notes(self) -> list[str]:
         """Return what the user should know."""
-        notes = []
+        notes = [*self._state_notes]
         if self.missing:
             notes.append(
                 f"the checkpoint has nothing that fits {_some(self.missing)}: initial values are kept, and averages "

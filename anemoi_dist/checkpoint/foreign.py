@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from anemoi_dist.checkpoint.fit import renamed
+from anemoi_dist.checkpoint.fit import FROM_ADAMW, renamed
 from anemoi_dist.checkpoint.foreign_dcp import read_dcp
 from anemoi_dist.checkpoint.foreign_deepspeed import read_deepspeed
 from anemoi_dist.checkpoint.foreign_torch import read_torch_file
@@ -31,8 +31,6 @@ READERS: dict[str, Callable[..., tuple[str, int | None, list[Shard]]]] = {
     "deepspeed": read_deepspeed,
     "dcp": read_dcp,
 }
-#: AdamW's averages by AdEMAMix's names; the slow one is not among them and begins at zero.
-FROM_ADAMW = {"exp_avg": "exp_avg_fast", "exp_avg_sq": "exp_avg_sq", "step": "step"}
 
 
 @dataclass

@@ -21,6 +21,7 @@ from anemoi_dist.checkpoint.manifest import (
 )
 from anemoi_dist.checkpoint.store import File, Folder
 from anemoi_dist.errors import CheckpointError
+from anemoi_dist.telemetry.heartbeat import beat
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class VerifiedFile:
         return min(BLOCK_BYTES, self._record.size_bytes - index * BLOCK_BYTES)
 
     def _read_block(self, index: int, out: memoryview) -> None:
+        beat()
         begin = index * BLOCK_BYTES
         try:
             self._stream.seek(begin)

@@ -6,6 +6,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+from anemoi_dist.telemetry.heartbeat import follow
+
 
 class Job:
     """Something given to a :class:`Worker`; it ends with a result or an error, also where the thread dies."""
@@ -44,6 +46,7 @@ class Job:
         """Wait until it has ended."""
         while not self.is_done:
             self._done.wait(1.0)
+            follow()
 
 
 class Worker:

@@ -25,6 +25,7 @@ from anemoi_dist.checkpoint.ranges import VerifiedFile
 from anemoi_dist.checkpoint.store import File, Folder, Store, make_durable
 from anemoi_dist.engines.base import Shard
 from anemoi_dist.errors import CheckpointError
+from anemoi_dist.telemetry.heartbeat import beat
 from anemoi_dist.world import World
 
 #: Smaller writes are collected: an optimizer's counters are 4 bytes each.
@@ -79,6 +80,7 @@ class HashingFile:
             view = view[len(piece) :]
             while len(piece):
                 piece = piece[self._stream.write(piece) :]
+            beat()
 
     def _end_block(self) -> None:
         self._blocks.append(self._block.hexdigest())

@@ -18,14 +18,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from anemoi_dist.checkpoint.fit import fit
+from anemoi_dist.checkpoint.fit import FROM_ADAMW, fit
 from anemoi_dist.config import Config, engine_name
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.engines.base import MemoryReport, Shard, ShardSource, StepReport, TensorInfo
 from anemoi_dist.errors import CheckpointError, ConfigError
 from anemoi_dist.module import BaseGraphModule
-from anemoi_dist.optimizers.ademamix import AdEMAMix, schedule_values
+from anemoi_dist.optimizers.ademamix import AdEMAMix, conversions, schedule_values
+from anemoi_dist.optimizers.rounding import Range
 from anemoi_dist.schedulers.factory import set_num_updates
+from anemoi_dist.telemetry.heartbeat import beat
 from anemoi_dist.world import World
 
 
@@ -96,6 +98,7 @@ class RegionEngine(ABC):
         self._trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         self._num_updates = 0
         self._wrap()
+        self._place_elements()
         self._create_states()
         set_num_updates(self._scheduler, 0)
 
@@ -135,6 +138,7 @@ class RegionEngine(ABC):
         lr = float(self.optimizer.param_groups[0]["lr"])
         total = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches):
+            beat()
             prediction = self._forward(batch, rollout=self.config.training.rollout)
             loss = self.module.loss(prediction, batch) / len(micro_batches)
             total += loss.detach()
@@ -186,6 +190,8 @@ class RegionEngine(ABC):
         """
         options = self.config.checkpoint
         fitted = fit(source, self._declared, rename=options.rename, allow_missing=options.allow_missing)
+        if hasattr(self.optimizer, "init_state"):  # all its states are there
+            fitted.choose_states(self._held_states().keys(), FROM_ADAMW)
         for note in [*fitted.notes(), *self._notes_on_states(fitted, num_updates)]:
             warnings.warn(note, stacklevel=2)
         self._take(fitted, num_updates=num_updates)
@@ -257,6 +263,27 @@ class RegionEngine(ABC):
                 for owner in group["params"]:
                     init_state(owner)
 
+    def _place_elements(self) -> None:
+        """Tell the optimizer which parameters' elements it steps: what it rounds at random must not depend on ranks."""
+        if not isinstance(self.optimizer, AdEMAMix):
+            return
+        placed: dict[torch.Tensor, list[Range]] = {}
+        for region in self.regions():
+            if region.fqn in self._trained:
+                held = Range(region.fqn, region.offset, region.start, region.numel)
+                placed.setdefault(region.owner, []).append(held)
+        for owner, ranges in placed.items():
+            self.optimizer.place(owner, ranges, seed=self.config.run.seed)
+
+    def _held_states(self) -> dict[str, set[torch.dtype]]:
+        """Return the types of the optimizer's states that there are now, by their names."""
+        held: dict[str, set[torch.dtype]] = {}
+        for state in self.optimizer.state.values():
+            for kind, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    held.setdefault(kind, set()).add(value.dtype)
+        return held
+
     def _share(self, region: Region) -> tuple[int, int]:
         if not region.replicated:
             return 0, region.numel
@@ -279,12 +306,16 @@ class RegionEngine(ABC):
             yield kind, value
 
     def _notes_on_states(self, source: ShardSource, num_updates: int) -> list[str]:
-        """Say which of the optimizer's states begin here though others go on."""
-        saved = {kind for _, kind in source.tensors()} - {"param", "buffer"}
-        held = {kind for s in self.optimizer.state.values() for kind, x in s.items() if isinstance(x, torch.Tensor)}
-        absent = sorted(held - saved)
+        """Say which of the optimizer's states begin here though others go on, or are of another type now."""
+        saved: dict[str, set[torch.dtype]] = {}
+        for (_, kind), info in source.tensors().items():
+            if kind not in ("param", "buffer"):
+                saved.setdefault(kind, set()).add(info.dtype)
+        held = self._held_states()
+        absent = sorted(held.keys() - saved.keys())
+        notes = conversions(saved, held)
         if not saved or not absent:
-            return []
+            return notes
         note = f"the checkpoint has no {', '.join(absent)}: they start at zero"
         group = self.optimizer.param_groups[0]
         warms_up = group.get("alpha_warmup") or group.get("beta3_warmup")
@@ -293,7 +324,7 @@ class RegionEngine(ABC):
                 f"; this goes on at step {num_updates}, but the warm-ups of alpha and beta3 count from step 0: set "
                 f"++training.optimizer.schedule_start={num_updates}"
             )
-        return [note]
+        return [*notes, note]
 
     def _begins(self, region: Region, available: Mapping[tuple[str, str], TensorInfo], kinds: Sequence[str]) -> bool:
         """Whether the optimizer's state of a parameter begins here: it is new, or was frozen."""

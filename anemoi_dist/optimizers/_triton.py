@@ -12,6 +12,29 @@ def _lerp(start, end, weight):
 
 
 @triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _words(index, key, other):
+    # rounding.random_words
+    x = index + key
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = ((x ^ (x >> 13)) + other) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _rounded(x, bits):
+    # Up in magnitude where the 16 bits carry over what bfloat16 cuts off; what is left converts without rounding.
+    cut = (x.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000
+    return tl.where(x == x, cut.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def ademamix_kernel(
     p_ptr,
     g_ptr,
@@ -20,12 +43,18 @@ def ademamix_kernel(
     square_ptr,
     copy_ptr,
     numbers_ptr,
+    pieces_ptr,
     numel,
+    num_pieces,
     has_fast: tl.constexpr,
     has_copy: tl.constexpr,
+    is_rounded: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Update ``block`` elements; ``numbers_ptr``: the fields of UpdateScalars, in their order."""
+    """Update ``block`` elements.
+
+    ``numbers_ptr``: the fields of UpdateScalars, in their order; ``pieces_ptr``: rounding.piece_table.
+    """
     offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block).to(tl.int64)
     mask = offsets < numel
     lr = tl.load(numbers_ptr)
@@ -36,18 +65,55 @@ def ademamix_kernel(
     alpha = tl.load(numbers_ptr + 6)
     inverse_fast = tl.load(numbers_ptr + 7)
     inverse_sq = tl.load(numbers_ptr + 8)
-    grad_factor = tl.load(numbers_ptr + 9)
+    grad_factor = tl.load(numbers_ptr + 11)
 
     p = tl.load(p_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * grad_factor
-    slow = _lerp(tl.load(slow_ptr + offsets, mask=mask, other=0.0), g, weight_slow)
-    square = _lerp(tl.load(square_ptr + offsets, mask=mask, other=0.0), g * g, weight_sq)
+    slow = _lerp(tl.load(slow_ptr + offsets, mask=mask, other=0.0).to(tl.float32), g, weight_slow)
+    square = _lerp(tl.load(square_ptr + offsets, mask=mask, other=0.0).to(tl.float32), g * g, weight_sq)
     first = g
     if has_fast:
-        first = _lerp(tl.load(fast_ptr + offsets, mask=mask, other=0.0), g, tl.load(numbers_ptr + 3))
-        tl.store(fast_ptr + offsets, first, mask=mask)
-    tl.store(slow_ptr + offsets, slow, mask=mask)
-    tl.store(square_ptr + offsets, square, mask=mask)
+        weight_fast = tl.load(numbers_ptr + 3)
+        first = _lerp(tl.load(fast_ptr + offsets, mask=mask, other=0.0).to(tl.float32), g, weight_fast)
+
+    kept_fast, kept_slow, kept_square = first, slow, square
+    if is_rounded:
+        step = tl.load(numbers_ptr + 9).to(tl.uint32) + (tl.load(numbers_ptr + 10).to(tl.uint32) << 16)
+        mixed = _mix(step)
+        begin = tl.program_id(0).to(tl.int64) * block
+        index = 0
+        past = num_pieces
+        while past - index > 1:  # the last piece that begins with this block or before, by bisection
+            middle = (index + past) // 2
+            if tl.load(pieces_ptr + 4 * middle) <= begin:
+                index = middle
+            else:
+                past = middle
+        words = tl.zeros((block,), tl.uint32)
+        others = tl.zeros((block,), tl.uint32)
+        # Each piece that reaches into the block overwrites what the one before it has left beyond its end.
+        piece_begin = begin
+        while piece_begin < begin + block:
+            row = pieces_ptr + 4 * index
+            own_begin = tl.load(row)
+            element = (offsets - own_begin + tl.load(row + 1)).to(tl.uint32)
+            key = _mix(tl.load(row + 2).to(tl.uint32) ^ mixed)
+            other_key = _mix(tl.load(row + 3).to(tl.uint32) ^ mixed)
+            inside = offsets >= own_begin
+            words = tl.where(inside, _words(element, key, other_key), words)
+            others = tl.where(inside, _words(element, other_key, key), others)
+            index += 1
+            piece_begin = tl.load(pieces_ptr + 4 * index, mask=index < num_pieces, other=begin + block)
+        if fast_ptr.dtype.element_ty == tl.bfloat16:
+            kept_fast = _rounded(first, words & 0xFFFF)
+        if square_ptr.dtype.element_ty == tl.bfloat16:
+            kept_square = _rounded(square, words >> 16)
+        if slow_ptr.dtype.element_ty == tl.bfloat16:
+            kept_slow = _rounded(slow, others & 0xFFFF)
+    if has_fast:
+        tl.store(fast_ptr + offsets, kept_fast.to(fast_ptr.dtype.element_ty), mask=mask)
+    tl.store(slow_ptr + offsets, kept_slow.to(slow_ptr.dtype.element_ty), mask=mask)
+    tl.store(square_ptr + offsets, kept_square.to(square_ptr.dtype.element_ty), mask=mask)
 
     denominator = tl.sqrt_rn(square) * inverse_sq + eps
     update = tl.div_rn(tl.fma(slow, alpha, first * inverse_fast), denominator)

@@ -18,14 +18,25 @@ State of each parameter:
 ================ ====================== ==================================================================
 
 The averages are float32 (float64 for float64 parameters) whatever the parameter's type, and stay so when they are
-loaded: at ``b3 = .9999`` an average in bfloat16 stalls, because one step changes it by less than half a unit in the
-last place.
+loaded, unless ``state_dtype`` says otherwise. Rounded to nearest, an average in bfloat16 stalls: at ``b3 = .9999`` one
+step changes it by less than half a unit in the last place. So bfloat16 is rounded stochastically
+(:mod:`anemoi_dist.optimizers.rounding`). Bytes of state a parameter:
+
+====================================================== ==== =============
+``state_dtype``                                        all  ``beta1 = 0``
+====================================================== ==== =============
+``fp32``                                               12   8
+``bf16``: the fast average and that of the square      8    6
+``{exp_avg_fast: bf16}``, ``{exp_avg_sq: bf16}``       10   6 (square)
+``bf16`` for each of the three by name                 6    4
+====================================================== ==== =============
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,8 +46,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import gpu, implementations
-from anemoi_dist.optimizers.options import checked_options
+from anemoi_dist.optimizers.options import checked_options, narrow_states
+from anemoi_dist.optimizers.rounding import Range, piece_table, whole_range
 from anemoi_dist.optimizers.update import (
+    AVERAGES,
     Row,
     UpdateScalars,
     ademamix_update,
@@ -56,8 +69,6 @@ __all__ = [
     "schedule_values",
 ]
 
-AVERAGES = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
-
 #: What a state dictionary written before these options existed (Apple's, anemoi-training's) means by their absence.
 _ABSENT = {
     "schedule_start": 0,
@@ -66,6 +77,7 @@ _ABSENT = {
     "maximize": False,
     "capturable": False,
     "implementation": "auto",
+    "state_dtype": "fp32",
 }
 
 
@@ -108,6 +120,10 @@ class AdEMAMix(Optimizer):
     implementation : str
         Which code does the update, ``c``, ``triton``, ``foreach``, ``compile`` or ``eager``; ``auto`` chooses for each
         tensor (:mod:`anemoi_dist.optimizers.implementations`). It is not loaded from a state dictionary.
+    state_dtype : str | Mapping[str, str]
+        ``fp32``; ``bf16``, which keeps the fast average and that of the square in bfloat16 and the slow one in float32;
+        or ``fp32`` or ``bf16`` by the averages' names, float32 for those that are not named. It is not loaded from a
+        state dictionary: averages of another type are converted, with a warning.
 
     Attributes
     ----------
@@ -122,8 +138,8 @@ class AdEMAMix(Optimizer):
     Raises
     ------
     ConfigError
-        An argument breaks its rule; a parameter is complex; at :meth:`step`, a gradient is sparse, or the
-        ``implementation`` can't update a tensor.
+        An argument breaks its rule; a parameter is complex, or float64 with bfloat16 states; at :meth:`step`, a
+        gradient is sparse, or the ``implementation`` can't update a tensor.
     """
 
     grad_scale: Tensor
@@ -146,6 +162,7 @@ class AdEMAMix(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         implementation: str = "auto",
+        state_dtype: str | Mapping[str, str] = "fp32",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -161,8 +178,10 @@ class AdEMAMix(Optimizer):
             "maximize": maximize,
             "capturable": capturable,
             "implementation": implementation,
+            "state_dtype": state_dtype,
         }
         self.copies: dict[Tensor, Tensor] = {}
+        self._pieces: dict[Tensor, Tensor] = {}
         super().__init__(params, {**defaults, **checked_options(defaults)})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -170,36 +189,39 @@ class AdEMAMix(Optimizer):
         if isinstance(param_group, dict):
             param_group = {**param_group, **checked_options({**self.defaults, **param_group})}
         super().add_param_group(param_group)
+        is_narrow = bool(narrow_states(self.param_groups[-1]))
         for p in self.param_groups[-1]["params"]:
+            rule = fix = ""
             if p.is_complex():
+                rule, fix = "AdEMAMix needs real parameters", "pass torch.view_as_real(parameter)"
+            elif is_narrow and p.dtype == torch.float64:
+                rule, fix = "has its averages in float64, not in bfloat16", "state_dtype=fp32"
+            if rule:
                 del self.param_groups[-1]
-                raise ConfigError(
-                    "params", str(p.dtype), "AdEMAMix needs real parameters", fix="pass torch.view_as_real(parameter)"
-                )
+                raise ConfigError("params", str(p.dtype), rule, fix=fix)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("copies", {})
+        self.__dict__.setdefault("_pieces", {})
         for group in self.param_groups:
             for name, value in {**self.defaults, **_ABSENT}.items():
                 group.setdefault(name, value)
             group.update(checked_options(group))
             for p in group["params"]:
                 if p in self.state:
-                    _tidy_state(p, self.state[p], capturable=group["capturable"])
+                    _tidy_state(p, self.state[p], group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load state as torch does, but keep the averages in float32 (float64) whatever the parameters' type."""
+        """Load state as torch does, but keep the averages in ``state_dtype`` whatever the parameters' type."""
         # torch would cast them to the parameter's type, and a bfloat16 average has lost what it was kept for.
         hook = self.register_load_state_dict_pre_hook(_hide_averages)
-        chosen = [group["implementation"] for group in self.param_groups]
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        # It belongs to this machine, not to the one that saved.
-        for group, implementation in zip(self.param_groups, chosen, strict=True):
-            group["implementation"] = implementation
+        for note in conversions(_average_dtypes(state_dict["state"]), _average_dtypes(self.state)):
+            warnings.warn(note, stacklevel=2)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -212,9 +234,30 @@ class AdEMAMix(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 local = p.to_local() if isinstance(p, DTensor) else p
-                average = torch.empty_like(local, dtype=state_dtype(p), requires_grad=False, device="meta")
-                names[implementations.choose(Row(local, local, None, average, average), group)] += 1
+                fast, slow, square = (
+                    torch.empty_like(local, dtype=_average_dtype(name, p, group), requires_grad=False, device="meta")
+                    for name in AVERAGES
+                )
+                names[implementations.choose(Row(local, local, fast, slow, square), group)] += 1
         return dict(names)
+
+    def place(self, p: Tensor, ranges: Iterable[Range], *, seed: int = 0) -> None:
+        """Say which elements of which parameters ``p`` holds: their rounding to bfloat16 depends on that.
+
+        Engines call it for the flat partitions that they have made of parameters. Without, a tensor is a parameter, all
+        of it or this rank's rows of a DTensor, and goes by its place among the optimizer's parameters.
+
+        Parameters
+        ----------
+        p : Tensor
+            In a parameter group, now or at the time of a step.
+        ranges : Iterable[Range]
+            What lies in it; the rest is padding.
+        seed : int
+            Of the run.
+        """
+        device = p.to_local().device if isinstance(p, DTensor) else p.device
+        self._pieces[p] = piece_table(ranges, seed=seed).to(device)
 
     def init_state(self, p: Tensor) -> None:
         """Create what is missing of the state of ``p`` now; otherwise its first update does.
@@ -235,8 +278,14 @@ class AdEMAMix(Optimizer):
             state["step"] = state["step"].double()
         for name in AVERAGES if group["betas"][0] else AVERAGES[1:]:
             if name not in state:
-                state[name] = torch.zeros_like(p, dtype=state_dtype(p), requires_grad=False)
+                state[name] = torch.zeros_like(p, dtype=_average_dtype(name, p, group), requires_grad=False)
         return state
+
+    def _place_all(self) -> None:
+        """Place the parameters that no engine has placed."""
+        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            if p not in self._pieces:
+                self.place(p, [whole_range(p, str(index))])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -269,12 +318,14 @@ class AdEMAMix(Optimizer):
     def _rows(self, group: dict[str, Any], params: list[Tensor]) -> list[tuple[str, Row]]:
         """Return for each parameter the implementation that updates it, and this rank's tensors."""
         rows = []
+        if narrow_states(group) and any(p not in self._pieces for p in params):
+            self._place_all()
         for p in params:
             state = self._init_state(p, group)
             fast = state["exp_avg_fast"] if group["betas"][0] else None
             assert p.grad is not None
-            row = Row(p, p.grad, fast, state["exp_avg_slow"], state["exp_avg_sq"], self.copies.get(p))
-            row = implementations.local_row(row)
+            averages = fast, state["exp_avg_slow"], state["exp_avg_sq"]
+            row = implementations.local_row(Row(p, p.grad, *averages, self.copies.get(p), self._pieces.get(p)))
             rows.append((implementations.choose(row, group), row))
         return rows
 
@@ -301,7 +352,7 @@ class AdEMAMix(Optimizer):
         buckets: dict[tuple[Any, ...], list[tuple[Tensor, Row]]] = defaultdict(list)
         for p, (name, row) in zip(params, rows, strict=True):
             step = self.state[p]["step"].add_(1)
-            buckets[name, row.p.device, row.nu.dtype].append((step, row))
+            buckets[name, row.p.device, torch.promote_types(row.nu.dtype, torch.float32)].append((step, row))
         for (name, device, dtype), bucket in buckets.items():
             steps = torch.stack([step for step, _ in bucket])
             factor = self._grad_factor(group, device)
@@ -310,7 +361,7 @@ class AdEMAMix(Optimizer):
                     gpu.launch(row, numbers)
             else:
                 for (_, row), scalars in zip(bucket, device_scalars(group, steps, dtype=dtype), strict=True):
-                    ademamix_update(*row[:5], scalars._replace(grad_factor=factor), copy=row.copy)
+                    ademamix_update(*row[:5], scalars._replace(grad_factor=factor), copy=row.copy, pieces=row.pieces)
 
     def _grad_factor(self, group: dict[str, Any], device: torch.device) -> float | Tensor:
         """Return what the gradients are multiplied by: a number, or a tensor where ``grad_scale`` is one."""
@@ -319,9 +370,22 @@ class AdEMAMix(Optimizer):
         return sign if scale is None else sign / scale.to(device, torch.float32).view(())
 
 
-def state_dtype(p: Tensor) -> torch.dtype:
-    """Return the type in which the averages of ``p`` are kept."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+def _average_dtype(name: str, p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """Return the type in which an average of ``p`` is kept."""
+    if p.dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if name in narrow_states(group) else torch.float32
+
+
+def conversions(saved: Mapping[str, set[torch.dtype]], kept: Mapping[str, set[torch.dtype]]) -> list[str]:
+    """Say of which states loading changes the type, to or from bfloat16; types by the states' names."""
+    notes = []
+    for name in sorted(saved.keys() & kept.keys()):
+        if saved[name] != kept[name] and torch.bfloat16 in saved[name] | kept[name]:
+            was, now = (", ".join(sorted(str(x).removeprefix("torch.") for x in y[name])) for y in (saved, kept))
+            rounded = ", rounded to nearest once" if torch.bfloat16 in kept[name] else ""
+            notes.append(f"{name} was saved in {was} and goes on in {now}{rounded} (state_dtype)")
+    return notes
 
 
 def schedule_values(optimizer: Any) -> dict[str, float]:
@@ -362,21 +426,33 @@ def _hide_averages(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str
         else state
         for key, state in state_dict["state"].items()
     }
-    # The saved choice of implementation is that of another machine: not taken, so not to be checked here either.
-    groups = [{**group, "implementation": "auto"} for group in state_dict["param_groups"]]
+    # They belong to this machine, not to the one that saved. Groups that don't fit are torch's to refuse.
+    own = [{name: group[name] for name in ("implementation", "state_dtype")} for group in optimizer.param_groups]
+    own += [{}] * (len(state_dict["param_groups"]) - len(own))
+    groups = [{**group, **kept} for group, kept in zip(state_dict["param_groups"], own, strict=False)]
     return {**state_dict, "state": hidden, "param_groups": groups}
 
 
-def _tidy_state(p: Tensor, state: dict[str, Any], *, capturable: bool) -> None:
+def _average_dtypes(states: Mapping[Any, Any]) -> dict[str, set[torch.dtype]]:
+    """Return the types of the averages in a state dictionary's, or an optimizer's, states."""
+    found: dict[str, set[torch.dtype]] = {name: set() for name in AVERAGES}
+    for state in states.values():
+        for name in AVERAGES:
+            if isinstance(state, dict) and isinstance(x := state.get(name), Tensor):
+                found[name].add(x.dtype)
+    return {name: dtypes for name, dtypes in found.items() if dtypes}
+
+
+def _tidy_state(p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
     """Bring the state of one parameter, loaded from wherever, into the form that this class keeps."""
     for name in AVERAGES:
         if isinstance(state.get(name), _Hidden):
-            state[name] = state[name].tensor.to(device=p.device, dtype=state_dtype(p))
+            state[name] = state[name].tensor.to(device=p.device, dtype=_average_dtype(name, p, group))
         elif name in state and state[name] is None:  # Apple's way of saying beta1 = 0
             del state[name]
     if "step" in state:
         step = torch.as_tensor(state["step"], dtype=torch.float64)
-        state["step"] = step.to(p.device if capturable else "cpu")
+        state["step"] = step.to(p.device if group["capturable"] else "cpu")
 
 
 def _is_rehearsal(ready: list[tuple[dict[str, Any], list[Tensor]]]) -> bool:

@@ -33,6 +33,8 @@ def refusal(row: Row) -> str:
     """Say why this implementation can't update a row; empty where it can."""
     if row.p.is_cpu and not has_compiler():
         return "needs a C++ compiler (torch.compile), and there is none"
+    if row.is_rounded:
+        return "has no stochastic rounding for states in bfloat16"
     if not all(x is None or x.is_contiguous() for x in row):
         return "takes contiguous parameters, gradients and states"
     return ""
@@ -44,7 +46,7 @@ def update(rows: list[Row], scalars: UpdateScalars) -> None:
     factor = scalars.grad_factor
     numbers = torch.tensor([*scalars[:-1], 1.0], dtype=dtype).to(device, non_blocking=True)
     numbers[-1:] *= factor  # which may be a tensor on the device: it stays there
-    for p, g, m1, m2, nu, copy in rows:
+    for p, g, m1, m2, nu, copy, _ in rows:
         _compiled()(
             p.detach().view(-1), g.view(-1), None if m1 is None else m1.view(-1), m2.view(-1), nu.view(-1), numbers
         )

@@ -34,12 +34,12 @@ def has_triton() -> bool:
 
 def refusal(row: Row) -> str:
     """Say why this implementation can't update a row; empty where it can."""
-    p, g, _, _, nu, copy = row
+    p, g, *_, copy, _ = row
     if not has_triton():
         return "needs the package triton, which is not installed"
     if not (p.is_cuda and g.is_cuda) and not _interpreted():
         return f"works on CUDA, and the parameter is on {p.device}"
-    if p.dtype not in _DTYPES or g.dtype not in _DTYPES or nu.dtype != torch.float32:
+    if p.dtype not in _DTYPES or g.dtype not in _DTYPES or row.nu.dtype == torch.float64:
         return f"takes float32, bfloat16 and float16, not a parameter of {p.dtype} with a gradient of {g.dtype}"
     if copy is not None and copy.dtype not in _DTYPES:
         return f"writes copies in float32, bfloat16 and float16, not {copy.dtype}"
@@ -57,8 +57,8 @@ def update(rows: list[Row], scalars: UpdateScalars) -> None:
 
 
 def launch(row: Row, numbers: Tensor) -> None:
-    """Update one row with the ten numbers in ``numbers``, without a word to the host."""
-    p, g, m1, m2, nu, copy = row
+    """Update one row with the numbers in ``numbers``, without a word to the host."""
+    p, g, m1, m2, nu, copy, pieces = row
     numel = p.numel()
     if numel == 0:
         return
@@ -72,9 +72,12 @@ def launch(row: Row, numbers: Tensor) -> None:
         nu,
         p if copy is None else copy,
         numbers,
+        numbers if pieces is None else pieces,
         numel,
+        0 if pieces is None else len(pieces),
         has_fast=m1 is not None,
         has_copy=copy is not None,
+        is_rounded=row.is_rounded,
         block=BLOCK,
         enable_fp_fusion=False,
     )

@@ -60,9 +60,12 @@ def choose(row: Row, group: dict[str, Any]) -> str:
     Raises
     ------
     ConfigError
-        The one that the group names can't.
+        The one that the group names can't, or none can.
     """
     name = group["implementation"]
+    if isinstance(row.p, DTensor) and row.is_rounded:  # local_row left it as it is
+        rule = "bfloat16 states need gradients that are spread over ranks as their parameters are"
+        raise ConfigError("state_dtype", str(row.p.placements), rule, fix="state_dtype=fp32")
     if name == "auto":
         if group["foreach"] is not None:
             return "foreach" if group["foreach"] else "eager"
@@ -83,9 +86,10 @@ def _best(row: Row, *, capturable: bool) -> str:
             return "c"
         large = p.numel() >= LARGE and native.library() is None
         return "compile" if large and not compiled.refusal(row) else "eager"
-    if p.is_cuda and (capturable or p.numel() >= LARGE) and not gpu.refusal(row):
+    has_foreach = p.device.type in ("cuda", "xpu") and not capturable and not row.is_rounded
+    if p.is_cuda and (not has_foreach or p.numel() >= LARGE) and not gpu.refusal(row):
         return "triton"
-    return "foreach" if p.device.type in ("cuda", "xpu") and not capturable else "eager"
+    return "foreach" if has_foreach else "eager"
 
 
 def local_row(row: Row) -> Row:
@@ -96,20 +100,21 @@ def local_row(row: Row) -> Row:
     """
     if type(row.p) in _PLAIN and type(row.g) in _PLAIN:
         return row
-    tensors = [x for x in row if x is not None]
+    *whole, pieces = row  # the pieces are this rank's already
+    tensors = [x for x in whole if x is not None]
     if not all(isinstance(x, DTensor) for x in tensors):
         return row
     placements = row.p.placements  # type: ignore[attr-defined]
     if any(x.placements != placements for x in tensors) or any(x.is_partial() for x in placements):  # type: ignore[attr-defined]
         return row
-    return Row(*(None if x is None else x.to_local() for x in row))  # type: ignore[attr-defined,arg-type]
+    return Row(*(None if x is None else x.to_local() for x in whole), pieces=pieces)  # type: ignore[attr-defined,arg-type,misc]
 
 
 def run(name: str, rows: list[Row], scalars: UpdateScalars) -> None:
     """Update rows of one device and type with numbers from the host."""
     if name == "eager":
         for row in rows:
-            update.ademamix_update(*row[:5], scalars, copy=row.copy)
+            update.ademamix_update(*row[:5], scalars, copy=row.copy, pieces=row.pieces)
     else:
         _UPDATES[name](rows, scalars)
 

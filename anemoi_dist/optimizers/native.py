@@ -25,7 +25,7 @@ from torch import Tensor
 from anemoi_dist.optimizers.update import Row, UpdateScalars
 
 #: ``ademamix_version()`` of the library that this file knows how to call.
-VERSION = 1
+VERSION = 2
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -52,17 +52,16 @@ def library() -> Any:
 
 def refusal(row: Row) -> str:
     """Say why this implementation can't update a row; empty where it can."""
-    p, g, m1, m2, nu, copy = row
+    p, g, *_, copy, _ = row
     if library() is None:
         return "needs the compiled kernel, and the package was built without a compiler"
     if not (p.is_cpu and g.is_cpu):
         return f"works on the CPU, and the parameter is on {p.device}"
-    if p.dtype not in _DTYPES or g.dtype not in _DTYPES or nu.dtype != torch.float32:
+    if any(x.dtype not in _DTYPES for x in (p, g, *row.averages)):
         return f"takes float32 and bfloat16, not a parameter of {p.dtype} with a gradient of {g.dtype}"
     if copy is not None and (copy.dtype != torch.bfloat16 or not copy.is_contiguous()):
         return f"writes contiguous copies in bfloat16, not {copy.dtype}"
-    contiguous = p.is_contiguous() and g.is_contiguous() and m2.is_contiguous() and nu.is_contiguous()
-    if not contiguous or (m1 is not None and not m1.is_contiguous()):
+    if not all(x.is_contiguous() for x in (p, g, *row.averages)):
         return "takes contiguous parameters, gradients and states"
     return ""
 
@@ -70,13 +69,10 @@ def refusal(row: Row) -> str:
 def update(rows: list[Row], scalars: UpdateScalars) -> None:
     """Update rows that :func:`refusal` accepts, all with the same numbers."""
     table = array("q")
-    for p, g, m1, m2, nu, copy in rows:
-        types = (g.dtype is torch.bfloat16) | (p.dtype is torch.bfloat16) << 1
-        fast = 0 if m1 is None else m1.data_ptr()
-        narrow = 0 if copy is None else copy.data_ptr()
-        table.extend(
-            (p.data_ptr(), g.data_ptr(), fast, m2.data_ptr(), nu.data_ptr(), narrow, p.numel(), types),
-        )
+    for p, g, m1, m2, nu, copy, pieces in rows:
+        types = sum((x is not None and x.dtype is torch.bfloat16) << bit for bit, x in enumerate((g, p, m1, m2, nu)))
+        addresses = (0 if x is None else x.data_ptr() for x in (p, g, m1, m2, nu, copy))
+        table.extend((*addresses, p.numel(), types, *((0, 0) if pieces is None else (pieces.data_ptr(), len(pieces)))))
     factor = scalars.grad_factor
     pointer = None
     if isinstance(factor, Tensor):

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from anemoi_dist.optimizers import schedules
+from anemoi_dist.optimizers import rounding, schedules
+
+#: The averages by the names of their states.
+AVERAGES = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
 
 
 class UpdateScalars(NamedTuple):
-    """What one update needs beside the tensors: floats, or 0-d tensors of the averages' type on their device.
+    """What one update needs beside the tensors: floats, or 0-d tensors on their device, of the type it computes in.
 
     The complements of the betas are computed in double: in float32, ``1 - beta`` is off by 1.7e-4 at .9999 and by
     1.3e-2 at .999999.
@@ -37,6 +40,9 @@ class UpdateScalars(NamedTuple):
     inverse_fast: float | Tensor
     #: 1 / sqrt(1 - beta2^t)
     inverse_sq: float | Tensor
+    #: The step, modulo 2^32, in two halves that float32 holds: ``step_low + 65536 * step_high``; for rounding
+    step_low: float | Tensor = 0.0
+    step_high: float | Tensor = 0.0
     #: What the gradient is multiplied by: clipping, loss scale, -1 to climb
     grad_factor: float | Tensor = 1.0
 
@@ -50,6 +56,17 @@ class Row(NamedTuple):
     m2: Tensor
     nu: Tensor
     copy: Tensor | None = None
+    pieces: Tensor | None = None
+
+    @property
+    def averages(self) -> tuple[Tensor, ...]:
+        """The averages that there are."""
+        return tuple(x for x in (self.m1, self.m2, self.nu) if x is not None)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether an average is kept in bfloat16."""
+        return any(x.dtype == torch.bfloat16 for x in self.averages)
 
 
 def ademamix_update(
@@ -61,6 +78,7 @@ def ademamix_update(
     scalars: UpdateScalars,
     *,
     copy: Tensor | None = None,
+    pieces: Tensor | None = None,
 ) -> None:
     """Update one parameter and its averages in place. Every path of the optimizer is this arithmetic.
 
@@ -70,17 +88,23 @@ def ademamix_update(
     Parameters
     ----------
     p : Tensor
-        Parameter, any floating type; a type narrower than the averages' is computed in theirs and rounded once.
+        Parameter, any floating type; computed in float32 (float64 where the averages are) and rounded once.
     g : Tensor
         Gradient, same shape, any floating type.
     m1, m2, nu : Tensor
-        Averages, float32 or float64, same shape; ``m1`` is None with ``beta1 = 0``.
+        Averages, same shape, float64, or each float32 or bfloat16; ``m1`` is None with ``beta1 = 0``. What is bfloat16
+        goes into the parameter as it is before it is rounded.
     scalars : UpdateScalars
         The step's numbers.
     copy : Tensor | None
         Where the new parameter is written a second time, in another type: a bfloat16 working parameter.
+    pieces : Tensor | None
+        Of :func:`~anemoi_dist.optimizers.rounding.piece_table`; with bfloat16 averages.
     """
-    g = g.to(nu.dtype)
+    wide = torch.promote_types(nu.dtype, torch.float32)
+    averages = m1, m2, nu
+    m1, m2, nu = None if m1 is None else m1.to(wide), m2.to(wide), nu.to(wide)
+    g = g.to(wide)
     if isinstance(scalars.grad_factor, Tensor) or scalars.grad_factor != 1.0:
         g = g * scalars.grad_factor
     # lerp_, not mul_(beta).add_(g): beta itself, rounded to float32, would decay with another 1 - beta than the one
@@ -89,11 +113,12 @@ def ademamix_update(
         m1.lerp_(g, scalars.weight_fast)
     m2.lerp_(g, scalars.weight_slow)
     nu.lerp_(g * g, scalars.weight_sq)
+    rounding.store(averages, (m1, m2, nu), pieces, scalars.step_low + 65536 * scalars.step_high)
     denominator = nu.sqrt().mul_(scalars.inverse_sq).add_(scalars.eps)
     update = (g if m1 is None else m1).mul(scalars.inverse_fast)
     _add_scaled_(update, m2, scalars.alpha)
     update.div_(denominator)
-    master = p.to(nu.dtype)
+    master = p.to(wide)
     # Decay goes through the update: p * (1 - lr wd) - lr u rounds p twice, with a bias of 19 % of lr wd at 1e-7.
     _add_scaled_(update, master, scalars.weight_decay)
     _add_scaled_(master, update, -scalars.lr)
@@ -117,7 +142,7 @@ def foreach_update(rows: list[Row], scalars: UpdateScalars) -> None:
     rounds apart, which is a difference in the last place. The scalars are floats, ``grad_factor`` may be a tensor.
     """
     # Any: torch's stubs of the grouped operations know no list that came out of a zip.
-    ps, gs, m1s, m2s, nus, copies = cast(Any, [list(column) for column in zip(*rows, strict=True)])
+    ps, gs, m1s, m2s, nus, copies, _ = cast(Any, [list(column) for column in zip(*rows, strict=True)])
     numbers: Any = scalars
     dtype = nus[0].dtype
     gs = [g.to(dtype) for g in gs]
@@ -165,6 +190,8 @@ def host_scalars(group: Mapping[str, Any], step: float) -> UpdateScalars:
         alpha=scheduled["alpha"],
         inverse_fast=1.0 / (1.0 - beta1**step),
         inverse_sq=1.0 / math.sqrt(1.0 - beta2**step),
+        step_low=step % 65536.0,
+        step_high=step // 65536.0 % 65536.0,
     )
 
 
@@ -182,11 +209,9 @@ def device_scalars(group: Mapping[str, Any], steps: Tensor, *, dtype: torch.dtyp
     """
     constant = host_scalars({**group, "lr": 0.0}, 1.0)
     lr = group["lr"].to(dtype) if isinstance(group["lr"], Tensor) else group["lr"]
-    columns = (column.to(dtype).unbind() for column in _device_columns(group, steps))
-    return [
-        constant._replace(lr=lr, weight_slow=slow, alpha=alpha, inverse_fast=inverse_fast, inverse_sq=inverse_sq)
-        for slow, alpha, inverse_fast, inverse_sq in zip(*columns, strict=True)
-    ]
+    named = _device_columns(group, steps)
+    columns = (column.to(dtype).unbind() for column in named.values())
+    return [constant._replace(lr=lr, **dict(zip(named, values, strict=True))) for values in zip(*columns, strict=True)]
 
 
 def device_table(group: Mapping[str, Any], steps: Tensor, grad_factor: float | Tensor) -> Tensor:
@@ -195,18 +220,16 @@ def device_table(group: Mapping[str, Any], steps: Tensor, grad_factor: float | T
     Returns
     -------
     Tensor
-        Shape (n, 10), on the device of ``steps``.
+        Shape (n, 12), on the device of ``steps``.
     """
     constant = host_scalars({**group, "lr": 0.0}, 1.0)
-    slow, alpha, inverse_fast, inverse_sq = _device_columns(group, steps)
-    named = {"weight_slow": slow, "alpha": alpha, "inverse_fast": inverse_fast, "inverse_sq": inverse_sq}
-    values = {**constant._asdict(), "lr": group["lr"], "grad_factor": grad_factor, **named}
+    values = {**constant._asdict(), "lr": group["lr"], "grad_factor": grad_factor, **_device_columns(group, steps)}
     like = torch.zeros_like(steps, dtype=torch.float64)
     return torch.stack([like + values[name] for name in UpdateScalars._fields], dim=1).float()
 
 
-def _device_columns(group: Mapping[str, Any], steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return weight_slow, alpha, inverse_fast and inverse_sq for each step, in double."""
+def _device_columns(group: Mapping[str, Any], steps: Tensor) -> dict[str, Tensor]:
+    """Return what changes from step to step, for each step, in double."""
     beta1, beta2, beta3 = group["betas"]
     steps = steps.double()
     since_start = steps - group["schedule_start"]
@@ -220,7 +243,14 @@ def _device_columns(group: Mapping[str, Any], steps: Tensor) -> tuple[Tensor, Te
         inside = torch.where((fraction > 0) & (fraction < 1), fraction, 0.5)
         between = schedules.beta_between(inside, beta1=beta1, beta3=beta3, form=group["beta3_form"])
         slow = torch.where(fraction >= 1, slow, torch.where(fraction <= 0, beta1, between))
-    return 1.0 - slow, alpha, 1.0 / (1.0 - beta1**steps), 1.0 / (1.0 - beta2**steps).sqrt()
+    return {
+        "weight_slow": 1.0 - slow,
+        "alpha": alpha,
+        "inverse_fast": 1.0 / (1.0 - beta1**steps),
+        "inverse_sq": 1.0 / (1.0 - beta2**steps).sqrt(),
+        "step_low": steps % 65536.0,
+        "step_high": steps.div(65536.0, rounding_mode="floor") % 65536.0,
+    }
 
 
 def scheduled_values(group: Mapping[str, Any], step: float) -> dict[str, float]:

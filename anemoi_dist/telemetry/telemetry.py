@@ -13,10 +13,14 @@ import torch
 from anemoi_dist.config import Config
 from anemoi_dist.engines.base import StepReport
 from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.telemetry import heartbeat
 from anemoi_dist.telemetry.events import EventLog
 from anemoi_dist.telemetry.goodput import PhaseTimer
 from anemoi_dist.telemetry.metrics import TensorBoardMetrics
 from anemoi_dist.telemetry.progress import SpeedMeter, StepLine, open_progress
+
+#: What a phase is called in a heartbeat, where it has another name there.
+_PHASES_OF_HEARTBEAT = {"data": "step"}
 
 
 class Telemetry:
@@ -47,8 +51,10 @@ class Telemetry:
         self._timer = PhaseTimer()
         self._is_main = is_main
         self._metrics: TensorBoardMetrics | None = None
+        heartbeat.beat(step=first_step)
         if not is_main:
             return
+        heartbeat.note(total_steps=total_steps)
         self._interval_steps = config.telemetry.interval_steps
         self._total_steps = total_steps
         self._speed = SpeedMeter(total_steps=total_steps)
@@ -79,6 +85,7 @@ class Telemetry:
         schedule_values : Mapping[str, Any]
             Step-dependent values of the optimizer, such as ``alpha`` and ``beta3``.
         """
+        heartbeat.beat(step=step)
         if not self._is_main:
             return
         seconds = self._timer.seconds()
@@ -94,6 +101,7 @@ class Telemetry:
             skipped=report.skipped,
         )
         self._progress.update(line)
+        heartbeat.note(loss=line.loss, samples_per_s=line.samples_per_s, eta_s=line.eta_s)
         if report.skipped:
             self._log.write("skipped_update", step=step, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr)
         if step % self._interval_steps == 0 or step in (1, self._total_steps):
@@ -152,7 +160,7 @@ class Telemetry:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside the ``with`` block as ``name``; see :data:`anemoi_dist.telemetry.goodput.PHASES`."""
-        with self._timer.phase(name):
+        with self._timer.phase(name), heartbeat.during(_PHASES_OF_HEARTBEAT.get(name, name)):
             yield
 
     def seconds(self) -> dict[str, float]:

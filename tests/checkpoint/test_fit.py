@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 from support import changed, toy
 
 from anemoi_dist.checkpoint.choice import choose
-from anemoi_dist.checkpoint.fit import fit, renamed
+from anemoi_dist.checkpoint.fit import FROM_ADAMW, fit, renamed
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save
@@ -286,3 +287,56 @@ def test_states_that_appear_at_the_first_gradient(ranks, tmp_path: Path) -> None
     ranks(1).run(save_adamw, tmp_path)
     (steps,) = ranks(1).run(load_lazily, tmp_path)
     assert steps["model.extra.weight"] == steps["model.blocks.0.weight"] == 4.0
+
+
+# Another optimizer
+
+
+def go_on_with(world: World, engine: str, folder: Path, optimizer: dict | None) -> dict:
+    """Load what :func:`save_adamw` has saved into a run with AdEMAMix, and take a step."""
+    config = toy.make_config(engine, **({"optimizer": optimizer} if optimizer else {}))
+    built = toy.build(world, config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        built.load(Checkpoint(folder / "step-00000003"), num_updates=3)
+    loaded = toy.clone_shards(built)
+    report = built.train_step(toy.micro_batches(config, world, 3))
+    kinds = {shard.kind for shard in built.shards()} | built.memory().states.keys()
+    built.close()
+    return {"loaded": loaded, "kinds": kinds, "notes": [str(w.message) for w in caught], "loss": report.loss}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_from_adamw_to_ademamix(ranks, tmp_path: Path, engine: str) -> None:
+    ranks(1).run(save_adamw, tmp_path)
+    results = ranks(2).run(go_on_with, engine, tmp_path, None)
+    loaded = toy.whole_tensors([result["loaded"] for result in results])
+    saved = Checkpoint(tmp_path / "step-00000003")
+    for (fqn, kind), info in saved.tensors().items():
+        ours = f"{fqn}:{'exp_avg_fast' if kind == 'exp_avg' else kind}"
+        out = torch.empty(math.prod(info.global_shape), dtype=info.dtype)
+        saved.read(fqn, kind, start=0, out=out)
+        assert torch.equal(loaded[ours].flatten().double(), out.double()), ours
+    assert not any(value.any() for key, value in loaded.items() if key.endswith("exp_avg_slow"))
+    for result in results:
+        assert result["kinds"] - {"buffer"} == {"param", "step", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq"}
+        assert "exp_avg of the checkpoint goes on as exp_avg_fast" in result["notes"]
+        assert any("no exp_avg_slow" in note and "schedule_start=3" in note for note in result["notes"])
+
+
+def test_states_that_the_optimizer_does_not_know_are_left(ranks, tmp_path: Path) -> None:
+    ranks(2).run(train_and_save, "zero2", tmp_path)
+    optimizer = {**toy.make_config("ddp").training.optimizer, "betas": [0.0, 0.999, 0.9999]}
+    (result,) = ranks(1).run(go_on_with, "ddp", tmp_path, optimizer)
+    assert "the optimizer has no exp_avg_fast: not taken from the checkpoint" in result["notes"]
+    assert result["kinds"] == {"param", "buffer", "step", "exp_avg_slow", "exp_avg_sq"}
+
+
+def test_renaming_states_needs_a_checkpoint_with_no_others() -> None:
+    held = {("w", kind): torch.zeros(2) for kind in ("param", "exp_avg", "exp_avg_sq", "something")}
+    source = Source()
+    source._held = held
+    fitted = fit(source, {("w", "param"): TensorInfo((2,), torch.float32)}, rename={}, allow_missing=[])
+    fitted.choose_states(["exp_avg_fast", "exp_avg_sq"], FROM_ADAMW)
+    assert fitted.tensors().keys() == {("w", "param"), ("w", "exp_avg_sq")}
+    assert fitted.notes() == ["the optimizer has no exp_avg, something: not taken from the checkpoint"]

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import toy
+from support.saving import FACTS
 
+from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.checkpoint.store import LocalStore
+from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.data.batch import Batch
+from anemoi_dist.engines.base import Engine
+from anemoi_dist.optimizers.rounding import Range
 from anemoi_dist.world import World
 
 NUM_STEPS = 20
@@ -161,3 +170,116 @@ def test_schedules_follow_optimizer_steps(ranks, engine: str) -> None:
     rates = [report.lr for report in result["reports"]]
     assert rates[0] == pytest.approx(0.02 / 4) and rates[3] == pytest.approx(0.02, rel=0.02)
     assert rates[-1] < rates[4]
+
+
+# States in bfloat16
+
+NUM_SAVED, NUM_IN_ALL = 3, 6
+ALL_NARROW = dict.fromkeys(EMAS, "bf16")
+
+
+def gradient_of(name: str, numel: int, step: int) -> torch.Tensor:
+    """A gradient that no engine has reduced: the same bits on any number of ranks."""
+    return torch.randn(numel, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) + step))
+
+
+def narrow_config(engine: str, state_dtype: Any) -> Any:
+    optimizer = toy.make_config(engine).training.optimizer
+    return toy.make_config(engine, optimizer={**optimizer, "state_dtype": state_dtype})
+
+
+def step_with_given_gradients(world: World, engine: Engine, config: Any, steps: range) -> None:
+    """Take steps with :func:`gradient_of` in the place of what the engine has reduced."""
+    step = steps.start
+
+    def replace(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        stepped = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
+        for region in engine.regions():  # type: ignore[attr-defined]
+            if (gradient := stepped.get(region.owner)) is not None:
+                whole = gradient_of(region.fqn, math.prod(region.global_shape), step)
+                region.view(gradient).copy_(whole[region.start : region.start + region.numel])
+
+    hook = engine.optimizer.register_step_pre_hook(replace)  # type: ignore[attr-defined]
+    for step in steps:
+        engine.train_step(toy.micro_batches(config, world, step))
+    hook.remove()
+
+
+def save_narrow(world: World, folder: Path) -> None:
+    config = narrow_config("zero2", ALL_NARROW)
+    engine = toy.build(world, config)
+    step_with_given_gradients(world, engine, config, range(NUM_SAVED))
+    save(LocalStore(folder), engine.shards(), world=world, step=NUM_SAVED, samples_seen=0, trainer={}, facts=FACTS)
+    engine.close()
+
+
+def resume_narrow(world: World, engine_name: str, folder: Path, state_dtype: Any) -> dict:
+    config = narrow_config(engine_name, state_dtype)
+    engine = toy.build(world, config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine.load(Checkpoint(folder / f"step-{NUM_SAVED:08d}"), num_updates=NUM_SAVED)
+    loaded = toy.clone_shards(engine)
+    step_with_given_gradients(world, engine, config, range(NUM_SAVED, NUM_IN_ALL))
+    result = {"loaded": loaded, "shards": toy.clone_shards(engine), "memory": engine.memory()}
+    engine.close()
+    return {**result, "notes": [str(w.message) for w in caught if "state_dtype" in str(w.message)]}
+
+
+@pytest.fixture(scope="module")
+def saved_narrow(ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("narrow")
+    ranks(2).run(save_narrow, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def narrow_alone() -> dict[str, torch.Tensor]:
+    """Parameters and states after all steps of one process without an engine, and without a pause."""
+    from anemoi_dist.schedulers.factory import set_num_updates
+
+    config = narrow_config("ddp", ALL_NARROW)
+    module = toy.make_module(config)
+    created = module.configure_optimizers()
+    optimizer, scheduler = created["optimizer"], created["lr_scheduler"]["scheduler"]
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for name, p in trained.items():
+        optimizer.place(p, [Range(name, 0, 0, p.numel())], seed=config.run.seed)
+    for step in range(NUM_IN_ALL):
+        set_num_updates(scheduler, step)
+        for name, p in trained.items():
+            p.grad = gradient_of(name, p.numel(), step).view_as(p)
+        optimizer.step()
+    values = {f"{name}:param": p.detach() for name, p in trained.items()}
+    return values | {f"{name}:{kind}": optimizer.state[p][kind] for name, p in trained.items() for kind in EMAS}
+
+
+@pytest.mark.parametrize(
+    ("engine", "num_ranks"),
+    [(engine, 2) for engine in toy.ENGINES]
+    + [("zero2", 4), ("zero3", 4), ("fsdp2", 4)]
+    + [pytest.param(engine, 1, marks=pytest.mark.slow) for engine in toy.ENGINES]
+    + [pytest.param(engine, 4, marks=pytest.mark.slow) for engine in ("ddp", "zero0", "zero1", "zero3_offload")],
+)
+def test_rounding_depends_neither_on_engine_nor_on_ranks(
+    ranks, saved_narrow: Path, narrow_alone, engine: str, num_ranks: int
+) -> None:
+    results = ranks(num_ranks).run(resume_narrow, engine, saved_narrow, ALL_NARROW)
+    whole = toy.whole_tensors([result["shards"] for result in results])
+    for key, value in narrow_alone.items():
+        assert whole[key].dtype == value.dtype and torch.equal(whole[key], value), key
+    assert not any(result["notes"] for result in results)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_states_of_another_type_are_converted_and_said(ranks, saved_narrow: Path, engine: str) -> None:
+    results = ranks(2).run(resume_narrow, engine, saved_narrow, "bf16")
+    loaded = toy.whole_tensors([result["loaded"] for result in results])
+    same = toy.whole_tensors([r["loaded"] for r in ranks(2).run(resume_narrow, engine, saved_narrow, ALL_NARROW)])
+    assert {loaded[key].dtype for key in loaded if key.endswith("exp_avg_slow")} == {torch.float32}
+    for key, value in loaded.items():
+        assert torch.equal(value, same[key].to(value.dtype)), key
+    for result in results:
+        assert result["notes"] == ["exp_avg_slow was saved in bfloat16 and goes on in float32 (state_dtype)"]
+        states = result["memory"].states
+        assert states["exp_avg_slow"] == 2 * states["exp_avg_fast"] == 2 * states["exp_avg_sq"]

@@ -196,8 +196,10 @@ def test_report_takes_an_id_or_a_path(monkeypatch, capsys):
 @pytest.mark.parametrize("arguments", [["--strict", "run.id=x"], ["run.id=x", "--strict"]])
 def test_strict_is_short_for_the_key(arguments, monkeypatch):
     composed = []
-    compose = cli._compose
-    monkeypatch.setattr(cli, "_compose", lambda options: composed.append(options.overrides) or compose(options))
+    compose = cli.compose_arguments
+    monkeypatch.setattr(
+        cli, "compose_arguments", lambda options: composed.append(options.overrides) or compose(options)
+    )
     monkeypatch.setattr(planning, "show", lambda config: "")
     assert cli.main(["train", "--dry-run", *arguments]) == 0
     assert composed == [["run.id=x", "checkpoint.strict=true"]]

@@ -159,3 +159,59 @@ def test_anemois_hydra_node():
     before = next(model.parameters()).detach().clone()
     train(model, optimizer, range(2))
     assert not torch.equal(next(model.parameters()), before)
+
+
+def _given(index, numel, step):
+    return torch.randn(numel, generator=torch.Generator().manual_seed(100 * step + index))
+
+
+def _sharded_states(world, state_dtype):
+    """Step sharded parameters with given gradients; return whole parameters and states."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    model = fully_shard(make_model())
+    params = list(model.parameters())
+    optimizer = AdEMAMix(params, state_dtype=state_dtype, **WARM)
+    for step in range(5):
+        for index, p in enumerate(params):
+            p.grad = distribute_tensor(_given(index, p.numel(), step).view(p.shape), p.device_mesh, p.placements)
+        optimizer.step()
+    return [[x.detach().full_tensor() for x in (p, *(optimizer.state[p][name] for name in AVERAGES))] for p in params]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_fsdp2_rounds_states_as_one_process_does(ranks, num_ranks):
+    state_dtype = dict.fromkeys(AVERAGES, "bf16")
+    params = list(make_model().parameters())
+    optimizer = AdEMAMix(params, state_dtype=state_dtype, **WARM)
+    for step in range(5):
+        for index, p in enumerate(params):
+            p.grad = _given(index, p.numel(), step).view(p.shape)
+        optimizer.step()
+    for result in ranks(num_ranks).run(_sharded_states, state_dtype):
+        for p, tensors in zip(params, result, strict=True):
+            for x, y in zip(tensors, (p, *(optimizer.state[p][name] for name in AVERAGES)), strict=True):
+                assert x.dtype == y.dtype and torch.equal(x, y)
+
+
+def _step_by_columns(world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from anemoi_dist.errors import ConfigError
+
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
+    p.grad = distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)])
+    AdEMAMix([p]).step()
+    try:
+        AdEMAMix([p], state_dtype="bf16").step()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_cut_by_columns_is_refused_with_states_in_bfloat16(ranks):
+    for message in ranks(2).run(_step_by_columns):
+        assert "cut along their first dimension" in message and "state_dtype=fp32" in message

@@ -44,8 +44,8 @@ def make_rows(sizes, *, p=torch.float32, g=torch.float32, with_fast=True, with_c
 
 
 def scalars_at(step, *, beta1=0.9, grad_factor=1.0, **options):
-    betas = (beta1, 0.99, 0.9999)
-    group = AdEMAMix([torch.zeros(1)], betas=betas, **{**WARM, **options}).param_groups[0]
+    options = {**WARM, "betas": (beta1, 0.99, 0.9999), **options}
+    group = AdEMAMix([torch.zeros(1)], **options).param_groups[0]
     return host_scalars(group, step)._replace(grad_factor=grad_factor)
 
 
@@ -376,5 +376,5 @@ def test_a_machine_without_a_compiler_gets_a_warning_and_no_kernel(tmp_path):
 def test_scalars_keep_the_order_that_the_kernels_rely_on():
     assert UpdateScalars._fields == (
         "lr", "weight_decay", "eps", "weight_fast", "weight_slow", "weight_sq", "alpha", "inverse_fast", "inverse_sq",
-        "grad_factor",
+        "step_low", "step_high", "grad_factor",
     )  # fmt: skip

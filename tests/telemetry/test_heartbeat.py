@@ -1,0 +1,122 @@
+"""Signs of life: whose they are, what they cost, and what a reader makes of old and torn ones."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from anemoi_dist.checkpoint.worker import Worker
+from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.telemetry import heartbeat
+from anemoi_dist.telemetry.heartbeat import Heartbeat, clear_beyond, read_heartbeat, read_heartbeats
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory.locate(tmp_path, "r")
+    run.create()
+    return run
+
+
+@pytest.fixture
+def beating(run: RunDirectory) -> Iterator[Heartbeat]:
+    made = Heartbeat(run, rank=1, world_size=2, attempt=3, num_collectives=lambda: 42, interval_s=0.02)
+    made.start()
+    yield made
+    made.close()
+
+
+def wait_for(condition, *, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_file_says_who_is_where(run: RunDirectory, beating: Heartbeat) -> None:
+    before = time.time()
+    heartbeat.beat("step", step=7)
+    heartbeat.note(loss=0.5, eta_s=float("nan"))
+    wait_for(lambda: read_heartbeat(run.heartbeat_file(1)).get("loss") is not None)
+    content = read_heartbeat(run.heartbeat_file(1))
+    assert (content["rank"], content["attempt"], content["phase"], content["step"]) == (1, 3, "step", 7)
+    assert content["time"] >= before - 0.01 and content["pid"] > 0 and content["host"]
+    assert content["loss"] == 0.5 and content["eta_s"] is None and content["collectives"] == 42
+    beating.close()
+    assert read_heartbeat(run.heartbeat_file(1))["phase"] == "end"
+    assert [path.name for path in run.heartbeats_dir.iterdir()] == ["rank-00001.json"]
+    heartbeat.beat("step")  # nobody listens any more
+    assert beating.phase == "end"
+
+
+def test_a_training_thread_that_is_stuck_goes_silent(run: RunDirectory, beating: Heartbeat) -> None:
+    heartbeat.beat("validation")
+    wait_for(lambda: read_heartbeat(run.heartbeat_file(1))["phase"] == "validation")
+    first = run.heartbeat_file(1).read_text()
+    helper = threading.Thread(target=lambda: [heartbeat.beat("step") or time.sleep(0.01) for _ in range(20)])
+    helper.start()
+    helper.join()  # ten intervals, and another thread's word
+    assert run.heartbeat_file(1).read_text() == first
+    assert beating.silent_s() > 0.15
+
+
+def test_who_waits_for_a_thread_lives_by_its_progress(beating: Heartbeat) -> None:
+    def work() -> str:
+        for _ in range(30):
+            time.sleep(0.05)
+            heartbeat.beat()
+        return ""
+
+    job = Worker().submit(work)
+    time.sleep(0.2)
+    assert beating.silent_s() >= 0.2
+    job.wait()
+    assert beating.silent_s() < 0.2
+    stuck = Worker().submit(lambda: time.sleep(1.3) or "")
+    stuck.wait()
+    assert beating.silent_s() > 1.2
+
+
+def test_phases_nest(beating: Heartbeat) -> None:
+    heartbeat.beat("step")
+    with heartbeat.during("checkpoint"):
+        assert beating.phase == "checkpoint"
+    assert beating.phase == "step"
+
+
+def test_a_sign_of_life_costs_microseconds(beating: Heartbeat) -> None:
+    begun = time.perf_counter()
+    for step in range(10_000):
+        heartbeat.beat("step", step=step)
+    assert (time.perf_counter() - begun) / 10_000 < 50e-6  # about 0.6e-6 on an idle machine
+
+
+def test_a_file_that_cannot_be_written_is_no_reason_to_end(run: RunDirectory, beating: Heartbeat) -> None:
+    run.heartbeat_file(1).unlink()
+    run.heartbeats_dir.rename(run.path / "gone")
+    heartbeat.beat()
+    time.sleep(0.1)
+    (run.path / "gone").rename(run.heartbeats_dir)
+    heartbeat.beat()
+    wait_for(lambda: run.heartbeat_file(1).exists())
+
+
+def test_many_ranks_write_less_often(run: RunDirectory) -> None:
+    intervals = [Heartbeat(run, rank=0, world_size=n, attempt=1).interval_s for n in (1, 500, 10_000)]
+    assert intervals == [2.0, 2.0, 40.0]
+
+
+def test_old_attempts_and_torn_files_are_passed_over(run: RunDirectory) -> None:
+    for rank, attempt in ((0, 2), (1, 1), (2, 2), (9, 2)):
+        content = {"rank": rank, "attempt": attempt, "time": 1.0}
+        run.heartbeat_file(rank).write_text(json.dumps(content))
+    run.heartbeat_file(2).write_text('{"rank": 2, "att')
+    assert read_heartbeats(run, attempt=2).keys() == {0, 9}
+    clear_beyond(run, world_size=3)
+    assert sorted(path.name for path in run.heartbeats_dir.iterdir()) == [f"rank-0000{n}.json" for n in (0, 1, 2)]
+    assert read_heartbeat(run.heartbeat_file(7)) is None

@@ -1,0 +1,202 @@
+"""Who is to blame for a hang, and who may end a run; with real ranks in ``tests/test_hangs.py``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anemoi_dist.attempt import Attempt
+from anemoi_dist.errors import ExitCode
+from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.telemetry import watchdog
+from anemoi_dist.telemetry.events import read_events
+from anemoi_dist.telemetry.heartbeat import Heartbeat
+from anemoi_dist.telemetry.watchdog import Hang, Watchdog, find_hang, record_unsaid_hang
+
+
+def beat(rank: int, *, time: float, collectives: int = 5, stalled: bool = False, **more: Any) -> dict[str, Any]:
+    who = {"rank": rank, "host": "node1", "pid": 100 + rank, "phase": "step", "step": 3}
+    return {**who, "time": time, "collectives": collectives, **({"stalled": True} if stalled else {}), **more}
+
+
+def found(*beats: dict[str, Any], world_size: int | None = None, margin_s: float = 0.0) -> Hang | None:
+    size = len(beats) if world_size is None else world_size
+    return find_hang({b["rank"]: b for b in beats}, world_size=size, now=100.0, timeout_s=10.0, margin_s=margin_s)
+
+
+def test_the_rank_with_the_fewest_collectives_is_to_blame() -> None:
+    hang = found(beat(0, time=80.0, stalled=True), beat(1, time=85.0, collectives=4, stalled=True, where="m.py:1 in f"))
+    assert hang is not None and (hang.rank, hang.behind, hang.silent_s) == (1, [1], 15.0)
+    assert hang.unresponsive == []
+    assert str(hang) == (
+        "hang: rank 1 on node1 (pid 101) has given no sign of life for 15 s, last in phase step after step 3; "
+        "m.py:1 in f"
+    )
+
+
+def test_where_none_has_fallen_behind_it_is_the_one_silent_for_longest() -> None:
+    hang = found(beat(0, time=85.0, stalled=True), beat(1, time=80.0, stalled=True))
+    assert hang is not None and (hang.rank, hang.behind) == (1, [])
+
+
+def test_no_hang_while_one_rank_goes_on() -> None:
+    assert found(beat(0, time=50.0, stalled=True), beat(1, time=95.0)) is None
+    # It may have been silent for long enough, and be about to say so itself.
+    assert found(beat(0, time=50.0, stalled=True), beat(1, time=89.0), margin_s=4.0) is None
+    assert found(beat(0, time=50.0, stalled=True), beat(1, time=85.0), margin_s=4.0) is not None
+
+
+def test_a_rank_that_does_not_answer_is_named() -> None:
+    hang = found(beat(0, time=80.0, stalled=True), beat(1, time=79.0, collectives=3))
+    assert hang is not None and hang.unresponsive == [{"rank": 1, "host": "node1", "pid": 101}]
+    assert "does not answer" in str(hang)
+    never = found(beat(0, time=80.0, stalled=True), world_size=2)
+    assert never is not None and (never.rank, never.host, never.unresponsive) == (1, "", [])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory.locate(tmp_path, "r")
+    run.create()
+    return run
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The codes that a watchdog would have ended this process with; its thread ends instead."""
+    codes: list[int] = []
+
+    def end(code: int) -> None:
+        codes.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(watchdog.os, "_exit", end)
+    return codes
+
+
+def make(run: RunDirectory, *, rank: int = 0, world_size: int = 1, timeout_s: float = 0.5) -> tuple:
+    heartbeat = Heartbeat(run, rank=rank, world_size=world_size, attempt=1, interval_s=0.05)
+    heartbeat.start()
+    dog = Watchdog(heartbeat, run=run, attempt=1, rank=rank, world_size=world_size, timeout_s=timeout_s)
+    dog.start()
+    return heartbeat, dog
+
+
+def test_a_run_that_goes_on_is_left_alone_and_a_clean_end_is_quick(run: RunDirectory, ended: list[int]) -> None:
+    attempt = Attempt(run, world_size=1, max_steps=1)
+    heartbeat, dog = make(run)
+    for _ in range(15):
+        time.sleep(0.1)
+        heartbeat.beat()
+    begun = time.monotonic()
+    dog.close()
+    heartbeat.close()
+    assert time.monotonic() - begun < 1.0
+    assert not [thread for thread in threading.enumerate() if thread.name in ("watchdog", "heartbeat")]
+    time.sleep(1.0)
+    assert ended == [] and run.log_file(1, 0).read_text() == ""
+    assert attempt.end(ExitCode.FINISHED) == ExitCode.FINISHED
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_hang_is_recorded_and_its_record_stands(run: RunDirectory, ended: list[int]) -> None:
+    attempt = Attempt(run, world_size=1, max_steps=1)
+    heartbeat, dog = make(run)
+    heartbeat.beat("checkpoint", step=4)
+    deadline = time.monotonic() + 20
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ended == [ExitCode.HANG]
+    [event] = read_events(run.events_file)
+    assert (event["event"], event["rank"], event["phase"], event["step"]) == ("hang", 0, "checkpoint", 4)
+    assert "test_watchdog.py" in event["where"] and "in test_a_hang_is_recorded" in event["where"]
+    log = run.log_file(1, 0).read_text()
+    assert "watchdog.timeout_s=0.5 s, in phase checkpoint after step 4" in log
+    assert "in test_a_hang_is_recorded" in log
+    assert attempt.end(ExitCode.INTERNAL) == ExitCode.HANG
+    last = run.read_state()["attempts"][-1]
+    assert (
+        last["exit_code"] == 6 and last["failure"]["hang"]["rank"] == 0 and "hang: rank 0" in last["failure"]["error"]
+    )
+    dog.close()
+    heartbeat.close()
+
+
+def test_a_rank_that_waits_for_one_at_work_is_not_ended(run: RunDirectory, ended: list[int]) -> None:
+    Attempt(run, world_size=2, max_steps=1)
+    busy = Heartbeat(run, rank=1, world_size=2, attempt=1)
+    heartbeat, dog = make(run, world_size=2)
+    for _ in range(20):
+        time.sleep(0.1)
+        busy.beat()
+        busy.write()
+    heartbeat.beat()
+    time.sleep(0.2)
+    dog.close()
+    heartbeat.close()
+    assert ended == []
+    log = run.log_file(1, 0).read_text()
+    assert "no sign of life" in log and "it goes on" in log
+
+
+def test_who_decides_is_the_first_whose_watchdog_lives(run: RunDirectory) -> None:
+    Attempt(run, world_size=3, max_steps=1)
+    heartbeat = Heartbeat(run, rank=1, world_size=3, attempt=1, interval_s=0.05)
+    dog = Watchdog(heartbeat, run=run, attempt=1, rank=1, world_size=3, timeout_s=10.0)
+    first = Heartbeat(run, rank=0, world_size=3, attempt=1)
+    first.write(stalled=True, seen=time.time())
+    assert not dog._is_judge()
+    first.write(stalled=True, seen=time.time() - 30.0)
+    assert dog._is_judge()
+    first.write()  # it goes on
+    assert not dog._is_judge()
+    later = Watchdog(heartbeat, run=run, attempt=1, rank=2, world_size=3, timeout_s=10.0)
+    run.heartbeat_file(0).unlink()
+    assert dog._is_judge() and not later._is_judge()
+    time.sleep(0.55)
+    assert later._is_judge()
+
+
+def test_who_started_a_lone_rank_records_its_hang(run: RunDirectory) -> None:
+    record_unsaid_hang(run)  # nothing was begun
+    assert run.read_state()["attempts"] == []
+    attempt = Attempt(run, world_size=1, max_steps=1)
+    Heartbeat(run, rank=0, world_size=1, attempt=1).write()
+    record_unsaid_hang(run)
+    assert run.read_state()["attempts"][-1]["exit_code"] == ExitCode.HANG
+    assert attempt.end(ExitCode.INTERNAL) == ExitCode.HANG
+    assert len(read_events(run.events_file)) == 1
+
+
+DEADMAN = """
+import ctypes, sys, threading, time
+from anemoi_dist.telemetry.deadman import Deadman
+log = open(sys.argv[1], "w")
+switch = Deadman(grace_s=3.0, code=6, log=log)
+for _ in range(8):
+    switch.hold(0.4)
+    time.sleep(0.1)
+if sys.argv[2] == "close":
+    switch.close()
+    time.sleep(4.0)
+    sys.exit(0)
+switch.hold(0.4)
+ctypes.PyDLL(None).sleep(60)  # with the interpreter lock
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("close", 0), ("stuck", 6)])
+def test_the_dead_mans_switch_needs_no_interpreter(tmp_path: Path, how: str, code: int) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(DEADMAN)
+    log = tmp_path / "log"
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, str(script), str(log), how], timeout=60, check=False)
+    assert done.returncode == code and time.monotonic() - begun < 30
+    assert ('script.py", line 14 in <module>' in log.read_text()) == (how == "stuck")

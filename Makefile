@@ -6,7 +6,7 @@ EXTRAS := anemoi,test,report,tensorboard,dev
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow bench lint docs clean
+.PHONY: train test test-slow bench bench-overlap lint docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/anemoi-dist train $(ARGS)
@@ -20,6 +20,11 @@ test-slow: $(VENV)/.installed
 # bitsandbytes is measured where it is installed; it is no part of the environment.
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/optimizer_step.py $(ARGS)
+	$(BIN)/python benchmarks/engine_step.py
+
+# Linux only: two ranks in a network namespace of their own (unshare, ip, tc).
+bench-overlap: $(VENV)/.installed
+	$(BIN)/python benchmarks/overlap.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -91,6 +91,8 @@ class EngineConfig:
     stage: int = 0
     #: Keep the optimizer's states and its step on the CPU (ZeRO 3).
     offload: bool = False
+    #: Gather the working parameters of one part of the partition while the next is stepped (ZeRO 1 and 2).
+    overlap: bool = False
     #: Further keys of DeepSpeed's own configuration, merged over ours.
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -627,6 +629,9 @@ def _check_engine(engine: EngineConfig) -> None:
                 )
     if engine.offload and engine.stage != 3:
         raise ConfigError("engine.offload", True, "needs ZeRO stage 3", fix="engine=zero3_offload")
+    if engine.overlap and (engine.kind != "deepspeed" or engine.stage not in (1, 2)):
+        rule = f"has no effect with engine={engine_name(engine)}: there is nothing to gather after its step"
+        raise ConfigError("engine.overlap", True, rule, fix="engine=zero1 or engine=zero2")
 
 
 def _check_checkpoint(config: Config) -> None:

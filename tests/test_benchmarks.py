@@ -31,6 +31,32 @@ def test_optimizer_step(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the stream needs a C compiler")
+def test_engine_step(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "engine_step.py"), "--numel", "100000", "--rounds", "2"]
+    command += ["--engines", "zero2", "fsdp2", "DeepSpeed stage 2, its own step", "--output", str(tmp_path / "result")]
+    subprocess.run(command, check=True, timeout=300)
+    results = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert len(results) == 6 and all(result["step"]["ratio"] > 0 for result in results.values())
+    table = (tmp_path / "result.md").read_text()
+    assert "| zero2 | bf16 |" in table and "| DeepSpeed stage 2, its own step | fp32 |" in table
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a network namespace")
+def test_overlap(tmp_path):
+    if subprocess.run(["unshare", "--map-root-user", "--net", "true"], capture_output=True).returncode:
+        pytest.skip("network namespaces are not allowed here")
+    command = [sys.executable, str(ROOT / "benchmarks" / "overlap.py"), "--numel", "5000000", "--rounds", "3"]
+    command += ["--rates", "full speed", "--output", str(tmp_path / "result")]
+    subprocess.run(command, check=True, timeout=300)
+    (result,) = json.loads((tmp_path / "result.json").read_text())["results"].values()
+    sent = result["bytes_sent"]
+    assert sent["with"] == pytest.approx(sent["without"], rel=0.05)
+    assert sent["without"] == pytest.approx(4 * 5_000_000, rel=0.05), "each rank sends its half, once"
+
+
+@pytest.mark.slow
 def test_twenty_killed_ranks(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "restart.py"), "--kills", "20"]
     subprocess.run([*command, "--output", str(tmp_path / "result")], check=True, timeout=1500)

@@ -131,6 +131,8 @@ def test_mandatory_keys(missing):
         ({"engine": {"kind": "ddp", "stage": 2}}, "has no effect with engine.kind=ddp"),
         ({"engine": {"kind": "fsdp2", "options": {"a": 1}}}, "has no effect with engine.kind=fsdp2"),
         ({"engine": {"kind": "deepspeed", "stage": 2, "offload": True}}, "needs ZeRO stage 3"),
+        ({"engine": {"kind": "deepspeed", "stage": 3, "overlap": True}}, "nothing to gather after its step"),
+        ({"engine": {"kind": "fsdp2", "overlap": True}}, "engine=zero1 or engine=zero2"),
         ({"engine": {"kind": "megatron"}}, "is not a valid name"),
         ({"training": {"clip_grad_norm": 0}}, "must be positive"),
         ({"training": {"clip_grad_norm": float("nan")}}, "must be positive"),

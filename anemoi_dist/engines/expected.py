@@ -16,6 +16,8 @@ from anemoi_dist.targets import ALIASES
 
 _FP32, _BF16 = 4, 2
 
+#: What gradients are reduced in at ZeRO 1 and 2, in elements; ``engine.options`` may say otherwise.
+REDUCE_BUCKET = 1 << 25
 #: DeepSpeed's defaults, in elements; ``engine.options`` may say otherwise.
 _REDUCE_BUCKET = 500_000_000
 _PERSISTENCE_THRESHOLD = 100_000
@@ -142,8 +144,8 @@ def state_bytes(optimizer: Mapping[str, Any]) -> dict[str, int] | None:
     optimizer : Mapping[str, Any]
         ``training.optimizer``.
     """
-    target = ALIASES.get(str(optimizer.get("_target_")), str(optimizer.get("_target_")))
-    if target in (_ADEMAMIX, "anemoi_dist.optimizers.AdEMAMix"):
+    target = _target(optimizer)
+    if _is_ademamix(optimizer):
         betas = optimizer.get("betas")
         has_fast = not isinstance(betas, Sequence) or not betas or bool(betas[0])
         names = (("exp_avg_fast",) if has_fast else ()) + ("exp_avg_slow", "exp_avg_sq")
@@ -165,6 +167,14 @@ def state_bytes(optimizer: Mapping[str, Any]) -> dict[str, int] | None:
     if optimizer.get("momentum"):
         names = (*names, "momentum_buffer")
     return dict.fromkeys(names, _FP32)
+
+
+def _target(optimizer: Mapping[str, Any]) -> str:
+    return ALIASES.get(str(optimizer.get("_target_")), str(optimizer.get("_target_")))
+
+
+def _is_ademamix(optimizer: Mapping[str, Any]) -> bool:
+    return _target(optimizer) in (_ADEMAMIX, "anemoi_dist.optimizers.AdEMAMix")
 
 
 def expected_memory(config: Config, model: ModelSize, *, world_size: int, rank: int = 0) -> ExpectedMemory:
@@ -232,17 +242,16 @@ def _zero12(config: Config, parameters: Sequence[Parameter], world_size: int, ra
     trained, frozen = _count(parameters)
     working = _working(config.training)
     piece = 2 * _ceil(trained, 2 * world_size)
-    bucket = _zero_option(config.engine, "reduce_bucket_size", _REDUCE_BUCKET)
     return _Held(
         parameters=working * (trained + frozen),
-        master=_FP32 * piece,
+        master=_master(config, piece),
         stepped=piece,
         saved=min(piece, trained),
         saved_frozen=working * _ceil(frozen, world_size),
         # Stage 1 reduces when the backward pass has ended, stage 2 while it runs.
-        gradients=working * (trained if config.engine.stage == 1 else piece),
-        update=_FP32 * piece,
-        communication=working * bucket,
+        gradients=working * (piece + (trained if config.engine.stage == 1 else 0)),
+        update=_copy(config, piece),
+        communication=working * _zero_option(config.engine, "reduce_bucket_size", REDUCE_BUCKET),
     )
 
 
@@ -255,13 +264,13 @@ def _zero3(config: Config, parameters: Sequence[Parameter], world_size: int, ran
     piece = pieces[True]
     return _Held(
         parameters=working * (piece + pieces[False] + gathered),
-        master=_FP32 * piece,
+        master=_master(config, piece),
         stepped=piece,
         saved=piece,
         saved_frozen=working * pieces[False],
         gradients=working * piece,
         # One sub-group at a time, but on the host all stay.
-        update=_FP32 * (piece if config.engine.offload else min(piece, _SUB_GROUP)),
+        update=_FP32 * piece if config.engine.offload else _copy(config, min(piece, _SUB_GROUP)),
         communication=_FP32 * _zero_option(config.engine, "reduce_bucket_size", _REDUCE_BUCKET),
     )
 
@@ -303,6 +312,16 @@ def _count(parameters: Sequence[Parameter]) -> tuple[int, int]:
 def _working(training: TrainingConfig) -> int:
     """Return the bytes of a working parameter of ZeRO 1 to 3; the other engines keep fp32."""
     return _BF16 if training.precision == "bf16" else _FP32
+
+
+def _master(config: Config, piece: int) -> int:
+    """Return the bytes of masters: fp32 working parameters are their own, unless those lie on the host."""
+    return 0 if config.training.precision == "fp32" and not config.engine.offload else _FP32 * piece
+
+
+def _copy(config: Config, piece: int) -> int:
+    """Return the bytes of an fp32 copy of gradients: only AdEMAMix takes those in bf16 as they are."""
+    return 0 if config.training.precision == "fp32" or _is_ademamix(config.training.optimizer) else _FP32 * piece
 
 
 def _zero_option(engine: EngineConfig, name: str, default: int) -> int:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from anemoi_dist.data.batch import Batch
+from anemoi_dist.engines.partitions import sum_of_squares
 from anemoi_dist.engines.regions import Region, RegionEngine, local, step_clipped
 
 
@@ -50,11 +51,11 @@ class Fsdp2Engine(RegionEngine):
 
     def _update(self) -> tuple[float, bool]:
         gradients = [local(p.grad) for p in self.module.parameters() if p.grad is not None]
-        square = torch.zeros((), device=self.world.device)
+        square = torch.zeros((), dtype=torch.float64, device=self.world.device)
         if gradients:
-            square += torch.stack(torch._foreach_norm(gradients)).square().sum()
+            square += sum_of_squares(gradients)
         dist.all_reduce(square)
-        norm = square.sqrt()
+        norm = square.sqrt().float()
         value, skipped = float(norm), not bool(norm.isfinite())
         if not skipped:
             step_clipped(self.optimizer, gradients, norm=norm, limit=self.config.training.clip_grad_norm)

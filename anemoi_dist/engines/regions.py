@@ -10,6 +10,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -383,18 +384,27 @@ def clip_coefficient(norm: torch.Tensor, limit: float | None) -> torch.Tensor:
     return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
-def step_clipped(
-    optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], *, norm: torch.Tensor, limit: float | None
-) -> None:
-    """Step with gradients clipped to ``limit``: inside the update where the optimizer can, else in a pass before it."""
+@contextmanager
+def clipped(
+    optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor], *, norm: torch.Tensor, limit: float | None
+) -> Iterator[None]:
+    """Let ``optimizer`` step in here with gradients clipped to ``limit``: inside its update, or in a pass before it."""
     if limit is None or float(norm) <= limit:
-        optimizer.step()
+        yield
     elif isinstance(optimizer, AdEMAMix):
         optimizer.grad_scale = clip_coefficient(norm, limit).reciprocal()
         try:
-            optimizer.step()
+            yield
         finally:
             del optimizer.grad_scale
     else:
-        torch._foreach_mul_(gradients, clip_coefficient(norm, limit))
+        torch._foreach_mul_(list(gradients), clip_coefficient(norm, limit))
+        yield
+
+
+def step_clipped(
+    optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor], *, norm: torch.Tensor, limit: float | None
+) -> None:
+    """Step with gradients clipped to ``limit``."""
+    with clipped(optimizer, gradients, norm=norm, limit=limit):
         optimizer.step()

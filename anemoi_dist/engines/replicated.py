@@ -10,6 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from anemoi_dist.data.batch import Batch
+from anemoi_dist.engines.partitions import sum_of_squares
 from anemoi_dist.engines.regions import Region, RegionEngine, step_clipped
 
 
@@ -54,7 +55,7 @@ def step_replicated(
 ) -> tuple[float, bool]:
     """Clip and step gradients that are already the same on every rank; skip where they are not finite."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norm = sum_of_squares(gradients).sqrt().float()
     value = float(norm)
     skipped = not norm.isfinite()
     if not skipped:

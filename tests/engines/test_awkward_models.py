@@ -15,14 +15,14 @@ from anemoi_dist.world import World
 NUM_STEPS = 6
 
 
-def sometimes_config(engine: str) -> Config:
-    config = toy.make_config(engine)
+def sometimes_config(engine: str, **training: int) -> Config:
+    config = toy.make_config(engine, **training)
     config.model = {"_target_": "support.toy.SometimesModel"}
     return config
 
 
-def train(world: World, engine: str) -> tuple[list[float], list, torch.Tensor]:
-    config = sometimes_config(engine)
+def train(world: World, engine: str, **training: int) -> tuple[list[float], list, torch.Tensor]:
+    config = sometimes_config(engine, **training)
     built = toy.build(world, config)
     losses = [built.train_step(toy.micro_batches(config, world, step)).loss for step in range(NUM_STEPS)]
     shards = toy.clone_shards(built)
@@ -43,6 +43,19 @@ def test_a_branch_that_a_step_does_not_use_is_not_stepped_with_an_old_gradient(r
     torch.testing.assert_close(whole["model.sometimes.weight:param"], reference["model.sometimes.weight:param"])
     before = toy.make_module(sometimes_config(engine)).state_dict()["model.never.weight"]
     assert whole["model.never.weight:param"].shape == before.shape
+
+
+def train_in_threes(world: World, engine: str) -> tuple[list[float], list, torch.Tensor]:
+    """Three micro-batches a step: the branch is used by the first and the last, in the next step by the second."""
+    return train(world, engine, global_batch_size=6, micro_batch_size=1)
+
+
+@pytest.mark.parametrize("engine", sorted(set(toy.ENGINES) - {"zero3_offload"}))
+def test_a_branch_that_some_micro_batches_do_not_use(ranks, engine: str) -> None:
+    expected, results = ranks(2).run(train_in_threes, "zero0"), ranks(2).run(train_in_threes, engine)
+    whole, reference = (toy.whole_tensors([r[1] for r in each]) for each in (results, expected))
+    for name in ("always", "sometimes"):
+        torch.testing.assert_close(whole[f"model.{name}.weight:param"], reference[f"model.{name}.weight:param"])
 
 
 @pytest.mark.parametrize("engine", toy.ENGINES)

@@ -37,8 +37,8 @@ class WideModel(nn.Module):
         return out + self.wide(out.new_ones(1, 331)).mean()
 
 
-def make_config(engine: str, precision: str):
-    config = toy.make_config(engine, precision=precision)
+def make_config(engine: str, precision: str, **training: Any):
+    config = toy.make_config(engine, precision=precision, **training)
     config.model = {"_target_": f"{__name__}.WideModel"}
     config.security.allowed_targets = [__name__]
     if config.engine.kind == "deepspeed" and config.engine.stage:
@@ -56,9 +56,9 @@ def held_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def measure(world: World, name: str, precision: str) -> dict[str, Any]:
+def measure(world: World, name: str, precision: str, training: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train two steps and count the bytes behind the engine: of gradients when all are there and when they are read."""
-    engine: Any = toy.build(world, make_config(name, precision))
+    engine: Any = toy.build(world, make_config(name, precision, **(training or {})))
     measured: dict[str, Any] = {"staging": required_bytes(engine.shards()), "communication": 0, "update": 0}
     zero = engine._engine.optimizer if name in ("zero1", "zero2", "zero3", "zero3_offload") else None
 
@@ -90,8 +90,9 @@ def measure(world: World, name: str, precision: str) -> dict[str, Any]:
         measured["communication"] = held_bytes(buffer for each in lists for buffer in each)
 
     def look_at_update() -> None:
+        averaged = {g.untyped_storage().data_ptr() for g in gradients() if g is not None}
         own = [p.grad for group in engine.optimizer.param_groups for p in group["params"]]
-        measured["update"] += sum(grad.nbytes for grad in own)
+        measured["update"] += sum(g.nbytes for g in own if g.untyped_storage().data_ptr() not in averaged)
 
     if name == "zero1":
         before(zero, "reduce_gradients", look_at_gradients)
@@ -132,6 +133,17 @@ def test_what_an_engine_holds(ranks, engine: str, num_ranks: int, precision: str
         assert measured["staging"] <= expected.staging + padding
         if rank == 0:
             assert expected.staging <= measured["staging"] + padding
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_other_optimizers_get_a_copy_of_narrow_gradients(ranks, engine: str, precision: str) -> None:
+    training = {"optimizer": {"_target_": "torch.optim.AdamW"}}
+    config = make_config(engine, precision, **training)
+    expected = expected_memory(config, size_of(toy.make_module(config)), world_size=2)
+    for measured in ranks(2).run(measure, engine, precision, training):
+        assert measured["update"] == expected.update
+        assert measured["memory"].master == expected.master
 
 
 def test_a_state_for_every_element_of_every_known_optimizer() -> None:

@@ -1,0 +1,128 @@
+"""``engine.overlap``: another order of work, and not one bit of difference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import toy
+
+from anemoi_dist.engines import deepspeed_zero
+from anemoi_dist.engines.base import TensorInfo
+from anemoi_dist.world import World
+
+NUM_STEPS = 6
+LIMIT = 0.05
+
+
+class Whole:
+    """Whole tensors by ``fqn:kind``, as a source to load from."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = {tuple(key.rsplit(":", 1)): tensor for key, tensor in tensors.items()}
+
+    def tensors(self) -> dict[tuple[str, str], TensorInfo]:
+        return {key: TensorInfo(tuple(x.shape), x.dtype) for key, x in self._tensors.items()}  # type: ignore[misc]
+
+    def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
+        out.copy_(self._tensors[fqn, kind].reshape(-1)[start : start + out.numel()])
+
+
+def build(world: World, engine_name: str, *, overlap: bool, **training: Any) -> Any:
+    """Return an engine whose partitions are cut into several buckets, small as the model is."""
+    config = toy.make_config(engine_name, **training)
+    config.engine.overlap = overlap
+    before, deepspeed_zero.BUCKET_NUMEL = deepspeed_zero.BUCKET_NUMEL, 16
+    try:
+        return toy.build(world, config)
+    finally:
+        deepspeed_zero.BUCKET_NUMEL = before
+
+
+def train(
+    world: World,
+    engine_name: str,
+    overlap: bool,
+    training: dict[str, Any],
+    steps: tuple[int, int] = (0, NUM_STEPS),
+    loaded: dict[str, torch.Tensor] | None = None,
+) -> tuple[list, list, int]:
+    engine = build(world, engine_name, overlap=overlap, **training)
+    if loaded is not None:
+        engine.load(Whole(loaded), num_updates=steps[0])
+    reports = [engine.train_step(toy.micro_batches(engine.config, world, step)) for step in range(*steps)]
+    shards, num_buckets = toy.clone_shards(engine), len(engine._buckets)
+    engine.close()
+    return shards, reports, num_buckets
+
+
+@pytest.mark.parametrize("optimizer", [None, "torch.optim.AdamW"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("engine", "num_ranks"), [("zero1", 2), ("zero2", 2), ("zero2", 4)])
+def test_equal_bit_for_bit(ranks, engine: str, num_ranks: int, precision: str, optimizer: str | None) -> None:
+    training: dict[str, Any] = {"precision": precision, "clip_grad_norm": LIMIT, "micro_batch_size": 1}
+    if optimizer:
+        training["optimizer"] = {"_target_": optimizer}
+    without = ranks(num_ranks).run(train, engine, False, training)
+    with_overlap = ranks(num_ranks).run(train, engine, True, training)
+    assert without[0][2] == 1 and with_overlap[0][2] > 2
+    assert max(report.grad_norm for report in without[0][1]) > LIMIT, "clipping must have something to do"
+    for a, b in zip(without, with_overlap, strict=True):
+        assert a[1] == b[1]
+    expected, got = (toy.whole_tensors([result[0] for result in each]) for each in (without, with_overlap))
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        assert torch.equal(got[key], value), key
+
+
+def test_a_run_goes_on_with_it_bit_for_bit(ranks) -> None:
+    training = {"clip_grad_norm": LIMIT}
+    whole = [
+        toy.whole_tensors([shards for shards, *_ in ranks(2).run(train, "zero2", overlap, training, steps, loaded)])
+        for overlap, steps, loaded in ((False, (0, NUM_STEPS), None), (False, (0, 3), None))
+    ]
+    resumed = ranks(2).run(train, "zero2", True, training, (3, NUM_STEPS), whole[1])
+    for key, value in toy.whole_tensors([shards for shards, *_ in resumed]).items():
+        assert torch.equal(value, whole[0][key]), key
+
+
+def watch(world: World, overlap: bool) -> tuple[list[str], int, int]:
+    """Return in which order one step steps and gathers, and how many gradients were squared before it, of how many."""
+    engine = build(world, "zero2", overlap=overlap, micro_batch_size=2)
+    order: list[str] = []
+    engine.optimizer.register_step_pre_hook(lambda *_: order.append("step"))
+    original = dist.broadcast
+    squared, update = [], engine._update
+
+    def counted() -> tuple[float, bool]:
+        squared.append((len(engine._gradients._squares), len(engine._gradients._arrived)))
+        return update()
+
+    def recorded(part: torch.Tensor, src: int, async_op: bool = False) -> Any:
+        if async_op:  # what is awaited at once is no parameter
+            order.append(f"from {src}")
+        return original(part, src=src, async_op=async_op)
+
+    engine._update = counted
+    dist.broadcast = recorded
+    try:
+        engine.train_step(toy.micro_batches(engine.config, world, 0))
+    finally:
+        dist.broadcast = original
+    engine.close()
+    return order, *squared[0]
+
+
+def test_a_bucket_is_gathered_before_the_next_is_stepped(ranks) -> None:
+    order, num_squared, num_arrived = ranks(2).run(watch, True)[0]
+    assert len(order) > 6
+    assert order == ["step", "from 0", "from 1"] * (len(order) // 3)
+    assert num_squared == num_arrived > 0, "the norm is ready when the step begins"
+
+
+def test_without_it_all_is_stepped_at_once(ranks) -> None:
+    order, num_squared, num_arrived = ranks(2).run(watch, False)[0]
+    assert order == ["step", "from 0", "from 1"]
+    assert num_squared == 0 < num_arrived

@@ -35,7 +35,7 @@ def main() -> int:
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _cause(error)
         if failure.exitcode == ExitCode.HANG:
             record_unsaid_hang(RunDirectory(Path(sys.argv[sys.argv.index("--run-directory") + 1])))
         if failure.exitcode in set(ExitCode):
@@ -47,6 +47,15 @@ def main() -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """Return the rank that began it: one that was killed, else the first that failed.
+
+    The others notice within milliseconds that a rank is gone, and torchrun looks at all of them at once.
+    """
+    killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
+    return killed[0] if killed else error.get_first_failure()
 
 
 if __name__ == "__main__":

@@ -180,13 +180,16 @@ def test_what_slurm_refuses_is_told_with_its_words_and_leaves_no_record(cluster:
 
 
 def test_a_run_is_queued_once_and_waits_for_another(cluster: MiniSlurm, tmp_path: Path) -> None:
-    first = command_run(cluster, tmp_path, "first", "--", "sleep", "4")
-    again = anemoi_dist(cluster, "submit", "launcher=slurm", f"run.root={tmp_path}", "run.id=first", "--", "sleep", "4")
+    gate = tmp_path / "gate"
+    waiting = ["bash", "-c", 'until [ -e "$1" ]; do sleep .1; done', "_", str(gate)]
+    first = command_run(cluster, tmp_path, "first", "--", *waiting)
+    again = anemoi_dist(cluster, "submit", "launcher=slurm", f"run.root={tmp_path}", "run.id=first", "--", *waiting)
     assert again.returncode == 3 and f"is job {first.job_id} already" in again.stderr, again.stderr
     other = anemoi_dist(cluster, "submit", "launcher=slurm", f"run.root={tmp_path}", "run.id=first", "--", "true")
     assert other.returncode == 2 and "another command" in other.stderr
     then = command_run(cluster, tmp_path, "then", "--after", "first", "--", "true")
     assert cluster.job_field(then.job_id, "Dependency").startswith(f"afterok:{first.job_id}")
+    gate.touch()
     assert then.wait_until_over(timeout_s=60) == "COMPLETED", then.log
     ended = first.launches("end")[0]["time"]
     assert then.launches("launch")[0]["time"] > ended

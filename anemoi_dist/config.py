@@ -219,6 +219,8 @@ class LauncherConfig:
     max_requeues: int = 100
     #: Times that a job goes back into the queue after a crash, as long as each life made progress.
     max_retries: int = 3
+    #: Ranks look at each other before they train (versions, clocks, disk, collectives), as ``anemoi-dist doctor`` does.
+    preflight: bool = False
     #: What starts the ranks of a node in a SLURM job: one ``torchrun``, or one ``srun`` task a rank.
     ranks_by: str = "torchrun"
     #: File with one host a line, for mpirun; null: this machine, or the hosts of the job it is started in.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anemoi_dist.errors import AnemoiDistError, ExitCode
+from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
 from anemoi_dist.parent import die_with_parent, parent_in_environment
 from anemoi_dist.preflight import (
     Finding,
@@ -83,9 +83,43 @@ def probe(options: argparse.Namespace, *, deadline: float) -> list[Finding]:
 
     left_s = deadline - time.monotonic()
     world = World.join(timeout_s=max(1.0, 0.7 * left_s))  # with time left to say that somebody is missing
+    findings = look_around(world, options.run_root, needed_bytes=options.needed_bytes)
+    world.leave()
+    return findings
+
+
+def inspect(world: World, root: Path) -> None:
+    """Look around before training and print what rank 0 finds. Collective.
+
+    A slow rank is shown and goes on: what else runs on a machine is gone the next minute.
+
+    Raises
+    ------
+    PreflightError
+        These ranks cannot train together.
+    """
+    findings = look_around(world, root, needed_bytes=0)
+    if world.is_main:
+        print(format_findings(findings), flush=True)  # noqa: T201
+    if failed := [finding for finding in findings if finding.level == "failed" and finding.check != "ranks"]:
+        raise PreflightError(format_findings(failed))
+
+
+def look_around(world: World, root: Path, *, needed_bytes: int) -> list[Finding]:
+    """Return what all ranks have found; the same on every rank. Collective.
+
+    Parameters
+    ----------
+    world : World
+        The ranks.
+    root : Path
+        Where runs are to lie.
+    needed_bytes : int
+        What checkpoints still need there.
+    """
     own = report(world)
-    local = _local_findings(options, world=world)
-    shared = _is_shared(options.run_root, world=world)
+    local = _local_findings(root, needed_bytes=needed_bytes)
+    shared = _is_shared(root, world=world)
     seconds, is_right = all_reduce_seconds(world)
     gathered = world.gather_text(
         json.dumps({**own, "local": [finding.as_dict() for finding in local], "shared": shared, "right": is_right})
@@ -94,8 +128,7 @@ def probe(options: argparse.Namespace, *, deadline: float) -> list[Finding]:
     if world.is_main:
         reports = [json.loads(text) for text in gathered]
         findings = [*judge(reports), _describe_collectives(seconds, world_size=world.world_size)]
-    text = world.broadcast_text(json.dumps([finding.as_dict() for finding in findings]))
-    world.leave()
+    text = world.broadcast_text(json.dumps([finding.as_dict() for finding in findings]) if world.is_main else None)
     return [Finding(**entry) for entry in json.loads(text)]
 
 
@@ -259,11 +292,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _local_findings(options: argparse.Namespace, *, world: World) -> list[Finding]:
+def _local_findings(root: Path, *, needed_bytes: int) -> list[Finding]:
     """Return what one rank of each node finds out alone."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return []
-    return [check_disk(options.run_root, needed_bytes=options.needed_bytes), check_host(), check_port()]
+    return [check_disk(root, needed_bytes=needed_bytes), check_host(), check_port()]
 
 
 def _is_shared(root: Path, *, world: World) -> bool:

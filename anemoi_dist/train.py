@@ -72,6 +72,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[RunDirectory, Hold | None]:
 
 def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
     """Join, agree on the run, train it, record how it ended."""
+    from anemoi_dist.probe import inspect
     from anemoi_dist.session import train
     from anemoi_dist.telemetry.console import keep_log
     from anemoi_dist.telemetry.watchdog import watch
@@ -99,6 +100,8 @@ def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
             timeout_s=config.watchdog.timeout_s,
             num_collectives=world.num_collectives,
         ):
+            if config.launcher.preflight:
+                inspect(world, run.path.parent)
             train(config, run=run, world=world, attempt=number)
             code = ExitCode.FINISHED
             world.leave()

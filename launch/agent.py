@@ -11,11 +11,15 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.parent import PARENT_PID, die_with_parent, parent_in_environment
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.telemetry.watchdog import record_unsaid_hang
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ import pytest
 from support.ranks import RankPool
 
 from anemoi_dist import probe
+from anemoi_dist.errors import PreflightError
 from anemoi_dist.preflight import compare_nodes, find_slow_ranks
 from anemoi_dist.probe import _neighbours, judge
 from anemoi_dist.world import World
@@ -102,6 +103,20 @@ def test_sums_are_checked(ranks: Callable[[int], RankPool]) -> None:
     for seconds, is_right in ranks(2).run(reduce, False):
         assert is_right and seconds.keys() == set(probe.SIZES["cpu"]) and min(seconds.values()) > 0
     assert [is_right for _, is_right in ranks(2).run(reduce, True)] == [False, False]
+
+
+def inspected(world: World, root: str) -> str:
+    try:
+        probe.inspect(world, Path(root))
+    except PreflightError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_cannot_train_together_do_not_begin(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    assert ranks(2).run(inspected, str(tmp_path)) == ["", ""]
+    for said in ranks(2).run(inspected, "/proc/runs"):
+        assert "/proc/runs" in said and "failed" in said and "ok" not in said
 
 
 def test_wrong_sums_and_disks_apart_are_findings() -> None:

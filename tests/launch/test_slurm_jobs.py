@@ -51,6 +51,7 @@ def test_a_job_goes_through_a_time_limit(
     assert run.steps_repeated() == 0, "it saved where it stopped"
     assert not run.left_running()
     assert "starts: zero2 on 2 ranks" in run.log and "resumes at step" in run.log, "one log for both lives"
+    assert run.log.count("all-reduce over 2 ranks") == 2, "the preflight of each life"
     assert_equal_bit_for_bit(undisturbed[2, False], run.directory)
     again = SlurmRun(cluster, run.directory.parent, run.directory.name, *TWO_BY_ONE)
     assert again.wait_until_over() == "COMPLETED", "there is nothing left to do"

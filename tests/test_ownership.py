@@ -13,6 +13,7 @@ import time
 import pytest
 
 from anemoi_dist import ownership
+from anemoi_dist.config import from_yaml
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.ownership import HeldError, Hold, Holder, hold_launch, hold_ranks, owned
 from anemoi_dist.run_directory import RunDirectory
@@ -41,6 +42,31 @@ for line in sys.stdin:
 """
 
 
+# The same for a whole start: each contender has a configuration of its own, and every round is a run of its own.
+STARTER = """
+import sys, time
+from anemoi_dist.compose import compose
+from anemoi_dist.ownership import HeldError
+from anemoi_dist.prepare import claim_run
+config = compose([f"run.root={sys.argv[1]}", f"training.lr.rate={sys.argv[2]}", "run.id=none"]).config
+print("ready", flush=True)
+for line in sys.stdin:
+    moment, config.run.id = line.split()
+    while time.time() < float(moment):
+        pass
+    try:
+        run, hold = claim_run(config)
+        print("owns", flush=True)
+    except HeldError as error:
+        print("held by", error.holder and error.holder.pid, flush=True)
+        hold = None
+    sys.stdin.readline()
+    if hold:
+        hold.release()
+    print("done", flush=True)
+"""
+
+
 @pytest.fixture
 def run(tmp_path) -> RunDirectory:
     run = RunDirectory.locate(tmp_path, "r")
@@ -49,8 +75,12 @@ def run(tmp_path) -> RunDirectory:
 
 
 def contender(run: RunDirectory, **environment: str) -> subprocess.Popen[str]:
+    return contend(CONTENDER, str(run.path), **environment)
+
+
+def contend(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", CONTENDER, str(run.path)],
+        [sys.executable, "-c", code, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -85,6 +115,24 @@ def test_of_two_starts_at_once_one_owns_the_run_and_the_other_says_who(run):
         each.kill()
         each.wait()
     assert not run.stop_file.exists()
+
+
+def test_the_start_that_runs_is_the_one_whose_configuration_is_frozen(tmp_path):
+    rates = ("0.001", "0.002")
+    contenders = [contend(STARTER, str(tmp_path), rate) for rate in rates]
+    for number in range(50):
+        moment = time.time() + 0.02
+        for each in contenders:
+            each.stdin.write(f"{moment} r{number}\n")
+            each.stdin.flush()
+        answers = [each.stdout.readline().strip() for each in contenders]
+        assert sorted(answer.split()[0] for answer in answers) == ["held", "owns"], answers
+        frozen = from_yaml((tmp_path / f"r{number}" / "config.yaml").read_text())
+        assert str(frozen.training.lr.rate) == rates[answers.index("owns")]
+        assert [tell(each) for each in contenders] == ["done", "done"]
+    for each in contenders:
+        each.kill()
+        each.wait()
 
 
 def test_a_killed_owner_holds_nothing(run):

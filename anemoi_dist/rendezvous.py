@@ -14,11 +14,14 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anemoi_dist.errors import PreflightError
 from anemoi_dist.parent import die_with_parent
 from anemoi_dist.run_directory import RunDirectory, write_atomically
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 #: How long ranks that SLURM started wait for the first word of rank 0.
 WAIT_S = 300.0
@@ -72,13 +75,7 @@ class Meeting:
 
     def __enter__(self) -> Meeting:
         if self._listener is not None:
-            from torch.distributed import TCPStore
-
-            host, port = self._listener.getsockname()[:2]
-            # The store in a socket that is bound already listens where we say, and nobody takes its port meanwhile.
-            self._store = TCPStore(
-                host, port, is_master=True, wait_for_workers=False, master_listen_fd=self._listener.detach()
-            )
+            self._store = serve(self._listener)
             self._listener = None
         return self
 
@@ -188,7 +185,7 @@ def _meet_by_mpi(environ: MutableMapping[str, str]) -> Meeting:
     if not _is_told(environ):
         if place.rank == 0:
             try:
-                listener, told = _listen(place, environ)
+                listener, told = _listen_as_main(place, environ)
             except PreflightError as error:
                 told = {"error": str(error)[: _TEXT_BYTES // 2]}  # the others are waiting below
         buffer = bytearray(json.dumps(told).encode().ljust(_TEXT_BYTES))
@@ -233,11 +230,11 @@ def _meet_by_file(run_directory: Path | None, environ: MutableMapping[str, str])
         )
     note = RunDirectory(run_directory.absolute()).rendezvous_file(step_key(environ))
     if place.rank == 0:
-        listener, told = _listen(place, environ)
+        listener, told = _listen_as_main(place, environ)
         write_atomically(note, json.dumps(told))
         _publish(environ, place, told)
         return Meeting(listener=listener, note=note, kills_others=True)
-    _publish(environ, place, _wait_for(note))
+    _publish(environ, place, wait_for(note))
     return Meeting(kills_others=True)
 
 
@@ -260,7 +257,14 @@ def step_key(environ: Mapping[str, str]) -> str:
     return ".".join(re.sub(r"[^A-Za-z0-9_-]", "_", environ.get(name, "0")) for name in names)
 
 
-def _wait_for(note: Path) -> dict[str, Any]:
+def wait_for(note: Path) -> dict[str, Any]:
+    """Return what the first process has written about where it listens: ``host`` and ``port``.
+
+    Raises
+    ------
+    PreflightError
+        It has not written anything in time.
+    """
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         # Listing the directory makes NFS look again; a missing name alone would be remembered as missing.
@@ -292,14 +296,25 @@ def _publish(environ: MutableMapping[str, str], place: Place, told: Mapping[str,
         environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch: the store is there, connect and start none
 
 
-def _listen(place: Place, environ: Mapping[str, str]) -> tuple[socket.socket, dict[str, Any]]:
-    """Take a free port for as long as this process lives; on one node nobody else can connect to it."""
+def _listen_as_main(place: Place, environ: Mapping[str, str]) -> tuple[socket.socket, dict[str, Any]]:
+    """Listen as rank 0; on one node nobody else can connect to it."""
     host = environ.get("MASTER_ADDR") or (_LOOPBACK if place.is_one_node else own_address(environ))
+    return listen(host, num_callers=place.world_size)
+
+
+def listen(host: str, *, num_callers: int) -> tuple[socket.socket, dict[str, Any]]:
+    """Take a free port of an address for as long as this process lives; return its socket, and ``host`` and ``port``.
+
+    Raises
+    ------
+    PreflightError
+        The address is not this machine's.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.bind(address)
-        listener.listen(min(place.world_size + 16, 4096))
+        listener.listen(min(num_callers + 16, 4096))
     except OSError as error:
         raise PreflightError(
             f"cannot listen on {host} ({error}): name the right address by MASTER_ADDR, or the interface by "
@@ -307,6 +322,14 @@ def _listen(place: Place, environ: Mapping[str, str]) -> tuple[socket.socket, di
         ) from error
     bound, port = listener.getsockname()[:2]
     return listener, {"host": bound, "port": port}
+
+
+def serve(listener: socket.socket) -> TCPStore:
+    """Return a store that takes over a listening socket: it listens there alone, and nobody took its port meanwhile."""
+    from torch.distributed import TCPStore
+
+    host, port = listener.getsockname()[:2]
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def own_address(environ: Mapping[str, str]) -> str:

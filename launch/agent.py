@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anemoi_dist.errors import ExitCode
+from anemoi_dist.errors import AnemoiDistError, ExitCode
 from anemoi_dist.parent import PARENT_PID, die_with_parent, parent_in_environment
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.telemetry.watchdog import record_unsaid_hang
@@ -48,6 +48,9 @@ def main() -> int:
         where = f"rank {rank} (pid {failure.pid} on {socket.gethostname()})"
         print(f"{where} ended with {how}", file=sys.stderr)  # noqa: T201
         return 1
+    except AnemoiDistError as error:  # agents that do not find each other
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0

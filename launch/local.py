@@ -18,7 +18,7 @@ from .supervise import Job, signal_process, supervise
 #: Ranks where there is no GPU: the fewest that still partition the optimizer's states.
 RANKS_WITHOUT_GPU = 2
 #: gloo asks the host name for an address otherwise, which need not resolve.
-_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
 def count_gpus(environ: Mapping[str, str] | None = None, *, proc: Path = Path("/proc/driver/nvidia/gpus")) -> int:
@@ -118,7 +118,7 @@ def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
         The batch plan does not work out.
     """
     ranks = config.launcher.ranks or machine.num_gpus or RANKS_WITHOUT_GPU
-    ranks_environment = {**_LOOPBACK, **rank_environment(machine.environ)}
+    ranks_environment = {**LOOPBACK, **rank_environment(machine.environ)}
     return Plan(
         kind="local",
         nodes=1,
@@ -147,7 +147,7 @@ def train(run: RunDirectory, config: Config, *, num_ranks: int) -> int:
         run=run,
         kind="local",
         command=lambda restarts: torchrun_command(run, num_ranks),
-        environment={**_LOOPBACK, **rank_environment()},
+        environment={**LOOPBACK, **rank_environment()},
         ask_to_stop=signal_process,
         facts={"nodes": 1, "ranks": num_ranks},
     )

@@ -15,7 +15,7 @@ from anemoi_dist.config import Config, plan_batches
 from anemoi_dist.errors import ConfigError, PreflightError
 from anemoi_dist.run_directory import LAUNCHED, RunDirectory
 
-from .local import RANKS_WITHOUT_GPU, rank_environment
+from .local import LOOPBACK, RANKS_WITHOUT_GPU, rank_environment
 from .plan import Machine, Mpirun, Plan
 from .supervise import Job, supervise
 
@@ -122,8 +122,7 @@ def _environment(environ: Mapping[str, str], *, nodes: int) -> dict[str, str]:
         "OMPI_MCA_pml": "ob1",
     }
     if nodes == 1:
-        # gloo asks the host name for an address otherwise, which need not resolve.
-        ours |= {"GLOO_SOCKET_IFNAME": "lo", "OMPI_MCA_btl": "^tcp"}
+        ours |= {**LOOPBACK, "OMPI_MCA_btl": "^tcp"}
     return {**ours, **rank_environment(environ)}
 
 

@@ -7,18 +7,15 @@ the first node holds rank 0, and the store listens on one address instead of on 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import socket
-import time
-from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.api import RendezvousParameters, rendezvous_handler_registry
 
+from anemoi_dist.rendezvous import listen, serve, wait_for
 from anemoi_dist.run_directory import write_atomically
 
 #: The name that ``--rdzv-backend`` gives.
@@ -36,28 +33,25 @@ class FixedRendezvous(RendezvousHandler):
         Place of this node, and their number.
     file : Path, optional
         On a file system that all nodes share: the first node writes the port here. It must not exist before.
-    timeout_s : float
-        Longest wait for the first node.
 
     Raises
     ------
-    TimeoutError
-        The first node has not appeared.
+    PreflightError
+        The first node cannot listen there, or has not appeared.
     """
 
-    def __init__(
-        self, *, address: str, node: int, num_nodes: int, file: Path | None = None, timeout_s: float = 300.0
-    ) -> None:
+    def __init__(self, *, address: str, node: int, num_nodes: int, file: Path | None = None) -> None:
         self._node, self._num_nodes = node, num_nodes
         if node == 0:
-            self._store, port = _listen(address)
+            listener, told = listen(address, num_callers=num_nodes)
+            self._store = serve(listener)
             if file is not None:
-                write_atomically(file, json.dumps({"address": address, "port": port}))
+                write_atomically(file, json.dumps(told))
         else:
             assert file is not None, "nodes beyond the first read the port from a file"
-            address, port = _await(file, timeout_s=timeout_s)
-            self._store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
-        self._address, self._port = address, port
+            told = wait_for(file)
+            self._store = TCPStore(told["host"], told["port"], is_master=False)
+        self._address, self._port = told["host"], told["port"]
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Return this node's place; the ranks meet in the same store, so that no second port is needed."""
@@ -88,37 +82,6 @@ class FixedRendezvous(RendezvousHandler):
 
     def shutdown(self) -> bool:  # noqa: D102
         return True
-
-
-def _listen(address: str) -> tuple[TCPStore, int]:
-    """Bind a free port of this address and serve the store on it; the socket is never free in between."""
-    family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
-    server = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        server.bind((address, 0))
-        server.listen(socket.SOMAXCONN)
-        port = server.getsockname()[1]
-        descriptor = server.detach()  # the store closes it
-    except OSError:
-        server.close()
-        raise
-    try:
-        store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-        raise
-    return store, port
-
-
-def _await(file: Path, *, timeout_s: float) -> tuple[str, int]:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            told = json.loads(file.read_text(encoding="utf-8"))
-            return str(told["address"]), int(told["port"])
-        time.sleep(0.1)
-    raise TimeoutError(f"the first node has not written {file} within {timeout_s:.0f} s")
 
 
 def register() -> None:

@@ -167,7 +167,7 @@ def test_the_address_of_an_interface():
 
 def test_an_address_that_is_not_here_is_a_preflight_error():
     with pytest.raises(PreflightError, match=r"cannot listen on 192\.0\.2\.1.*GLOO_SOCKET_IFNAME"):
-        rendezvous._listen(Place(0, 4, 0, 2), {"MASTER_ADDR": "192.0.2.1"})
+        rendezvous._listen_as_main(Place(0, 4, 0, 2), {"MASTER_ADDR": "192.0.2.1"})
 
 
 JOIN = """

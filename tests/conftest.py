@@ -11,8 +11,13 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
 from support.minislurm import MiniSlurm, missing_programs
 from support.ranks import RankPool
+
+# How long an example takes says something about what else the machine does.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,8 @@ from anemoi_dist.run_directory import RunDirectory
 TOUCH_S, SILENCE_S = 5.0, 30.0
 #: Longest wait for an earlier life of the same job, or for ranks whose launcher died, to save and leave.
 PATIENCE_S = 180.0
+#: What a stop file says that is written for those whom :func:`hold_launch` and :func:`hold_ranks` wait for.
+LEAVE = "another start of this run waits for this one to leave"
 
 
 @dataclass(frozen=True)
@@ -213,21 +215,44 @@ def hold_ranks(run: RunDirectory, *, say: Callable[[str], None] = lambda text: N
 
 def _hold(run: RunDirectory, path: Path, *, say: Callable[[str], None], may_wait: Callable[[Holder], bool]) -> Hold:
     deadline, asked = time.monotonic() + PATIENCE_S, False
-    while True:
-        try:
-            hold = Hold(run, path)
-        except HeldError as error:
-            if error.holder is None or not may_wait(error.holder) or time.monotonic() > deadline:
-                raise
-            if not asked:
-                say(f"run {run.run_id}: {error.holder} is left from an earlier start; asked to save and leave, waiting")
-                run.stop_file.touch()
-                asked = True
-            time.sleep(0.2)
-            continue
+    try:
+        while True:
+            try:
+                return Hold(run, path)
+            except HeldError as error:
+                if error.holder is None or not may_wait(error.holder) or time.monotonic() > deadline:
+                    raise
+                if not asked:
+                    say(
+                        f"run {run.run_id}: {error.holder} is left from an earlier start; asked to save and leave, "
+                        "waiting"
+                    )
+                    ask_to_stop(run, LEAVE)
+                    asked = True
+                time.sleep(0.2)
+    finally:
         if asked:
-            run.stop_file.unlink(missing_ok=True)
-        return hold
+            withdraw_stop(run, LEAVE)
+
+
+def ask_to_stop(run: RunDirectory, reason: str) -> bool:
+    """Write the stop file, unless somebody has asked already; return whether it is ours."""
+    try:
+        with run.stop_file.open("x", encoding="utf-8") as stream:
+            stream.write(f"{reason}\n")
+    except FileExistsError:
+        return False
+    return True
+
+
+def withdraw_stop(run: RunDirectory, *reasons: str) -> None:
+    """Remove the stop file where it gives one of these reasons; a person's stays."""
+    try:
+        written = run.stop_file.read_text(encoding="utf-8")
+    except OSError:
+        return
+    if written.startswith(reasons):
+        run.stop_file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

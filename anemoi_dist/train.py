@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":
             # Rank 0 alone composes, before any process group or device exists: a wrong key costs nobody anything.
             run, hold = _prepare(arguments)
+            if hold is not None:
+                run.stop_file.unlink(missing_ok=True)  # asked of an earlier start that did not live to answer
     except AnemoiDistError as error:
         _tell(error)
         sys.exit(error.exit_code)
@@ -114,10 +116,13 @@ def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
         code, failure = ExitCode.INTERNAL, traceback.format_exc()
         print(failure, file=sys.stderr, flush=True)  # noqa: T201
     told = _failure(run, number, failure) if run is not None and failure and code != ExitCode.SAVED_RUN_AGAIN else None
-    if attempt is not None:
-        return attempt.end(code, failure=told)
-    if run is not None and number and told is not None:  # perhaps known to this rank alone
-        return record_end(run, number, code, failure=told)
+    try:
+        if attempt is not None:
+            return attempt.end(code, failure=told)
+        if run is not None and number and told is not None:  # perhaps known to this rank alone
+            return record_end(run, number, code, failure=told)
+    except OSError as error:  # a full disk: the code itself still says how it ended
+        print(f"the end of the attempt cannot be recorded: {error}", file=sys.stderr, flush=True)  # noqa: T201
     return code
 
 

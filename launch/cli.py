@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Output was piped into something that stopped reading, such as head: nobody is left to tell.
         sys.stderr.close()
         return int(ExitCode.FINISHED)
+    except OSError as error:  # the disk is full, a directory is not ours
+        print(f"anemoi-dist: {error}", file=sys.stderr)
+        return int(ExitCode.PREFLIGHT)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -112,6 +115,7 @@ def _train(options: argparse.Namespace) -> int:
             "launcher", "slurm", "is submitted, not started here", fix="anemoi-dist submit launcher=slurm"
         )
     run = RunDirectory.locate(config.run.root, str(config.run.id))
+    submit.refuse_queued(run)
     planned = plan(config, run, look(config.launcher.kind))  # refuses before the run is touched
     run, hold = claim_run(config)
     try:

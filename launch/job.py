@@ -50,14 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_directory", type=Path)
     parser.add_argument("--srun", action="store_true", help="start the command after -- by srun")
     options = parser.parse_args(own)
+    signals: list[int] = []
+    # A warning that comes while this life waits for another to leave must not end it; supervise takes over.
+    signal.signal(signal.SIGUSR1, lambda number, frame: signals.append(number))
     run = RunDirectory(options.run_directory.absolute())
     try:
         config = from_yaml(run.config_file.read_text(encoding="utf-8"))
-        life = Life(run, config, Allocation.here(os.environ), words=words, by_srun=options.srun)
-        return life.live()
+        allocation = Allocation.here(os.environ)
+        return Life(run, config, allocation, words=words, by_srun=options.srun, signals=signals).live()
     except AnemoiDistError as error:
         _say(f"{type(error).__name__}: {error}")
         return int(error.exit_code)
+    except OSError as error:
+        _say(f"run {run.run_id}: {error}")
+        return int(ExitCode.PREFLIGHT)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], tuple[str, ...] | None]:
@@ -82,6 +88,8 @@ class Life:
         A command to run instead of our trainer.
     by_srun : bool
         Whether srun starts that command, once for each rank.
+    signals : list[int], optional
+        What this process has been sent so far; it is added to.
     """
 
     def __init__(
@@ -92,11 +100,13 @@ class Life:
         *,
         words: tuple[str, ...] | None = None,
         by_srun: bool = False,
+        signals: list[int] | None = None,
     ) -> None:
         self._run, self._launcher, self._allocation = run, config.launcher, allocation
         self._words, self._by_srun = words, by_srun
         self._head = ""
-        self._first_signal: int | None = None
+        self._signals = [] if signals is None else signals
+        self._stopped_by_person = False
         self._facts: dict[str, Any] = {"job_id": allocation.job_id, "life": allocation.life}
 
     def live(self) -> int:
@@ -104,26 +114,42 @@ class Life:
         hold = hold_launch(self._run, say=_say)
         try:
             self._drop_old_stop()
-            saved = newest_saved(self._run)
+            saved = num_saved(self._run)
             environment = {**os.environ, **interface_variables(self._launcher)}
             self._head = self._allocation.head_address(environment)
             code = self._supervise(environment)
         except SupersededError as error:
-            journal.note(self._run, "end", code=int(error.exit_code), reason=str(error), **self._facts)
+            journal.note_if_possible(self._run, "end", code=int(error.exit_code), reason=str(error), **self._facts)
             raise
         finally:
             self._drop_old_stop()
             for file in meeting_files(self._run, self._allocation):
                 file.unlink(missing_ok=True)
             hold.release()
-        past = Past.of(journal.read(self._run), self._allocation.job_id)
-        ended = Ended(code, first_signal=self._first_signal, progress=newest_saved(self._run) > saved)
-        decision = decide(ended, past, self._launcher)
-        reason = self._who_ended_it() if self._first_signal == signal.SIGTERM else decision.reason
-        _say(f"run {self._run.run_id}: {reason}")
+        events = journal.read(self._run)
+        first_signal = self._signals[0] if self._signals and not self._stopped_by_person else None
+        progress = num_saved(self._run) > saved
+        ended = Ended(code, first_signal=first_signal, progress=progress, asked=self._asked_by_person(events))
+        decision = decide(ended, Past.of(events, self._allocation.job_id), self._launcher)
+        if ended.asked is None and (first_signal == signal.SIGTERM or (decision.requeue and self._is_being_ended())):
+            decision = Decision(False, self._who_ended_it())
+        _say(f"run {self._run.run_id}: {decision.reason}")
         if decision.requeue:
-            self._requeue(code, decision)
+            self._requeue(ended, decision)
         return code
+
+    def _asked_by_person(self, events: Sequence[Event]) -> str | None:
+        """Return ``stop`` or ``cancel`` where a person has asked this life for it."""
+        begun = max((place for place, event in enumerate(events) if event["event"] == "launch"), default=0)
+        asked = journal.last(events[begun:], "stop", "cancel")
+        return None if asked is None else str(asked["event"])
+
+    def _is_being_ended(self) -> bool:
+        """Whether SLURM ends this job, and not because its time is up: scancel by hand, for one."""
+        if all(number == signal.SIGUSR1 for number in self._signals):
+            return False
+        state, ran, limit = self._ask(lambda: self._allocation.fields("JobState", "RunTime", "TimeLimit"))
+        return state != "RUNNING" and _seconds(ran or "") < _seconds(limit or "UNLIMITED")
 
     def _supervise(self, environment: Mapping[str, str]) -> int:
         if self._words is None:
@@ -141,6 +167,8 @@ class Life:
             environment=environment,
             ask_to_stop=self._ask_to_stop,
             facts=self._facts,
+            hear=self._signals.append,
+            early=self._signals,
         )
 
     def _start_ranks(self, restarts: int) -> list[str]:
@@ -164,22 +192,17 @@ class Life:
             )
 
     def _ask_to_stop(self, process: subprocess.Popen[bytes], number: int) -> None:
-        self._first_signal = number
         if self._words is not None:
             process.send_signal(signal.SIGTERM)
         elif number == signal.SIGUSR1:
             # Through the run directory: srun would pass a signal on to torchrun, which it kills. Whoever ends the job
             # by SIGTERM has sent that to every rank.
-            self._run.stop_file.write_text(f"{_STOP_MARK} {self._allocation.job_id}\n", encoding="utf-8")
+            asked = ask_to_stop(self._run, f"{_STOP_MARK} {self._allocation.job_id}")
+            self._stopped_by_person = not asked  # who asked before wants the run to stay stopped
 
     def _drop_old_stop(self) -> None:
-        """Remove a stop file of this job's, met or not; a person's stays."""
-        try:
-            written = self._run.stop_file.read_text(encoding="utf-8")
-        except OSError:
-            return
-        if written.startswith(_STOP_MARK):
-            self._run.stop_file.unlink(missing_ok=True)
+        """Remove a stop file that no person has written, met or not."""
+        withdraw_stop(self._run, _STOP_MARK, LEAVE)
 
     def _who_ended_it(self) -> str:
         """Say why SLURM has ended this life, and record it where that was for good."""
@@ -193,19 +216,21 @@ class Life:
             return "SLURM has put the job back into the queue"
         if limit and ran and _seconds(ran) >= _seconds(limit):
             return "ended at the time limit: a larger launcher.slurm.signal_s leaves more time to save"
-        journal.note(self._run, "cancel", **self._facts)
+        journal.note_if_possible(self._run, "cancel", **self._facts)
         return "cancelled"
 
-    def _requeue(self, code: int, decision: Decision) -> None:
+    def _requeue(self, ended: Ended, decision: Decision) -> None:
+        code = ended.code
         (restarts,) = self._ask(lambda: self._allocation.fields("Restarts"))
         if restarts != str(self._allocation.life):
             _say("SLURM has put the job back into the queue already")
             return
-        journal.note(self._run, "requeue", code=code, reason=decision.reason, count=decision.count, **self._facts)
+        about = {"code": code, "reason": decision.reason, "count": decision.count, "progress": ended.progress}
+        journal.note_if_possible(self._run, "requeue", **about, **self._facts)
         answer = self._ask(lambda: queue.call(["scontrol", "requeue", self._allocation.job_id], timeout_s=60))
         if answer.returncode:
             said = " ".join(answer.stderr.split())
-            journal.note(self._run, "end", code=code, reason=f"not requeued: {said}", **self._facts)
+            journal.note_if_possible(self._run, "end", code=code, reason=f"not requeued: {said}", **self._facts)
             _say(f"SLURM does not requeue the job ({said}): `anemoi-dist resume {self._run.run_id}` goes on")
 
     def _ask(self, question: Callable[[], _T]) -> _T:
@@ -232,11 +257,14 @@ class Ended:
         What asked this life to stop; None for nothing, or a person's stop file.
     progress : bool
         Whether it has saved something that was not there before.
+    asked : str, optional
+        ``stop`` or ``cancel`` where a person has asked for it.
     """
 
     code: int
     first_signal: int | None
     progress: bool
+    asked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -260,9 +288,11 @@ class Past:
     @classmethod
     def of(cls, events: Sequence[Event], job_id: str) -> Past:
         """Count in ``launch.jsonl``."""
-        codes = [event["code"] for event in events if event["event"] == "requeue" and event.get("job_id") == job_id]
-        retries = sum(code in RESTARTED for code in codes)
-        return cls(len(codes) - retries, retries, bool(codes) and codes[-1] == ExitCode.INTERRUPTED)
+        requeues = [event for event in events if event["event"] == "requeue" and event.get("job_id") == job_id]
+        retries = sum(event["code"] in RESTARTED for event in requeues)
+        last = requeues[-1] if requeues else {}
+        barren = last.get("code") == ExitCode.INTERRUPTED and not last.get("progress")
+        return cls(len(requeues) - retries, retries, barren)
 
 
 @dataclass(frozen=True)
@@ -281,13 +311,15 @@ def decide(ended: Ended, past: Past, launcher: LauncherConfig) -> Decision:
     """
     if ended.code == ExitCode.FINISHED:
         return Decision(False, "finished")
+    if ended.asked is not None:
+        return Decision(False, "stopped on request" if ended.asked == "stop" else "cancelled on request")
     if ended.first_signal not in (None, signal.SIGUSR1):
         name = signal.Signals(ended.first_signal).name
         return Decision(False, f"ended by SLURM ({name}), which decides whether the job runs again")
     if ended.code in (ExitCode.SAVED_RUN_AGAIN, ExitCode.INTERRUPTED):
         if ended.first_signal is None:
             return Decision(False, "stopped on request")
-        if ended.code == ExitCode.INTERRUPTED and past.barren:
+        if ended.code == ExitCode.INTERRUPTED and not ended.progress and past.barren:
             return Decision(False, "the time limit came before anything was saved, twice in a row: it is too short")
         if past.requeues >= launcher.max_requeues:
             return Decision(False, f"the time limit came after launcher.max_requeues={launcher.max_requeues} requeues")
@@ -302,11 +334,9 @@ def decide(ended: Ended, past: Past, launcher: LauncherConfig) -> Decision:
     return Decision(True, f"crashed: retry {past.retries + 1} of {launcher.max_retries}", past.retries + 1)
 
 
-def newest_saved(run: RunDirectory) -> int:
-    """Return the step of the newest checkpoint that the run has recorded, -1 for none."""
-    return max(
-        (int(event["step"]) for event in read_events(run.events_file) if event["event"] == "checkpoint"), default=-1
-    )
+def num_saved(run: RunDirectory) -> int:
+    """Return how many checkpoints the run has recorded, those that were deleted since and saved again included."""
+    return sum(event["event"] == "checkpoint" for event in read_events(run.events_file))
 
 
 def _seconds(text: str) -> float:

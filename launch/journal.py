@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,9 @@ from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.telemetry.events import Event, EventLog, read_events
 
 #: ``submit``: a job went into a queue. ``launch``: a launcher began to start ranks. ``restart``: the ranks are started
-#: again. ``requeue``: the job goes back into the queue. ``end``: the launcher left, with its exit code. ``cancel``: the
-#: user ended the run.
-EVENTS = ("submit", "launch", "restart", "requeue", "end", "cancel")
+#: again. ``requeue``: the job goes back into the queue. ``end``: the launcher left, with its exit code. ``stop``: the
+#: user asked it to save and stop. ``cancel``: the user ended it.
+EVENTS = ("submit", "launch", "restart", "requeue", "end", "stop", "cancel")
 
 
 def note(run: RunDirectory, event: str, *, step: int = 0, **fields: Any) -> Event:
@@ -39,6 +40,14 @@ def note(run: RunDirectory, event: str, *, step: int = 0, **fields: Any) -> Even
         return log.write(event, step=step, **writer, **fields)
     finally:
         log.close()
+
+
+def note_if_possible(run: RunDirectory, event: str, **fields: Any) -> None:
+    """Append an event, or say why not and go on: a full disk is no reason to leave ranks alone."""
+    try:
+        note(run, event, **fields)
+    except OSError as error:
+        print(f"{run.launch_file} cannot be written: {error}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def read(run: RunDirectory) -> list[Event]:

@@ -51,6 +51,7 @@ def _stop(options: argparse.Namespace) -> int:
         # The file would wait for the next start, and stop that.
         raise ConfigError("RUN", options.run, f"has nothing to stop: it is {_described(status)}")
     run.control_dir.mkdir(mode=0o700, exist_ok=True)
+    journal.note_if_possible(run, "stop")
     run.stop_file.touch()
     print(f"{status.run_id} is {_described(status)}")
     print(_what_follows(status))
@@ -103,7 +104,7 @@ def _cancel_job(run: RunDirectory, job_id: str, status: RunStatus) -> None:
     if view is None or view.is_over:
         raise ConfigError("RUN", status.run_id, f"has nothing to cancel: it is {_described(status)}")
     # Before the processes hear of it: what they do when they are ended is no request to go back into the queue.
-    journal.note(run, "cancel", job_id=job_id)
+    journal.note_if_possible(run, "cancel", job_id=job_id)
     queue.cancel(job_id)
     print(f"job {job_id} is cancelled; it was {_described(status)}")
 
@@ -123,7 +124,7 @@ def _cancel_process(run: RunDirectory, facts: Facts) -> None:
             f"run {run.run_id} was started on {host} by process {pid}: cancel it there; "
             f"`anemoi-dist stop {run.run_id}` asks it from here to save and stop"
         )
-    journal.note(run, "cancel")
+    journal.note_if_possible(run, "cancel")
     by = _end(facts, pid or 0)
     print(f"process {pid} was gone already" if by is None else f"process {pid} was ended by {by}")
 

@@ -239,12 +239,12 @@ def submit(request: Request) -> str:
         )
     script, config = request.script(), request.config
     _refuse_other_kind(request)
-    _refuse_queued(request.directory())
+    refuse_queued(request.directory())
     run = prepare_run(config)
     for folder in (run.slurm_logs_dir, run.scripts_dir):
         folder.mkdir(mode=0o700, exist_ok=True)
     with _submitting(run):
-        _refuse_queued(run)
+        refuse_queued(run)
         # Asked of an earlier life; the one who submits wants the run to go on.
         run.stop_file.unlink(missing_ok=True)
         job_id = _sbatch(script, slurm.options(config, run, request.dependency))
@@ -295,7 +295,14 @@ def _refuse_other_kind(request: Request) -> None:
         raise ConfigError("run.id", run.run_id, f"is {what}", fix="take another run.id")
 
 
-def _refuse_queued(run: RunDirectory) -> None:
+def refuse_queued(run: RunDirectory) -> None:
+    """Raise where SLURM has a job of this run.
+
+    Raises
+    ------
+    PreflightError
+        There is one, or SLURM, which was given one, does not answer.
+    """
     from . import journal
     from .queue import SlurmQueue
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -61,6 +61,10 @@ class Job:
     returns_codes : bool
         Whether the command returns a rank's exit code as that is. Hydra's mpirun also returns the bare number of a
         signal, and 6 is an abort there, no hang.
+    hear : Callable[[int], None]
+        Is told of every signal as it comes, also between two starts.
+    early : Sequence[int]
+        Signals that came before this.
     """
 
     run: RunDirectory
@@ -70,6 +74,8 @@ class Job:
     ask_to_stop: Callable[[subprocess.Popen[bytes], int], None]
     facts: Mapping[str, Any]
     returns_codes: bool = True
+    hear: Callable[[int], None] = lambda number: None
+    early: Sequence[int] = ()
 
 
 def supervise(job: Job, options: LauncherConfig) -> int:
@@ -85,8 +91,10 @@ def supervise(job: Job, options: LauncherConfig) -> int:
     options : LauncherConfig
         How often to start again, and after which wait.
     """
-    journal.note(job.run, "launch", kind=job.kind, **job.facts)
-    with _Stopper(job.ask_to_stop) as stopper:
+    journal.note_if_possible(job.run, "launch", kind=job.kind, **job.facts)
+    with _Stopper(job.ask_to_stop, job.hear) as stopper:
+        for number in list(job.early)[:1]:
+            stopper.request(number)
         for restarts in range(options.max_restarts + 1):
             ending = _run_once(job, stopper, restarts)
             if ending.message:
@@ -96,10 +104,14 @@ def supervise(job: Job, options: LauncherConfig) -> int:
             wait_s = min(options.backoff_s * 2**restarts, _LONGEST_WAIT_S)
             _say(f"run {job.run.run_id}: restart {restarts + 1} of {options.max_restarts} in {wait_s:g} s")
             reason = ending.message.partition("\n")[0]
-            journal.note(job.run, "restart", code=int(ending.code), reason=reason, wait_s=wait_s, **job.facts)
+            journal.note_if_possible(
+                job.run, "restart", code=int(ending.code), reason=reason, wait_s=wait_s, **job.facts
+            )
             if stopper.wait(wait_s):
                 break
-    journal.note(job.run, "end", code=int(ending.code), reason=ending.message.partition("\n")[0], **job.facts)
+    journal.note_if_possible(
+        job.run, "end", code=int(ending.code), reason=ending.message.partition("\n")[0], **job.facts
+    )
     return ending.code
 
 
@@ -123,8 +135,10 @@ class _Stopper:
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
-    def __init__(self, ask_to_stop: Callable[[subprocess.Popen[bytes], int], None]) -> None:
-        self._ask_to_stop = ask_to_stop
+    def __init__(
+        self, ask_to_stop: Callable[[subprocess.Popen[bytes], int], None], hear: Callable[[int], None]
+    ) -> None:
+        self._ask_to_stop, self._hear = ask_to_stop, hear
         self._process: subprocess.Popen[bytes] | None = None
         self._former: dict[int, Any] = {}
         self._asked: threading.Event = threading.Event()
@@ -163,6 +177,7 @@ class _Stopper:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._hear(number)
         # os.write: print may not be entered again from a handler that interrupted it.
         if self.requested:
             if number == signal.SIGUSR1:
@@ -171,6 +186,10 @@ class _Stopper:
                 os.write(2, b"killed; what was saved last is intact\n")
                 os.killpg(self._process.pid, signal.SIGKILL)
             return
+        self.request(number)
+
+    def request(self, number: int) -> None:
+        """Ask for a stop, now and of whatever is started later."""
         self._number = number
         os.write(2, f"{signal.Signals(number).name}: saving and stopping; once more kills\n".encode())
         self._pass_on()
@@ -208,7 +227,7 @@ def read_ending(
     if last is not None and last.get("exit_code") is not None:
         return Ending(int(last["exit_code"]), _describe_failure(run, last))
     if interrupted:
-        told = f"stopped before anything was saved; the same command starts {run.run_id} again"
+        told = f"stopped before anything new was saved; the same command starts {run.run_id} again"
         return Ending(ExitCode.INTERRUPTED, told)
     ours = agent_code in set(ExitCode)
     if last is None:

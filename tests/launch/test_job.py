@@ -14,6 +14,7 @@ from anemoi_dist.launch.job import Ended, Past, decide
 from anemoi_dist.config import LauncherConfig, SlurmConfig
 from anemoi_dist.errors import ExitCode, PreflightError
 from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.telemetry.events import EventLog
 
 USR1, TERM = int(signal.SIGUSR1), int(signal.SIGTERM)
 OPTIONS = LauncherConfig(kind="slurm", nodes=2, ranks=4, max_requeues=3, max_retries=2)
@@ -169,13 +170,13 @@ def test_a_life_that_slurm_has_given_up_does_not_requeue_the_next(
 
     monkeypatch.setattr(queue, "call", call)
     here = life(tmp_path)
-    here._requeue(75, job.Decision(True, "time limit", 1))
+    here._requeue(Ended(75, first_signal=USR1, progress=True), job.Decision(True, "time limit", 1))
     assert asked == ["--oneliner", "requeue"]
     restarts = 2
-    here._requeue(75, job.Decision(True, "time limit", 1))
+    here._requeue(Ended(75, first_signal=USR1, progress=True), job.Decision(True, "time limit", 1))
     assert asked == ["--oneliner", "requeue", "--oneliner"]
     noted = [event for event in journal.read(RunDirectory(tmp_path / "r")) if event["event"] == "requeue"]
-    assert [(event["code"], event["count"]) for event in noted] == [(75, 1)]
+    assert [(event["code"], event["count"], event["progress"]) for event in noted] == [(75, 1, True)]
 
 
 def test_a_slurmctld_that_is_down_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,3 +215,63 @@ def test_outside_a_job_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "SLURM_JOB_ID" not in os.environ
     assert job.main([str(run.path)]) == ExitCode.PREFLIGHT
     assert "not in a SLURM job" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", ["stop", "cancel"])
+@pytest.mark.parametrize(("code", "first_signal"), [(75, USR1), (130, USR1), (70, None)])
+def test_what_a_person_asks_for_is_not_undone(asked: str, code: int, first_signal: int | None) -> None:
+    assert decide(Ended(code, first_signal=first_signal, progress=True), Past(), OPTIONS).requeue
+    decision = decide(Ended(code, first_signal=first_signal, progress=True, asked=asked), Past(), OPTIONS)
+    assert not decision.requeue and "on request" in decision.reason
+
+
+def test_a_request_counts_in_the_life_that_it_was_made_in(tmp_path: Path) -> None:
+    here, run = life(tmp_path), RunDirectory(tmp_path / "r")
+    for event in ("launch", "stop", "launch"):
+        journal.note(run, event)
+    assert here._asked_by_person(journal.read(run)) is None
+    journal.note(run, "cancel")
+    assert here._asked_by_person(journal.read(run)) == "cancel"
+
+
+def test_a_persons_stop_is_not_taken_for_the_time_limits(tmp_path: Path) -> None:
+    here, run = life(tmp_path), RunDirectory(tmp_path / "r")
+    run.stop_file.touch()
+    here._ask_to_stop(None, USR1)  # type: ignore[arg-type]
+    assert here._stopped_by_person and run.stop_file.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("signals", "answer", "ended"),
+    [
+        ([USR1], "JobState=RUNNING RunTime=00:00:03 TimeLimit=00:05:00", False),
+        ([USR1, TERM], "JobState=COMPLETING RunTime=00:00:03 TimeLimit=00:05:00", True),
+        ([USR1, TERM], "JobState=COMPLETING RunTime=00:05:10 TimeLimit=00:05:00", False),
+        ([USR1, TERM], "JobState=COMPLETING RunTime=1-00:05:10 TimeLimit=UNLIMITED", True),
+    ],
+)
+def test_a_job_that_slurm_ends_before_its_time_is_up_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: list[int], answer: str, ended: bool
+) -> None:
+    monkeypatch.setattr(queue, "call", lambda command, *, timeout_s: Answer(answer))
+    here = life(tmp_path)
+    here._signals += signals
+    assert here._is_being_ended() is ended
+
+
+def test_saves_count_also_below_an_older_one(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "r")
+    run.create()
+    before = job.num_saved(run)
+    log = EventLog(run.events_file)
+    log.write("checkpoint", step=100)
+    log.write("start", step=90, resumed_from_step=90)
+    log.write("checkpoint", step=95)
+    log.close()
+    assert (before, job.num_saved(run)) == (0, 2)
+
+
+def test_a_life_that_saved_is_not_barren() -> None:
+    event = {"event": "requeue", "code": 130, "job_id": "12", "progress": True}
+    assert Past.of([event], "12") == Past(requeues=1, barren=False)
+    assert decide(Ended(130, first_signal=USR1, progress=True), Past(requeues=1, barren=True), OPTIONS).requeue

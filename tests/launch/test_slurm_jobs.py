@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +105,20 @@ def test_a_cancelled_run_says_so_and_can_be_resumed(
     assert again.wait_until_over() == "COMPLETED", again.log
     assert again.steps_repeated() <= INTERVAL
     assert_equal_bit_for_bit(undisturbed[4, False], run.directory)
+
+
+@pytest.mark.slow
+def test_a_cancel_during_the_wait_before_a_restart_is_for_good(cluster: MiniSlurm, tmp_path: Path) -> None:
+    run = SlurmRun(cluster, tmp_path, "waiting", *TWO_BY_TWO, "launcher.backoff_s=30", "checkpoint.interval_steps=5")
+    run.wait_for_step(8)
+    assert wait_until(lambda: run.events("checkpoint"), timeout_s=30), run.log
+    os.kill(run.processes("anemoi_dist.train", RANK="1")[0], signal.SIGKILL)
+    assert wait_until(lambda: run.launches("restart"), timeout_s=60), run.log
+    answer = anemoi_dist(cluster, "cancel", str(run.directory))
+    assert answer.returncode == 0, answer.stderr
+    assert run.wait_until_over() == "CANCELLED"
+    assert wait_until(lambda: run.launches("end"), timeout_s=30), run.log
+    assert not run.launches("requeue") and len(run.launches("launch")) == 1
 
 
 def command_run(cluster: MiniSlurm, root: Path, run_id: str, *arguments: str) -> SlurmRun:

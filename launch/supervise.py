@@ -236,6 +236,8 @@ def _describe_failure(run: RunDirectory, attempt: Mapping[str, Any]) -> str:
         logs = run.logs_dir(attempt["attempt"])
         return "" if code not in RESTARTED else f"run {run.run_id}: {_name(code)}; logs: {logs}"
     place = f"rank {failure['rank']} on {failure['host']} (pid {failure['pid']})"
+    if "signal" in failure:
+        return f"run {run.run_id}: {place} was {failure['error']}; its log: {failure['log']}"
     if failure["rank"] == 0 and code not in RESTARTED:
         return ""
     first = f"run {run.run_id}: {place} failed first: {_name(code)}; its log: {failure['log']}"

@@ -179,6 +179,9 @@ def test_a_killed_rank_is_an_internal_error_with_directions(run):
     assert "SIGKILL" in errors
     assert str(run.logs_dir(1)) in errors
     assert "Traceback" not in errors
+    failure = run.read_state()["attempts"][0]["failure"]
+    assert failure["rank"] == 1 and failure["error"].startswith("killed by SIGKILL")
+    assert f"(pid {failure['pid']}) was killed by SIGKILL" in errors
 
 
 def test_the_rank_that_failed_first_is_shown(run):

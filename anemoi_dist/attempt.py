@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +19,8 @@ _STATES = {
     ExitCode.SAVED_RUN_AGAIN: "preempted",
     ExitCode.INTERRUPTED: "cancelled",
 }
+#: How a rank's error reads that has only lost another rank.
+_LOST_PEER = re.compile(r"connection|peer|broken pipe|gloo|nccl|DistBackendError|TCPStore|interrupted", re.IGNORECASE)
 
 
 def end_state(code: ExitCode) -> str:
@@ -102,6 +107,46 @@ def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Mappi
             attempt["failure"] = dict(failure)
         state |= {"state": ended, "owner": None}
     return code
+
+
+def record_killed(run: RunDirectory, *, rank: int, pid: int, number: signal.Signals, attempts_before: int) -> None:
+    """Record that a rank of the attempt that runs was killed: it could not do so itself, and the others blame others.
+
+    A rank that only lost it may have recorded its own error before; that is replaced, and no other.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        The run.
+    rank, pid : int
+        Who was killed, on this host.
+    number : signal.Signals
+        By what.
+    attempts_before : int
+        Attempts recorded when the ranks were started: the rank may have gone before there was one more.
+    """
+    with run.changing_state() as state:
+        if len(state["attempts"]) <= attempts_before:
+            return
+        attempt = state["attempts"][-1]
+        told = attempt.get("failure")
+        if attempt.get("exit_code", ExitCode.INTERNAL) != ExitCode.INTERNAL:
+            return
+        if told is not None and (told["rank"] == rank or not _LOST_PEER.search(told["error"])):
+            return
+        why = " (out of memory? dmesg says)" if number == signal.SIGKILL else ""
+        attempt["failure"] = {
+            "rank": rank,
+            "host": socket.gethostname(),
+            "pid": pid,
+            "error": f"killed by {number.name}{why}",
+            "signal": number.name,
+            "log": str(run.log_file(len(state["attempts"]), rank)),
+        }
+        ended = end_state(ExitCode.INTERNAL)
+        attempt.setdefault("ended", time.time())
+        attempt |= {"exit_code": int(ExitCode.INTERNAL), "state": ended}
+        state |= {"state": ended, "owner": None}
 
 
 def is_finished(run: RunDirectory, *, max_steps: int) -> bool:

@@ -82,7 +82,8 @@ def claim_run(config: Config) -> tuple[RunDirectory, Hold]:
     Raises
     ------
     ConfigError
-        The run exists with another model, other data or another seed, and ``run.allow_changed`` does not name them.
+        The run has trained or saved with another model, other data or another seed, and ``run.allow_changed`` does not
+        name them.
     PreflightError
         The directory cannot be written, or the run has an owner.
     """
@@ -90,7 +91,7 @@ def claim_run(config: Config) -> tuple[RunDirectory, Hold]:
     run = RunDirectory.locate(config.run.root, config.run.id)
     try:
         if run.config_file.exists():  # what is refused leaves no trace, not even a lock file
-            _refuse_breaking(config_changes(_read_frozen(run), dataclasses.asdict(config)), config)
+            _compare(run, config)
         run.create()
         hold = hold_launch(run, say=lambda text: print(text, flush=True))  # noqa: T201
         try:
@@ -106,14 +107,34 @@ def claim_run(config: Config) -> tuple[RunDirectory, Hold]:
 def _freeze(run: RunDirectory, config: Config) -> None:
     changes: list[Change] = []
     if run.config_file.exists():
-        changes = config_changes(_read_frozen(run), dataclasses.asdict(config))
-        _refuse_breaking(changes, config)
+        changes = _compare(run, config)
     if changes or not run.config_file.exists():
         write_atomically(run.config_file, to_yaml(config))
     with run.changing_state() as state:
         left = [{"key": change.key, "was": change.was, "is": change.now} for change in changes]
         if state.get("changes", []) != left:
             state["changes"] = left
+
+
+def _compare(run: RunDirectory, config: Config) -> list[Change]:
+    """Return what differs from the frozen configuration; refuse what does not fit to what the run has done."""
+    frozen = _read_frozen(run)
+    changes = config_changes(frozen, dataclasses.asdict(config))
+    if _has_begun(run, frozen, config):
+        _refuse_breaking(changes, config)
+    return changes
+
+
+def _has_begun(run: RunDirectory, frozen: dict[str, Any], config: Config) -> bool:
+    """Whether the run has saved or trained anything, as far as can be told without asking an object store."""
+    urls = (config.checkpoint.url, dict(leaves(frozen)).get("checkpoint.url"))
+    if any(url is not None for url in urls) or any(run.checkpoints_dir.glob("step-*")):
+        return True
+    try:
+        with run.events_file.open("rb") as lines:
+            return any(line.startswith(b'{"event":"step"') for line in lines)
+    except FileNotFoundError:
+        return False
 
 
 def _read_frozen(run: RunDirectory) -> dict[str, Any]:

@@ -13,10 +13,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anemoi_dist.attempt import record_killed
 from anemoi_dist.errors import AnemoiDistError, ExitCode
 from anemoi_dist.parent import PARENT_PID, die_with_parent, parent_in_environment
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.telemetry.watchdog import record_unsaid_hang
+
+#: What ends a rank from outside, or by a crash. The rest is how processes are asked to leave, by us too.
+_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -36,12 +40,17 @@ def main() -> int:
     # It logs every rank that ends with a code, also those that mean "saved" or "your configuration is wrong". What goes
     # wrong in torchrun itself is an exception.
     logging.disable(logging.ERROR)
+    run = _run_directory(sys.argv)
     try:
+        attempts_before = len(run.read_state()["attempts"]) if run else 0  # no rank is there yet to add one
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = _cause(error)
-        if failure.exitcode == ExitCode.HANG:
-            record_unsaid_hang(RunDirectory(Path(sys.argv[sys.argv.index("--run-directory") + 1])))
+        if run and failure.exitcode == ExitCode.HANG:
+            record_unsaid_hang(run)
+        if run and failure.exitcode < 0 and -failure.exitcode not in _ASKING:
+            number = signal.Signals(-failure.exitcode)
+            record_killed(run, rank=rank, pid=failure.pid, number=number, attempts_before=attempts_before)
         if failure.exitcode in set(ExitCode):
             return failure.exitcode
         how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"code {failure.exitcode}"
@@ -54,6 +63,13 @@ def main() -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def _run_directory(arguments: list[str]) -> RunDirectory | None:
+    """Return the run that the ranks are told to train, where they are."""
+    if "--run-directory" not in arguments[:-1]:
+        return None
+    return RunDirectory(Path(arguments[arguments.index("--run-directory") + 1]))
 
 
 def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:

@@ -38,6 +38,7 @@ class Attempt:
     world_size: int | None = None
     max_steps: int | None = None
     job_id: str | None = None
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,21 @@ def _attempts(state: Mapping[str, Any]) -> tuple[Attempt, ...]:
                 world_size=whole(record.get("world_size")),
                 max_steps=whole(record.get("max_steps")),
                 job_id=str(record["job_id"]) if record.get("job_id") else None,
+                failure=failure_line(record.get("failure")),
             )
         )
     return tuple(found)
+
+
+def failure_line(failure: Any) -> str:
+    """Return who failed and how in one line, of what ``run.json`` says of a failure."""
+    if not isinstance(failure, dict) or not isinstance(failure.get("error"), str):
+        return ""
+    lines = [line.strip() for line in failure["error"].splitlines() if line.strip()] or ["no word"]
+    # A traceback says at its end what happened, all else at its beginning.
+    said = lines[-1] if lines[0].startswith("Traceback") else lines[0].rstrip(":")
+    place = f"rank {failure.get('rank')} on {failure.get('host')} (pid {failure.get('pid')})"
+    return f"{place} was {said}" if "signal" in failure else f"{place}: {said}"
 
 
 # Who lives

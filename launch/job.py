@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from anemoi_dist.config import Config, LauncherConfig, from_yaml
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 from anemoi_dist.launcher_rules import parse_time_limit
-from anemoi_dist.ownership import hold_launch
+from anemoi_dist.ownership import LEAVE, ask_to_stop, hold_launch, withdraw_stop
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.telemetry.events import Event, read_events
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from anemoi_dist.errors import ExitCode
-from anemoi_dist.telemetry.events import Event
 from anemoi_dist.telemetry.progress import format_duration
 
 from . import journal
@@ -27,6 +26,7 @@ STATES = {
     "planned": "prepared, and never started",
     "submitted": "in the scheduler's queue for the first time",
     "starting": "its ranks are being started",
+    "restarting": "a rank crashed or hung, and its ranks are being started again",
     "running": "it trains, scores or saves",
     "silent": "it runs, and a rank has given no sign of life for long",
     "stopping": "it was asked to stop, and saves first",
@@ -40,14 +40,14 @@ STATES = {
     "unknown": "nothing here can tell: another host runs it, or the scheduler does not answer",
 }
 #: States in which a run does something, or will without a person.
-ACTIVE = ("submitted", "starting", "running", "silent", "stopping", "requeued")
+ACTIVE = ("submitted", "starting", "restarting", "running", "silent", "stopping", "requeued")
 _REASONS = {
     ExitCode.CONFIGURATION: "the configuration was refused",
     ExitCode.PREFLIGHT: "the preflight failed",
     ExitCode.NO_CHECKPOINT: "no checkpoint could be loaded or written",
     ExitCode.DIVERGED: "training diverged",
     ExitCode.HANG: "a rank hung",
-    ExitCode.INTERNAL: "an internal error, or a rank was killed",
+    ExitCode.INTERNAL: "a rank crashed or was killed",
 }
 
 
@@ -56,7 +56,7 @@ class SilentRank:
     """A rank that gives no sign of life, and where it stood when it last did."""
 
     rank: int
-    host: str
+    host: str | None
     pid: int | None
     phase: str
     step: int | None
@@ -72,7 +72,9 @@ class RunStatus:
     state : str
         A key of :data:`STATES`.
     detail : str
-        Why, in a few words.
+        More of that in a few words, and since when.
+    reason : str or None
+        What has led to it, as whoever knew it has said.
     exit_code : int or None
         How it ended.
     seen_s : float or None
@@ -88,10 +90,11 @@ class RunStatus:
     run_id: str
     state: str
     detail: str = ""
+    reason: str | None = None
     attempt: int | None = None
     kind: str | None = None
     job_id: str | None = None
-    nodes: str = ""
+    nodes: str | None = None
     restarts: int | None = None
     exit_code: int | None = None
     step: int | None = None
@@ -142,6 +145,7 @@ class _Derivation:
         self.begun = journal.last(facts.launch, "submit", "launch", "restart")
         self.silent: list[SilentRank] = []
         self.exit_code: int | None = None
+        self.reason = ""
         self.notes: list[str] = [f"run.json is passed over: {facts.damage}"] if facts.damage else []
         if queue_error and facts.job_id:
             self.notes.append(queue_error)
@@ -158,10 +162,11 @@ class _Derivation:
             run_id=facts.run_id,
             state=state,
             detail=" ".join(detail.split()),
+            reason=" ".join(self.reason.removeprefix(f"run {facts.run_id}: ").split()) or None,
             attempt=attempt,
             kind=facts.kind,
             job_id=facts.job_id,
-            nodes=job.nodes if job else "",
+            nodes=(job.nodes or None) if job else None,
             restarts=job.restarts if job else None,
             exit_code=self.exit_code,
             silent=tuple(self.silent),
@@ -240,7 +245,7 @@ class _Derivation:
 
     def _live(self) -> tuple[str, str]:
         if self.last is not None and self.last["event"] == "cancel" and not self._attempt_is_newer():
-            return "stopping", f"cancelled {self._ago(self.last['time'])}; its processes are being ended"
+            return "stopping", f"cancelled{self._ago(self.last['time'])}; its processes are being ended"
         attempt = self._current_attempt()
         if attempt is None:
             return self._between_attempts()
@@ -266,17 +271,23 @@ class _Derivation:
             if all(attempt.ended > start + slack_s for start in self._starts()):
                 if attempt.exit_code == ExitCode.FINISHED:
                     return self._over()
-                return "stopping", f"its ranks ended with code {attempt.exit_code} {self._ago(attempt.ended)}"
+                self.reason = attempt.failure
+                asked = self.facts.stop_requested or self._control_has_ended()
+                mended = attempt.exit_code in (ExitCode.INTERNAL, ExitCode.HANG) and not asked
+                ended = f"its ranks ended with code {attempt.exit_code}{self._ago(attempt.ended)}"
+                return "restarting" if mended else "stopping", ended
         if self._control_has_ended() and self.last is not None and all(self.last["time"] > s for s in self._starts()):
-            return "stopping", f"its launcher ended with code {self.last.get('code')} {self._ago(self.last['time'])}"
+            self.reason = str(self.last.get("reason") or "")
+            return "stopping", f"its launcher ended with code {self.last.get('code')}{self._ago(self.last['time'])}"
         launched = self.job is None or self._num_lives(self.job) > (self.job.restarts or 0)
         if self.facts.is_command and launched and self.last is not None and self.last["event"] == "launch":
             return "running", "its command runs" + self._for(self.last["time"])
         since = self.job.start_time if self.job is not None else None
         if begun is not None and begun["event"] == "restart":
             left_s = begun["time"] + (number(begun.get("wait_s")) or 0.0) - self.now
+            self.reason = str(begun.get("reason") or "")
             when = f", in {format_duration(left_s)}" if left_s >= 1 else self._for(begun["time"])
-            return "starting", f"again after {_reason(begun)}{when}"
+            return "restarting", f"{_meaning(whole(begun.get('code')))}; its ranks start again{when}"
         if since is None and begun is not None:
             since = begun["time"]
         return "starting", "its ranks are being started" + self._for(since)
@@ -297,7 +308,7 @@ class _Derivation:
         silent = [_silent(beat, now=self.now) for beat in sorted(found, key=_blame)]
         age_s = 0.0 if attempt.started is None else self.now - attempt.started
         if beats and beats[0].rank != 0 and age_s > SILENT_AT_STARTUP_AFTER_S:
-            silent.insert(0, SilentRank(0, host="", pid=None, phase="", step=None, silent_s=age_s))
+            silent.insert(0, SilentRank(0, host=None, pid=None, phase="", step=None, silent_s=age_s))
         return silent
 
     def _silence(self) -> str:
@@ -320,11 +331,11 @@ class _Derivation:
         # The launcher may note after it that the ranks, which were ended, had saved.
         told = journal.last(self.facts.launch, "submit", "launch", "cancel")
         if last and told is not None and told["event"] == "cancel" and last.get("code") != ExitCode.FINISHED:
-            return "cancelled", self._ago(told["time"])
+            return "cancelled", f"by `anemoi-dist cancel`{self._ago(told['time'])}"
         if last.get("event") == "end" and (code := whole(last.get("code"))) is not None:
             return self._by_code(code, last["time"], reason=str(last.get("reason") or ""))
         if job is not None and job.state == "CANCELLED":
-            return "cancelled", f"by scancel {job.reason} {self._ago(job.end_time)}"
+            return "cancelled", f"by scancel {job.reason}{self._ago(job.end_time)}"
         if last.get("event") == "requeue" and job is not None:
             return "lost", f"it was sent back into the queue, but job {job.job_id} is {job.state}; resume goes on"
         if attempt is not None and attempt.exit_code is not None:
@@ -335,12 +346,16 @@ class _Derivation:
         self.exit_code = code
         ago = self._ago(when)
         if code == ExitCode.FINISHED:
-            return "finished", f"it ended {ago}"
+            return "finished", f"all its steps are done{ago}"
+        self.reason = reason
         if code == ExitCode.SAVED_RUN_AGAIN:
-            return "preempted", f"saved on request {f'({reason}) ' if reason else ''}{ago}; resume goes on"
+            return "preempted", f"it saved on request{ago}; resume goes on"
         if code == ExitCode.INTERRUPTED:
-            return "cancelled", f"interrupted before anything was saved {ago}"
-        return "failed", f"code {code}: {_reason({'code': code, 'reason': reason})} {ago}"
+            self.reason = ""
+            return "cancelled", f"interrupted before anything was saved{ago}"
+        if not reason and self.attempt is not None and self._attempt_is_of_this_life():
+            self.reason = self.attempt.failure
+        return "failed", f"code {code}: {_meaning(code)}{ago}"
 
     def _without_a_word(self) -> tuple[str, str]:
         job = self.job
@@ -351,9 +366,9 @@ class _Derivation:
             self.exit_code = job.exit_code or None
             why = f" ({job.reason})" if job.reason else ""
             code = f" with code {job.exit_code}" if job.exit_code else ""
-            return "failed", f"job {job.job_id} is {job.state}{why}{code} {self._ago(job.end_time)} without a word"
+            return "failed", f"job {job.job_id} is {job.state}{why}{code} without a word{self._ago(job.end_time)}"
         seen = max((beat.seen for beat in self.facts.beats), default=None)
-        sign = "" if seen is None else f", last seen {self._ago(seen)}"
+        sign = "" if seen is None else f", last seen{self._ago(seen, mark='')}"
         return "crashed", f"its processes are gone without a word{sign}; resume goes on from what it saved last"
 
     # Nobody here can tell
@@ -364,7 +379,7 @@ class _Derivation:
             return self._over()
         if attempt is not None and attempt.exit_code is not None and self._attempt_is_of_this_life():
             if self.last is not None and self.last["event"] == "requeue":
-                return "requeued", f"sent back into the queue {self._ago(self.last['time'])}"
+                return "requeued", f"sent back into the queue{self._ago(self.last['time'])}"
             if attempt.exit_code == ExitCode.FINISHED or not self.facts.job_id:
                 return self._over()
         seen = max((beat.seen for beat in beats), default=None)
@@ -375,9 +390,9 @@ class _Derivation:
         begun = self.begun or {}
         word = {"submit": "submitted", "launch": "launched", "restart": "restarted"}.get(str(begun.get("event")))
         if seen is None and word is not None:
-            return "unknown", f"{word} {self._ago(begun['time'])} on {begun.get('host', '?')}"
+            return "unknown", f"{word}{self._ago(begun['time'], mark='')} on {begun.get('host', '?')}"
         on = f" on {host}" if host else ""
-        return "unknown", f"last seen {self._ago(seen)}{on}" if seen is not None else f"held by a process{on}"
+        return "unknown", f"last seen{self._ago(seen, mark='')}{on}" if seen is not None else f"held by a process{on}"
 
     # The order of what happened
 
@@ -426,8 +441,8 @@ class _Derivation:
     def _for(self, since: float | None) -> str:
         return "" if since is None else f", for {format_duration(max(0.0, self.now - since))}"
 
-    def _ago(self, when: float | None) -> str:
-        return "" if when is None else format_ago(self.now - when)
+    def _ago(self, when: float | None, *, mark: str = ",") -> str:
+        return "" if when is None else f"{mark} {format_ago(self.now - when)}"
 
 
 def _numbers(facts: Facts, *, state: str, now: float) -> dict[str, Any]:
@@ -462,19 +477,18 @@ def _blame(beat: Beat) -> tuple[float, float, float]:
 
 def _silent(beat: Beat, *, now: float) -> SilentRank:
     return SilentRank(
-        beat.rank, host=beat.host, pid=beat.pid, phase=beat.phase, step=beat.step, silent_s=now - beat.seen
+        beat.rank, host=beat.host or None, pid=beat.pid, phase=beat.phase, step=beat.step, silent_s=now - beat.seen
     )
 
 
-def _reason(event: Event) -> str:
-    code = whole(event.get("code"))
+def _meaning(code: int | None) -> str:
     known = {int(key): words for key, words in _REASONS.items()}
-    return str(event.get("reason") or known.get(-1 if code is None else code, f"exit code {code}"))
+    return "a rank crashed or was killed" if code is None else known.get(code, "an error of its own")
 
 
 def format_ago(seconds: float) -> str:
-    """Return how long ago something was: ``now``, ``12 s ago``, ``3 min ago``, ``5 h ago``, ``2 d ago``."""
+    """Return how long ago something was: ``just now``, ``12 s ago``, ``3 min ago``, ``5 h ago``, ``2 d ago``."""
     for unit, size, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
         if seconds < limit * size:
-            return "now" if seconds < 1 else f"{seconds / size:.0f} {unit} ago"
+            return "just now" if seconds < 1 else f"{seconds / size:.0f} {unit} ago"
     return f"{seconds / 86400:.0f} d ago"

@@ -79,7 +79,7 @@ def _what_follows(status: RunStatus) -> str:
 
 
 def _described(status: RunStatus) -> str:
-    return f"{status.state}: {status.detail}" if status.detail else status.state
+    return f"{status.state} ({status.detail})" if status.detail else status.state
 
 
 # cancel

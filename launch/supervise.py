@@ -18,6 +18,7 @@ from anemoi_dist.parent import PARENT_PID
 from anemoi_dist.run_directory import LAUNCHED, RunDirectory
 
 from . import journal
+from .facts import failure_line
 
 #: Ends that another start may mend: a crash, and a hang. What a rank said on purpose comes again.
 RESTARTED = (ExitCode.INTERNAL, ExitCode.HANG)
@@ -34,10 +35,13 @@ class Ending:
         The exit code of the run.
     message : str
         What to tell the user; empty where the ranks have said it.
+    reason : str
+        The same in one line, for ``launch.jsonl``.
     """
 
     code: int
     message: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,15 +107,13 @@ def supervise(job: Job, options: LauncherConfig) -> int:
                 break
             wait_s = min(options.backoff_s * 2**restarts, _LONGEST_WAIT_S)
             _say(f"run {job.run.run_id}: restart {restarts + 1} of {options.max_restarts} in {wait_s:g} s")
-            reason = ending.message.partition("\n")[0]
-            journal.note_if_possible(
-                job.run, "restart", code=int(ending.code), reason=reason, wait_s=wait_s, **job.facts
-            )
+            note = {"code": int(ending.code), "reason": ending.reason, "wait_s": wait_s}
+            journal.note_if_possible(job.run, "restart", **note, **job.facts)
             if stopper.wait(wait_s):
                 break
-    journal.note_if_possible(
-        job.run, "end", code=int(ending.code), reason=ending.message.partition("\n")[0], **job.facts
-    )
+    if ending.code in RESTARTED and job.kind != "slurm":  # a job in SLURM may go back into the queue by itself
+        _say("the same command continues from the last checkpoint")
+    journal.note_if_possible(job.run, "end", code=int(ending.code), reason=ending.reason, **job.facts)
     return ending.code
 
 
@@ -225,10 +227,10 @@ def read_ending(
     attempts = run.read_state()["attempts"]
     last = attempts[-1] if len(attempts) > attempts_before else None
     if last is not None and last.get("exit_code") is not None:
-        return Ending(int(last["exit_code"]), _describe_failure(run, last))
+        return Ending(int(last["exit_code"]), _describe_failure(run, last), failure_line(last.get("failure")))
     if interrupted:
         told = f"stopped before anything new was saved; the same command starts {run.run_id} again"
-        return Ending(ExitCode.INTERRUPTED, told)
+        return Ending(ExitCode.INTERRUPTED, told, "stopped before anything new was saved")
     ours = agent_code in set(ExitCode)
     if last is None:
         # Nothing to do for a finished run, or refused before the attempt began: rank 0 has said so.
@@ -238,13 +240,15 @@ def read_ending(
             ExitCode.INTERNAL,
             f"run {run.run_id}: no rank got as far as recording its start (the command returned {agent_code}); what "
             "they printed is above",
+            "no rank got as far as recording its start",
         )
     if ours and returns_codes and agent_code != ExitCode.FINISHED:
         return Ending(agent_code, f"run {run.run_id}: attempt {last['attempt']} ended with {_name(agent_code)}")
     return Ending(
         ExitCode.INTERNAL,
         f"run {run.run_id}: attempt {last['attempt']} ended without a word: a rank was killed or crashed (out of "
-        f"memory?); logs: {run.logs_dir(last['attempt'])}; the same command continues from the last checkpoint",
+        f"memory?); logs: {run.logs_dir(last['attempt'])}",
+        "a rank was killed or crashed without a word (out of memory?)",
     )
 
 
@@ -255,14 +259,13 @@ def _describe_failure(run: RunDirectory, attempt: Mapping[str, Any]) -> str:
         logs = run.logs_dir(attempt["attempt"])
         return "" if code not in RESTARTED else f"run {run.run_id}: {_name(code)}; logs: {logs}"
     place = f"rank {failure['rank']} on {failure['host']} (pid {failure['pid']})"
+    if "signal" in failure:
+        return f"run {run.run_id}: {place} was {failure['error']}; its log: {failure['log']}"
     if failure["rank"] == 0 and code not in RESTARTED:
         return ""
     first = f"run {run.run_id}: {place} failed first: {_name(code)}; its log: {failure['log']}"
     has_said = failure["rank"] == 0 and "hang" not in failure
-    lines = [first] if has_said else [first, *(f"  {line}" for line in failure["error"].splitlines())]
-    if code in RESTARTED:
-        lines.append("the same command continues from the last checkpoint")
-    return "\n".join(lines)
+    return "\n".join([first] if has_said else [first, *(f"  {line}" for line in failure["error"].splitlines())])
 
 
 def _name(code: int) -> str:

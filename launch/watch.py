@@ -27,7 +27,7 @@ _LOOK_S, _ASK_S = 2.0, 15.0
 _QUIET_S = 60.0
 _COLUMNS = ("run", "state", "attempt", "job", "step", "samples/s", "loss", "last seen", "time left")
 #: States whose reason is shown below the table.
-_EXPLAINED = ("submitted", "requeued", "silent", "failed", "crashed", "lost", "unknown")
+_EXPLAINED = ("submitted", "requeued", "restarting", "silent", "failed", "crashed", "lost", "unknown")
 _MOST_SILENT = 8
 
 
@@ -122,8 +122,10 @@ def table(statuses: Sequence[RunStatus]) -> Iterator[str]:
         )
         yield "  ".join(cells).rstrip()
     for status in statuses:
-        if status.state in _EXPLAINED and status.detail:
+        if status.state in _EXPLAINED and (status.detail or status.reason):
             yield f"{status.run_id}: {status.detail}"
+            if status.reason:
+                yield f"{' ' * len(status.run_id)}  {status.reason}"
     for note in dict.fromkeys(note for status in statuses for note in status.notes):
         about = [status.run_id for status in statuses if note in status.notes]
         yield f"note: {note} ({about[0]}{f' and {len(about) - 1} others' if len(about) > 1 else ''})"
@@ -166,6 +168,8 @@ def described(status: RunStatus, run: RunDirectory) -> Iterator[str]:
     """Yield the lines that tell a person all that is known of a run."""
     yield _line("run", f"{status.run_id}  ({run.path})")
     yield _line("state", f"{status.state}: {status.detail or STATES[status.state]}")
+    if status.reason:
+        yield _line("reason", status.reason)
     if status.attempt is not None:
         yield _line("attempt", str(status.attempt))
     if status.job_id:
@@ -223,6 +227,8 @@ def _print_change(status: RunStatus, *, notes: Sequence[str]) -> None:
     else:
         words.append(status.detail or STATES[status.state])
     print("  ".join(words), flush=True)
+    if status.reason:
+        print(f"{'':10}{status.reason}", flush=True)
     for note in notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from anemoi_dist import ownership
-from anemoi_dist.attempt import Attempt, is_finished, record_end
+from anemoi_dist.attempt import Attempt, is_finished, record_end, record_killed
 from anemoi_dist.errors import ExitCode, PreflightError
 from anemoi_dist.run_directory import RunDirectory
 
@@ -60,3 +61,34 @@ def test_the_first_record_of_an_end_stands(run: RunDirectory) -> None:
     attempt.end(ExitCode.FINISHED)
     assert run.read_state()["attempts"][0]["failure"] == failure
     assert run.read_state()["attempts"][0]["exit_code"] == ExitCode.INTERNAL
+
+
+@pytest.mark.parametrize(
+    ("recorded", "error", "blamed"),
+    [
+        (None, "", 1),
+        (ExitCode.INTERNAL, "RuntimeError: [gloo] Connection closed by peer", 1),
+        (ExitCode.INTERNAL, "ValueError: no such variable", 0),  # its own: rank 1 may have gone because of it
+        (ExitCode.DIVERGED, "the peer is NaN", 0),
+    ],
+)
+def test_a_killed_rank_is_blamed_and_not_those_that_lost_it(
+    run: RunDirectory, recorded: ExitCode | None, error: str, blamed: int
+) -> None:
+    attempt = Attempt(run, world_size=2, max_steps=1)
+    if recorded is not None:
+        attempt.end(recorded, failure={"rank": 0, "host": "h", "pid": 2, "error": error, "log": "l"})
+    record_killed(run, rank=1, pid=7, number=signal.SIGKILL, attempts_before=0)
+    state = run.read_state()
+    last = state["attempts"][0]
+    assert last["failure"]["rank"] == blamed
+    assert last["exit_code"] == (recorded or ExitCode.INTERNAL) and state["state"] == "failed" and not state["owner"]
+    if blamed == 1:
+        assert last["failure"]["error"].startswith("killed by SIGKILL") and last["failure"]["pid"] == 7
+
+
+def test_a_rank_killed_before_its_attempt_began_is_not_the_end_of_the_attempt_before(run: RunDirectory) -> None:
+    Attempt(run, world_size=2, max_steps=1).end(ExitCode.FINISHED)
+    before = run.read_state()
+    record_killed(run, rank=1, pid=7, number=signal.SIGKILL, attempts_before=1)
+    assert run.read_state() == before

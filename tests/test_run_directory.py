@@ -17,6 +17,7 @@ from anemoi_dist.config import from_yaml
 from anemoi_dist.errors import ConfigError, PreflightError
 from anemoi_dist.prepare import changes_table, config_changes, derive_run_id, prepare_run
 from anemoi_dist.run_directory import RunDirectory, check_run_id, write_atomically
+from anemoi_dist.telemetry.events import EventLog
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +177,7 @@ def test_other_entries_of_the_state_stay():
 )
 def test_what_would_break_a_run_is_refused_unless_named(override, name):
     _, run = prepare()
+    (run.checkpoints_dir / "step-00000001").mkdir()
     frozen = run.config_file.read_text()
     with pytest.raises(ConfigError) as caught:
         prepare(override)
@@ -188,6 +190,25 @@ def test_what_would_break_a_run_is_refused_unless_named(override, name):
         prepare(override, f"run.allow_changed=[{others}]")
     composed, run = prepare(override, f"run.allow_changed=[{name}]")
     assert from_yaml(run.config_file.read_text()) == composed.config
+
+
+def test_a_run_that_has_done_nothing_takes_another_model_data_and_seed():
+    _, run = prepare("run.seed=1")
+    log = EventLog(run.events_file)
+    log.write("start", step=0)
+    composed, run = prepare("model._target_=other.Model", "data.train.end=2025-12-20", "run.seed=2")
+    assert from_yaml(run.config_file.read_text()) == composed.config
+
+    log.write("step", step=1)
+    log.close()
+    with pytest.raises(ConfigError, match=r"run.allow_changed=\[model\]"):
+        prepare("run.seed=2", "data.train.end=2025-12-20")
+
+
+def test_what_an_object_store_holds_is_not_risked():
+    prepare("checkpoint.url=memory://there")
+    with pytest.raises(ConfigError, match=r"run.allow_changed=\[seed\]"):
+        prepare("run.seed=2")
 
 
 def test_a_running_run_is_left_alone():

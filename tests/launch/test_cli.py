@@ -154,6 +154,7 @@ def test_train_prepares_and_starts(monkeypatch, capsys):
     # The table of changes is rank 0's to show, under any way of starting it.
     assert capsys.readouterr().err == ""
 
+    Path("runs/x/checkpoints/step-00000005").mkdir()
     assert cli.main([*arguments, "run.seed=1"]) == 2
     assert "run.allow_changed=[seed]" in capsys.readouterr().err
     assert len(started) == 2

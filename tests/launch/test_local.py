@@ -179,12 +179,18 @@ def test_a_killed_rank_is_an_internal_error_with_directions(run):
     assert "SIGKILL" in errors
     assert str(run.logs_dir(1)) in errors
     assert "Traceback" not in errors
+    failure = run.read_state()["attempts"][0]["failure"]
+    assert failure["rank"] == 1 and failure["error"].startswith("killed by SIGKILL")
+    assert f"(pid {failure['pid']}) was killed by SIGKILL" in errors
 
 
 def test_the_rank_that_failed_first_is_shown(run):
     code, errors = ended(start(run, "raises"))
     assert code == 70, errors
     assert "rank 1 on there" in errors and "failed first" in errors and "  It broke" in errors and "its log" in errors
+    assert errors.rstrip().endswith("the same command continues from the last checkpoint")
+    reason = journal.read(run)[-1]["reason"]
+    assert reason.startswith("rank 1 on there (pid ") and reason.endswith("): It broke")
 
 
 def test_a_killed_rank_restarts_in_place(run):
@@ -192,6 +198,7 @@ def test_a_killed_rank_restarts_in_place(run):
     assert code == 0, errors
     assert len(run.read_state()["attempts"]) == 2
     assert "restart 1 of 1 in 0.1 s" in errors
+    assert "continues from the last checkpoint" not in errors, "it does, by itself"
     names = [(event["event"], event.get("code")) for event in journal.read(run)]
     assert names == [("launch", None), ("restart", 70), ("end", 0)]
 

@@ -329,8 +329,8 @@ ALIVE = [
     ),
     Case(
         "waiting to start again",
-        "starting",
-        "again after a rank hung, in 0:06",
+        "restarting",
+        "a rank hung; its ranks start again, in 0:06",
         launch=(launch(400, None), event("restart", 4, code=6, wait_s=10)),
         attempts=(attempt(390, 4.5, 6),),
         beats=beats(ago=200),
@@ -338,9 +338,9 @@ ALIVE = [
     ),
     Case(
         "starting again after a rank was killed: the old attempt looks open",
-        "starting",
-        "again after rank 1 was killed, for 0:04",
-        launch=(launch(400, None), event("restart", 4, reason="rank 1 was killed", wait_s=0)),
+        "restarting",
+        "a rank crashed or was killed; its ranks start again, for 0:04",
+        launch=(launch(400, None), event("restart", 4, code=70, reason="run r: rank 1 was killed", wait_s=0)),
         attempts=(attempt(390),),
         beats=beats(ago=7),
         more={"launcher_alive": True, "owner_alive": False, "owner_host": "login"},
@@ -353,6 +353,24 @@ ALIVE = [
         attempts=(attempt(390, 1, 75),),
         beats=beats(phase="end"),
         more={"launcher_alive": True},
+    ),
+    Case(
+        "a rank crashed, its launcher has not said yet what follows",
+        "restarting",
+        "its ranks ended with code 70, 1 s ago",
+        launch=(launch(400, None),),
+        attempts=(attempt(390, 1, 70),),
+        beats=beats(),
+        more={"launcher_alive": True},
+    ),
+    Case(
+        "a rank crashed while a stop was asked for",
+        "stopping",
+        "its ranks ended with code 70, 1 s ago",
+        launch=(launch(400, None),),
+        attempts=(attempt(390, 1, 70),),
+        beats=beats(),
+        more={"launcher_alive": True, "stop_requested": True},
     ),
     Case(
         "its ranks have finished, its launcher has not ended",
@@ -440,7 +458,7 @@ OVER = [
     Case(
         "finished",
         "finished",
-        "it ended 5 s ago",
+        "all its steps are done, 5 s ago",
         launch=(launch(400, None), event("end", 5, code=0)),
         attempts=(attempt(390, 5, 0),),
         beats=beats(phase="end"),
@@ -470,7 +488,7 @@ OVER = [
     Case(
         "stopped and saved",
         "preempted",
-        "saved on request (the stop file) 5 s ago; resume goes on",
+        "it saved on request, 5 s ago; resume goes on",
         launch=(launch(400, None), event("end", 5, code=75, reason="the stop file")),
         attempts=(attempt(390, 6, 75),),
         more={"launcher_alive": False},
@@ -478,7 +496,7 @@ OVER = [
     Case(
         "diverged",
         "failed",
-        "code 5: training diverged",
+        "code 5: training diverged, 5 s ago",
         launch=(launch(400, None), event("end", 5, code=5)),
         attempts=(attempt(390, 6, 5),),
         more={"launcher_alive": False},
@@ -486,7 +504,7 @@ OVER = [
     Case(
         "refused before an attempt began",
         "failed",
-        "code 3: no disk",
+        "code 3: the preflight failed, 5 s ago",
         launch=(launch(400, None), event("end", 5, code=3, reason="no disk")),
         more={"launcher_alive": False},
     ),
@@ -780,6 +798,18 @@ def test_every_phase(case: Case):
     assert bool(status.silent) == (status.state == "silent")
 
 
+def test_reasons_stand_alone():
+    reasons = {case.name: case.status().reason for case in CASES}
+    assert reasons["starting again after a rank was killed: the old attempt looks open"] == "rank 1 was killed"
+    assert reasons["stopped and saved"] == "the stop file"
+    assert reasons["refused before an attempt began"] == "no disk"
+    assert reasons["finished"] is None
+    refused = replace(attempt(390, 5, 2), failure="rank 0 on n0 (pid 7): a.b=[0]: must be")
+    case = Case("", "", launch=(launch(400, None), event("end", 5, code=2)), attempts=(refused,), more=LOCAL_DEAD)
+    assert case.status().reason == "rank 0 on n0 (pid 7): a.b=[0]: must be"
+    assert case.status().detail == "code 2: the configuration was refused, 5 s ago"
+
+
 def test_every_state_has_a_case():
     assert {case.state for case in CASES} == set(STATES)
     assert set(ACTIVE) <= set(STATES)
@@ -818,8 +848,8 @@ def test_how_it_ended_is_told():
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (-3, "now"),
-        (0.4, "now"),
+        (-3, "just now"),
+        (0.4, "just now"),
         (12.2, "12 s ago"),
         (99, "99 s ago"),
         (125, "2 min ago"),

@@ -161,7 +161,7 @@ def test_cancel_of_a_job(root, slurm, capsys):
     slurm.answer("scancel")
     assert say(root, "cancel") == 0
     assert slurm.asked()[-1] == ["scancel", "12"]
-    assert "it was submitted: job 12 waits: Priority" in capsys.readouterr().out
+    assert "it was submitted (job 12 waits: Priority)" in capsys.readouterr().out
     slurm.answer("squeue", squeue_line("12", "CANCELLED"))
     assert look_at(run).state == "cancelled"
     assert say(root, "cancel") == 2

@@ -20,7 +20,6 @@ def run(tmp_path) -> RunDirectory:
         ([{"attempt": 1, "exit_code": 0}, {"attempt": 2, "exit_code": 75}], 1, True, 75, ""),
         ([{"attempt": 1, "exit_code": 0}, {"attempt": 2, "exit_code": 70}], 1, False, 70, "attempt-02"),
         ([{"attempt": 1, "exit_code": 0}, {"attempt": 2}], 1, False, 70, "attempt-02"),
-        ([{"attempt": 1, "exit_code": 0}, {"attempt": 2}], 1, False, 70, "continues from the last checkpoint"),
         ([{"attempt": 1, "exit_code": 0}, {"attempt": 2}], 143, True, 130, "before anything new was saved"),
         ([{"attempt": 1, "exit_code": 0}], 3, False, 3, ""),
         ([{"attempt": 1, "exit_code": 0}], 1, False, 70, "no rank got as far"),

@@ -221,6 +221,23 @@ def test_status_says_all_that_is_known(root, slurm, capsys):
     assert (told["state"], told["silent"][0]["rank"], told["nodes"]) == ("silent", 1, "node[1-2]")
 
 
+def test_of_a_failed_run_the_error_is_shown(root, capsys):
+    failure = {"rank": 0, "host": "n0", "pid": 7, "error": "model.dilations=[0]: must hold numbers\n  fix: 1"}
+    run = make_run(root, "r", state={"state": "failed", "attempts": [attempt(code=2, ended=5) | {"failure": failure}]})
+    write_launch(run, {"event": "launch", "kind": "local", "pid": NOBODY, "ago": 310}, {"event": "end", "code": 2})
+    assert main(["status", "r", "--root", str(root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("state      failed: code 2: the configuration was refused, ")
+    assert lines[2] == "reason     rank 0 on n0 (pid 7): model.dilations=[0]: must hold numbers"
+    assert main(["runs", "--root", str(root)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "   rank 0 on n0 (pid 7): model.dilations=[0]: must hold numbers"
+    assert main(["status", "r", "--root", str(root), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["nodes"] is None
+    traced = {**failure, "error": "Traceback (most recent call last):\n  File x\nValueError: broke\n"}
+    assert facts_module.failure_line(traced) == "rank 0 on n0 (pid 7): ValueError: broke"
+    assert facts_module.failure_line({"error": 3}) == facts_module.failure_line(None) == ""
+
+
 def test_an_unknown_run_has_near_matches(root, capsys):
     running(root, "first")
     for name in ("status", "logs", "stop", "cancel", "resume"):
@@ -275,6 +292,7 @@ def test_follow_prints_what_changes(root, monkeypatch, capsys):
     assert main(["status", "r", "--root", str(root), "--follow"]) == 0
     thread.join()
     lines = capsys.readouterr().out.splitlines()
+    assert lines.pop().strip() == "the stop file"
     assert 2 <= len(lines) <= 3, "perhaps stopping, between the two"
     assert "attempt 1, step 40/1000  loss 0.4000  12.0 samples/s" in lines[0] and "preempted" in lines[-1]
 

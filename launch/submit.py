@@ -53,6 +53,7 @@ def add_commands(commands: Any) -> None:
     submit.add_argument("--multirun", action="store_true", help="one run for each combination: key=a,b key=range(1,4)")
     submit.add_argument("--after", metavar="RUN", help="start when that run is finished, and not at all if it fails")
     submit.add_argument("--after-any", metavar="RUN", help="start when that run has ended, however")
+    submit.add_argument("--no-check", action="store_true", help="submit without having built the model here first")
     submit.add_argument("--srun", action="store_true", help="start the command after -- by srun, one task a rank")
 
 
@@ -115,6 +116,9 @@ def _submit(options: argparse.Namespace) -> int:
     if options.dry_run:
         print("\n".join(scripts), end="")
         return ExitCode.FINISHED
+    _refuse_without_sbatch()
+    if options.words is None and not options.no_check:
+        _check_models(requests)
     for number, request in enumerate(requests):
         try:
             job_id = submit(request)
@@ -232,11 +236,7 @@ def submit(request: Request) -> str:
 
     from . import slurm
 
-    if shutil.which("sbatch") is None:
-        raise PreflightError(
-            "there is no sbatch on this machine: submit on a login node of the cluster, or run "
-            "`anemoi-dist train launcher=local` here"
-        )
+    _refuse_without_sbatch()
     script, config = request.script(), request.config
     _refuse_other_kind(request)
     _refuse_queued(request.directory())
@@ -250,6 +250,22 @@ def submit(request: Request) -> str:
         job_id = _sbatch(script, slurm.options(config, run, request.dependency))
         _record(request, run, job_id, script)
     return job_id
+
+
+def _refuse_without_sbatch() -> None:
+    if shutil.which("sbatch") is None:
+        raise PreflightError(
+            "there is no sbatch on this machine: submit on a login node of the cluster, or run "
+            "`anemoi-dist train launcher=local` here"
+        )
+
+
+def _check_models(requests: Sequence[Request]) -> None:
+    """Refuse now what every rank would refuse once the queue has been waited in."""
+    from .model_size import check_models
+
+    if unknown := check_models([request.config for request in requests]):
+        print(f"note: the model could not be built here, so the job is the first to try: {unknown}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -272,6 +272,13 @@ def test_why_a_size_is_unknown(tmp_path, monkeypatch):
         model_size.model_size(config)
 
 
+def test_a_model_that_cannot_be_built_anywhere_is_refused(capsys):
+    assert cli.main(["plan", "model.dilations=[0]", *TWO_RANKS]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("anemoi-dist: model.dilations=[0]: must hold numbers from 1 to")
+
+
 def test_the_memory_of_the_device(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -7,7 +7,9 @@ import stat
 from pathlib import Path
 
 import pytest
-from anemoi_dist.launch import cli, submit
+from anemoi_dist.launch import cli, model_size, submit
+
+from anemoi_dist.compose import compose
 
 
 def main(*arguments: str) -> int:
@@ -87,7 +89,7 @@ def test_the_environment_of_the_user_does_not_overrule_the_script(
         f"run.root={tmp_path}",
         "run.id=r",
     ]
-    assert main(*arguments) == 0
+    assert main(*arguments, "--no-check") == 0
     captured = capsys.readouterr()
     assert "job 42," in captured.out and "hello" in captured.err, "a site's own remarks are shown"
     lines = (recorded / "environment").read_text().splitlines()
@@ -102,8 +104,38 @@ def test_a_stop_that_nobody_answered_is_forgotten(recorded: Path, tmp_path: Path
     stop = tmp_path / "r" / "control" / "stop"
     stop.parent.mkdir(parents=True)
     stop.touch()
-    assert main("launcher=slurm", f"run.root={tmp_path}", "run.id=r") == 0
+    assert main("launcher=slurm", f"run.root={tmp_path}", "run.id=r", "--no-check") == 0
     assert not stop.exists()
+
+
+def test_a_model_that_no_rank_could_build_takes_no_place_in_the_queue(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["launcher=slurm", f"run.root={tmp_path}", "run.id=r", "model.dilations=[0]"]
+    assert main(*arguments) == 2
+    assert "model.dilations=[0]: must hold numbers from 1 to" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists() and not (recorded / "script").exists()
+    assert main(*arguments, "--no-check") == 0
+    assert (recorded / "script").exists()
+
+
+def test_a_model_that_only_this_machine_cannot_build_is_submitted(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main("launcher=slurm", f"run.root={tmp_path}", "run.id=r", "data.dataset=/nowhere.zarr") == 0
+    captured = capsys.readouterr()
+    assert "job 42" in captured.out
+    assert "note: the model could not be built here" in captured.err and "/nowhere.zarr" in captured.err
+
+
+def test_models_of_a_sweep_are_built_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    monkeypatch.setattr(model_size, "model_size", lambda config, timeout_s: built.append(config))
+    chosen = [["run.seed=1"], ["run.seed=2"], ["run.seed=2", "model.dilations=[1]"]]
+    configs = [compose(overrides).config for overrides in chosen]
+    assert model_size.check_models(configs) == ""
+    assert len(built) == 2
+    assert "0 of 2 models took 0 s" in model_size.check_models(configs, timeout_s=0.0)
 
 
 def test_the_id_of_a_command_follows_from_it() -> None:

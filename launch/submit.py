@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,14 +109,15 @@ class Request:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    requests = _requests(options)
+    requests = [request for request in _requests(options) if not _is_finished(request)]
     scripts = [request.script() for request in requests]
     for script in scripts:
         _check_syntax(script)
     if options.dry_run:
         print("\n".join(scripts), end="")
         return ExitCode.FINISHED
-    _refuse_without_sbatch()
+    if requests:
+        _refuse_without_sbatch()
     if options.words is None and not options.no_check:
         _check_models(requests)
     for number, request in enumerate(requests):
@@ -130,6 +131,26 @@ def _submit(options: argparse.Namespace) -> int:
         launcher = request.config.launcher
         print(f"run {request.config.run.id}: job {job_id}, {launcher.nodes} nodes, {request.directory().path}")
     return ExitCode.FINISHED
+
+
+def _is_finished(request: Request) -> bool:
+    """Say so where nothing is left to do: a job would wait for its turn and end at once."""
+    from anemoi_dist.attempt import is_finished
+    from anemoi_dist.config import GUARDED
+    from anemoi_dist.prepare import config_changes
+    from anemoi_dist.provenance import read_yaml
+
+    run, max_steps = request.directory(), request.config.training.max_steps
+    if request.words is not None or not run.config_file.is_file() or not is_finished(run, max_steps=max_steps):
+        return False
+    changes = config_changes(read_yaml(run.config_file), asdict(request.config))
+    if any(change.key == node or change.key.startswith(f"{node}.") for change in changes for node in GUARDED.values()):
+        return False  # of another run: preparing it says what is wrong
+    print(
+        f"run {run.run_id} is finished (training.max_steps={max_steps}); "
+        f"`anemoi-dist resume {run.run_id} training.max_steps={2 * max_steps}` trains on"
+    )
+    return True
 
 
 def _requests(options: argparse.Namespace) -> list[Request]:

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from anemoi_dist.launch import cli, model_size, submit
 
+from anemoi_dist.attempt import Attempt
 from anemoi_dist.compose import compose
+from anemoi_dist.errors import ExitCode
+from anemoi_dist.prepare import prepare_run
 
 
 def main(*arguments: str) -> int:
@@ -126,6 +129,21 @@ def test_a_model_that_only_this_machine_cannot_build_is_submitted(
     captured = capsys.readouterr()
     assert "job 42" in captured.out
     assert "note: the model could not be built here" in captured.err and "/nowhere.zarr" in captured.err
+
+
+def test_a_finished_run_is_not_submitted_again(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = compose(["launcher=slurm", f"run.root={tmp_path}", "run.id=r", "training.max_steps=20"]).config
+    run = prepare_run(config)
+    Attempt(run, world_size=2, max_steps=20).end(ExitCode.FINISHED)
+    arguments = ["launcher=slurm", f"run.root={tmp_path}", "run.id=r", "--no-check"]
+    assert main(*arguments, "training.max_steps=20") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("run r is finished (training.max_steps=20); `anemoi-dist resume r training.max_steps=")
+    assert not (recorded / "script").exists()
+    assert main(*arguments, "training.max_steps=20", "run.seed=7") == 2
+    assert "differs from what run r was started with" in capsys.readouterr().err
+    assert main(*arguments, "training.max_steps=21") == 0
+    assert "job 42" in capsys.readouterr().out
 
 
 def test_models_of_a_sweep_are_built_once_each(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     elif options.srun:
         raise ConfigError("--srun", True, "is about the command after --", fix="launcher.ranks_by=srun for a run")
     listed = expand(options.overrides) if options.multirun else [options.overrides]
-    requests = [_request(options, compose_arguments(options, overrides)) for overrides in listed]
+    requests = [_request(options, compose_arguments(options, _in_a_queue(overrides))) for overrides in listed]
     ids = [str(request.config.run.id) for request in requests]
     if twice := next((name for name in ids if ids.count(name) > 1), None):
         raise ConfigError(
@@ -171,6 +171,12 @@ def _requests(options: argparse.Namespace) -> list[Request]:
             fix="leave run.id out, or sweep it too",
         )
     return requests
+
+
+def _in_a_queue(overrides: Sequence[str]) -> list[str]:
+    """Add the launcher that has a queue where the user chooses none; a file that chooses one lies over it."""
+    chosen = any(text.lstrip("+~").partition("=")[0] == "launcher" for text in overrides)
+    return [*overrides] if chosen else ["launcher=slurm", *overrides]
 
 
 def _check_command(options: argparse.Namespace) -> None:
@@ -195,7 +201,7 @@ def _request(options: argparse.Namespace, composed: Composed) -> Request:
             "launcher",
             config.launcher.kind,
             "has no queue",
-            fix="submit launcher=slurm; anemoi-dist train runs it on this machine",
+            fix="launcher=slurm, or leave it out; anemoi-dist train runs it on this machine",
         )
     if options.words is not None and composed.provenance.get("run.id") == DERIVED:
         config.run.id = _command_id(options.words)

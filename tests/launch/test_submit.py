@@ -30,7 +30,7 @@ def test_a_machine_without_slurm_says_so(
 
 
 def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main("launcher=slurm", f"run.root={tmp_path}", "--dry-run", "--multirun", "run.seed=1,2") == 0
+    assert main(f"run.root={tmp_path}", "--dry-run", "--multirun", "run.seed=1,2") == 0
     printed = capsys.readouterr().out
     assert printed.count("#!/bin/bash") == printed.count("exec ") == 2
     assert not list(tmp_path.iterdir())
@@ -39,7 +39,9 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["run.seed=1"], "has no queue"),
+        (["launcher=local"], "has no queue"),
+        (["launcher=mpi"], "has no queue"),
+        (["launcher.kind=local"], "has no queue"),
         (["launcher=slurm", "--srun"], "about the command after --"),
         (["launcher=slurm", "--"], "followed by no command"),
         (["launcher=slurm", "training.max_steps=3", "--", "true"], "has no effect on a command"),
@@ -64,6 +66,16 @@ def test_train_does_not_start_what_is_submitted(tmp_path: Path, capsys: pytest.C
     assert cli.main(["train", "launcher=slurm", f"run.root={tmp_path}"]) == 2
     assert "anemoi-dist submit" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_launcher_is_slurm_where_none_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(f"run.root={tmp_path}", "launcher.time=01:00:00", "--dry-run", "--", "hostname", "-f") == 0
+    printed = capsys.readouterr().out
+    assert "#SBATCH --time=01:00:00\n" in printed and printed.endswith(" -- hostname -f\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("launcher: {kind: local}\n")
+    assert main(f"run.root={tmp_path}", "--dry-run", "--config", str(mine)) == 2
+    assert "has no queue" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -230,7 +230,12 @@ def _dependency(options: argparse.Namespace, config: Config) -> tuple[str | None
     run = locate_run(name, config.run.root)
     submitted = journal.last(journal.read(run), "submit")
     if submitted is None:
-        raise PreflightError(f"run {run.run_id} was never submitted: there is no job to wait for")
+        if run.read_state()["state"] == "finished":
+            return None, run.run_id
+        raise PreflightError(
+            f"run {run.run_id} was never submitted and is not finished: there is no job to wait for\n"
+            f"  fix: `anemoi-dist submit run.id={run.run_id} ...` first, or leave --after out"
+        )
     view = SlurmQueue().views([submitted["job_id"]])[submitted["job_id"]]
     if not view.is_over:
         return f"{'afterok' if options.after else 'afterany'}:{view.job_id}", run.run_id

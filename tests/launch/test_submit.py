@@ -158,6 +158,20 @@ def test_a_finished_run_is_not_submitted_again(recorded: Path, tmp_path: Path, c
     assert "job 42" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--after", "--after-any"])
+def test_waiting_for_a_run_that_no_queue_has_seen(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture, option: str
+) -> None:
+    run = prepare_run(compose([f"run.root={tmp_path}", "run.id=first"]).config)
+    arguments = [f"run.root={tmp_path}", "run.id=second", "--no-check", option, "first"]
+    assert main(*arguments) == 3
+    assert "  fix: `anemoi-dist submit run.id=first ...` first" in capsys.readouterr().err
+    Attempt(run, world_size=1, max_steps=20).end(ExitCode.FINISHED)
+    assert main(*arguments) == 0
+    assert "job 42" in capsys.readouterr().out
+    assert "dependency" not in (recorded / "script").read_text()
+
+
 def test_models_of_a_sweep_are_built_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     monkeypatch.setattr(model_size, "model_size", lambda config, timeout_s: built.append(config))

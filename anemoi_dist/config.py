@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from anemoi_dist.averages import checked_state_dtype, is_ademamix
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.launcher_rules import check_launcher
 from anemoi_dist.run_directory import check_run_id
@@ -593,6 +594,7 @@ def check(config: Config) -> None:
     if "lr" in training.optimizer:
         value = training.optimizer["lr"]
         raise ConfigError("training.optimizer.lr", value, "is injected", fix=f"training.lr.rate={value}")
+    _check_state_dtype(training.optimizer)
     if training.scheduler is not None:
         _check_target("training.scheduler", training.scheduler)
 
@@ -670,3 +672,11 @@ def _check_checkpoint(config: Config) -> None:
 def _check_target(key: str, node: dict[str, Any]) -> None:
     if not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key}._target_", node.get("_target_"), "must be an import path such as torch.optim.AdamW")
+
+
+def _check_state_dtype(optimizer: dict[str, Any]) -> None:
+    """Refuse before a queue is waited in what every rank would refuse."""
+    if is_ademamix(optimizer) and "state_dtype" in optimizer:
+        betas = optimizer.get("betas")
+        beta1 = betas[0] if isinstance(betas, Sequence) and betas else 1.0
+        checked_state_dtype(optimizer["state_dtype"], beta1=beta1, key="training.optimizer.state_dtype")

@@ -9,6 +9,7 @@ built without memory for its values (torch's ``meta`` device) where it can be.
     {"parameters": [[[401, 331], true], ...],  shape, takes a gradient
      "buffer_bytes": 1024,
      "largest_layer": ["model.wide", 133132]}  module, its own parameters
+    {"refused": {"key": "model.dilations", ...}}  the model cannot be built anywhere: what a ConfigError is made of
 """
 
 from __future__ import annotations
@@ -19,16 +20,24 @@ import sys
 from typing import Any
 
 from anemoi_dist.config import Config, from_yaml
-from anemoi_dist.errors import AnemoiDistError, ExitCode
+from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 
 
 def main() -> int:
-    """Read a configuration, print the size of its model; what went wrong is the last line of the error output."""
+    """Read a configuration, print the size of its model; what went wrong here is the last line of the error output."""
     # The answer alone belongs on the standard output, whatever a model or a library prints.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
         size = measure(from_yaml(sys.stdin.read()))
+    except ConfigError as error:
+        if not _is_about_here(error):
+            refused = {name: getattr(error, name) for name in ("key", "value", "rule", "fix", "valid")}
+            with answer:
+                json.dump({"refused": refused}, answer, default=str)
+            return int(error.exit_code)
+        print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201
+        return int(ExitCode.PREFLIGHT)
     except AnemoiDistError as error:
         print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201
         return int(error.exit_code)
@@ -60,6 +69,12 @@ def measure(config: Config) -> dict[str, Any]:
         "buffer_bytes": sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
         "largest_layer": max(own.items(), key=lambda layer: layer[1]),
     }
+
+
+def _is_about_here(error: ConfigError) -> bool:
+    """Whether another machine may think otherwise: it may have the dataset, or a library that this one lacks."""
+    cause = error.__cause__
+    return isinstance(cause, ImportError) or (error.key == "data.dataset" and cause is not None)
 
 
 def _build(config: Config, spec: Any) -> Any:

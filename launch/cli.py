@@ -116,7 +116,10 @@ def _train(options: argparse.Namespace) -> int:
         )
     run = RunDirectory.locate(config.run.root, str(config.run.id))
     submit.refuse_queued(run)
-    planned = plan(config, run, look(config.launcher.kind))  # refuses before the run is touched
+    machine = look(config.launcher.kind)
+    planned = plan(config, run, machine)  # refuses before the run is touched
+    if planned.kind == "mpi":
+        mpi.check(config, machine)
     run, hold = claim_run(config)
     try:
         if planned.kind == "mpi":

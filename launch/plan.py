@@ -76,6 +76,8 @@ class Plan:
         What is started on this machine: torchrun, mpirun, sbatch.
     script : str, optional
         Text of the batch script, where there is one.
+    notes : tuple[str, ...]
+        What this machine lacks for it, in words.
     memory : ExpectedMemory, optional
         What the fullest rank holds, where the size of the model is known.
     device_bytes : int, optional
@@ -90,6 +92,7 @@ class Plan:
     rendezvous: str
     command: tuple[str, ...]
     script: str | None = None
+    notes: tuple[str, ...] = ()
     memory: ExpectedMemory | None = None
     device_bytes: int | None = None
 

@@ -139,6 +139,7 @@ def plan_as_dict(config: Config, run: RunDirectory, planned: Plan, sizes: Sizes)
         "command": list(planned.command),
         "shell": planned.shell(),
         "script": planned.script,
+        "notes": list(planned.notes),
         "memory": planned.memory and _memory_as_dict(planned.memory),
         "device_share": planned.share,
         **_sizes_as_dict(config, sizes),
@@ -170,6 +171,7 @@ def _memory_as_dict(memory: ExpectedMemory) -> dict[str, Any]:
 def _sizes_as_dict(config: Config, sizes: Sizes) -> dict[str, Any]:
     return {
         "engine": engine_name(config.engine),
+        "overlap": config.engine.overlap,
         "precision": config.training.precision,
         "num_parameters": sizes.model and sizes.model.num_parameters,
         "unknown": _unknown(config, sizes),
@@ -200,8 +202,10 @@ def _plan_lines(config: Config, run: RunDirectory, planned: Plan, sizes: Sizes) 
         f"batch       {_count(batches.global_size, 'sample')} a step = {_count(batches.world_size, 'rank')} x "
         f"{_count(batches.accumulation, 'micro-batch', 'micro-batches')} x {batches.micro_size}"
     )
-    yield f"engine      {engine_name(config.engine)}, {config.training.precision}"
+    overlap = ", overlap" if config.engine.overlap else ""
+    yield f"engine      {engine_name(config.engine)}{overlap}, {config.training.precision}"
     yield f"rendezvous  {planned.rendezvous}"
+    yield from (f"note        {note}" for note in planned.notes)
     yield from _model_lines(sizes)
     if planned.memory is not None:
         yield from _memory_lines(planned.memory, planned)

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ def add_commands(commands: Any) -> None:
     submit.add_argument("--multirun", action="store_true", help="one run for each combination: key=a,b key=range(1,4)")
     submit.add_argument("--after", metavar="RUN", help="start when that run is finished, and not at all if it fails")
     submit.add_argument("--after-any", metavar="RUN", help="start when that run has ended, however")
+    submit.add_argument("--no-check", action="store_true", help="submit without having built the model here first")
     submit.add_argument("--srun", action="store_true", help="start the command after -- by srun, one task a rank")
 
 
@@ -108,13 +109,17 @@ class Request:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    requests = _requests(options)
+    requests = [request for request in _requests(options) if not _is_finished(request)]
     scripts = [request.script() for request in requests]
     for script in scripts:
         _check_syntax(script)
     if options.dry_run:
         print("\n".join(scripts), end="")
         return ExitCode.FINISHED
+    if requests:
+        _refuse_without_sbatch()
+    if options.words is None and not options.no_check:
+        _check_models(requests)
     for number, request in enumerate(requests):
         try:
             job_id = submit(request)
@@ -128,6 +133,26 @@ def _submit(options: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
+def _is_finished(request: Request) -> bool:
+    """Say so where nothing is left to do: a job would wait for its turn and end at once."""
+    from anemoi_dist.attempt import is_finished
+    from anemoi_dist.config import GUARDED
+    from anemoi_dist.prepare import config_changes
+    from anemoi_dist.provenance import read_yaml
+
+    run, max_steps = request.directory(), request.config.training.max_steps
+    if request.words is not None or not run.config_file.is_file() or not is_finished(run, max_steps=max_steps):
+        return False
+    changes = config_changes(read_yaml(run.config_file), asdict(request.config))
+    if any(change.key == node or change.key.startswith(f"{node}.") for change in changes for node in GUARDED.values()):
+        return False  # of another run: preparing it says what is wrong
+    print(
+        f"run {run.run_id} is finished (training.max_steps={max_steps}); "
+        f"`anemoi-dist resume {run.run_id} training.max_steps={2 * max_steps}` trains on"
+    )
+    return True
+
+
 def _requests(options: argparse.Namespace) -> list[Request]:
     from .sweep import expand
 
@@ -136,7 +161,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     elif options.srun:
         raise ConfigError("--srun", True, "is about the command after --", fix="launcher.ranks_by=srun for a run")
     listed = expand(options.overrides) if options.multirun else [options.overrides]
-    requests = [_request(options, compose_arguments(options, overrides)) for overrides in listed]
+    requests = [_request(options, compose_arguments(options, _in_a_queue(overrides))) for overrides in listed]
     ids = [str(request.config.run.id) for request in requests]
     if twice := next((name for name in ids if ids.count(name) > 1), None):
         raise ConfigError(
@@ -146,6 +171,12 @@ def _requests(options: argparse.Namespace) -> list[Request]:
             fix="leave run.id out, or sweep it too",
         )
     return requests
+
+
+def _in_a_queue(overrides: Sequence[str]) -> list[str]:
+    """Add the launcher that has a queue where the user chooses none; a file that chooses one lies over it."""
+    chosen = any(text.lstrip("+~").partition("=")[0] == "launcher" for text in overrides)
+    return [*overrides] if chosen else ["launcher=slurm", *overrides]
 
 
 def _check_command(options: argparse.Namespace) -> None:
@@ -170,7 +201,7 @@ def _request(options: argparse.Namespace, composed: Composed) -> Request:
             "launcher",
             config.launcher.kind,
             "has no queue",
-            fix="submit launcher=slurm; anemoi-dist train runs it on this machine",
+            fix="launcher=slurm, or leave it out; anemoi-dist train runs it on this machine",
         )
     if options.words is not None and composed.provenance.get("run.id") == DERIVED:
         config.run.id = _command_id(options.words)
@@ -199,7 +230,12 @@ def _dependency(options: argparse.Namespace, config: Config) -> tuple[str | None
     run = locate_run(name, config.run.root)
     submitted = journal.last(journal.read(run), "submit")
     if submitted is None:
-        raise PreflightError(f"run {run.run_id} was never submitted: there is no job to wait for")
+        if run.read_state()["state"] == "finished":
+            return None, run.run_id
+        raise PreflightError(
+            f"run {run.run_id} was never submitted and is not finished: there is no job to wait for\n"
+            f"  fix: `anemoi-dist submit run.id={run.run_id} ...` first, or leave --after out"
+        )
     view = SlurmQueue().views([submitted["job_id"]])[submitted["job_id"]]
     if not view.is_over:
         return f"{'afterok' if options.after else 'afterany'}:{view.job_id}", run.run_id
@@ -232,11 +268,7 @@ def submit(request: Request) -> str:
 
     from . import slurm
 
-    if shutil.which("sbatch") is None:
-        raise PreflightError(
-            "there is no sbatch on this machine: submit on a login node of the cluster, or run "
-            "`anemoi-dist train launcher=local` here"
-        )
+    _refuse_without_sbatch()
     script, config = request.script(), request.config
     _refuse_other_kind(request)
     refuse_queued(request.directory())
@@ -250,6 +282,22 @@ def submit(request: Request) -> str:
         job_id = _sbatch(script, slurm.options(config, run, request.dependency))
         _record(request, run, job_id, script)
     return job_id
+
+
+def _refuse_without_sbatch() -> None:
+    if shutil.which("sbatch") is None:
+        raise PreflightError(
+            "there is no sbatch on this machine: submit on a login node of the cluster, or run "
+            "`anemoi-dist train launcher=local` here"
+        )
+
+
+def _check_models(requests: Sequence[Request]) -> None:
+    """Refuse now what every rank would refuse once the queue has been waited in."""
+    from .model_size import check_models
+
+    if unknown := check_models([request.config for request in requests]):
+        print(f"note: the model could not be built here, so the job is the first to try: {unknown}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -125,6 +125,11 @@ def test_mandatory_keys(missing):
     assert "for example" in caught.value.fix
 
 
+def ademamix(state_dtype, **more):
+    target = "anemoi_dist.optimizers.AdEMAMix"
+    return {"training": {"optimizer": {"_target_": target, "state_dtype": state_dtype, **more}}}
+
+
 @pytest.mark.parametrize(
     ("node", "rule"),
     [
@@ -140,6 +145,11 @@ def test_mandatory_keys(missing):
         ({"training": {"optimizer": {"lr": 1}}}, "import path"),
         ({"training": {"optimizer": {"_target_": 5}}}, "import path"),
         ({"training": {"scheduler": {"a": 1}}}, "import path"),
+        (ademamix("bf61"), "training.optimizer.state_dtype='bf61': is no type of states"),
+        (ademamix(None), "state_dtype=None: is no type of states"),
+        (ademamix({"exp_avg_slow": "fp8"}), "state_dtype.exp_avg_slow='fp8'"),
+        (ademamix({"exp_avg": "bf16"}), "state_dtype='exp_avg': is no average"),
+        (ademamix({"exp_avg_fast": "bf16"}, betas=[0.0, 0.9, 0.9]), "there is no fast average"),
         ({"run": {"seed": -1}}, "at least 0"),
         ({"run": {"seed": "one"}}, "an integer"),
         ({"run": 5}, "must be a mapping"),

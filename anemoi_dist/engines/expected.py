@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from anemoi_dist.averages import is_ademamix
 from anemoi_dist.config import Config, EngineConfig, TrainingConfig, engine_name
-from anemoi_dist.targets import ALIASES
 
 _FP32, _BF16 = 4, 2
 
@@ -44,7 +44,6 @@ _STATES: Mapping[str, tuple[str, ...]] = {
     "torch.optim.Rprop": ("prev", "step_size"),
     "torch.optim.SGD": (),
 }
-_ADEMAMIX = "anemoi_dist.optimizers.ademamix.AdEMAMix"
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,7 @@ def state_bytes(optimizer: Mapping[str, Any]) -> dict[str, int] | None:
     optimizer : Mapping[str, Any]
         ``training.optimizer``.
     """
-    target = _target(optimizer)
-    if _is_ademamix(optimizer):
+    if is_ademamix(optimizer):
         betas = optimizer.get("betas")
         has_fast = not isinstance(betas, Sequence) or not betas or bool(betas[0])
         names = (("exp_avg_fast",) if has_fast else ()) + ("exp_avg_slow", "exp_avg_sq")
@@ -155,7 +153,7 @@ def state_bytes(optimizer: Mapping[str, Any]) -> dict[str, int] | None:
         narrow = [name for name, dtype in chosen.items() if dtype == "bf16"] if isinstance(chosen, Mapping) else []
         return {name: _BF16 if name in narrow else _FP32 for name in names}
     # torch.optim.adamw.AdamW is torch.optim.AdamW.
-    package, _, name = target.rpartition(".")
+    package, _, name = str(optimizer.get("_target_")).rpartition(".")
     known = f"torch.optim.{name}"
     if known not in _STATES or not (package == "torch.optim" or package == f"torch.optim.{name.lower()}"):
         return None
@@ -167,14 +165,6 @@ def state_bytes(optimizer: Mapping[str, Any]) -> dict[str, int] | None:
     if optimizer.get("momentum"):
         names = (*names, "momentum_buffer")
     return dict.fromkeys(names, _FP32)
-
-
-def _target(optimizer: Mapping[str, Any]) -> str:
-    return ALIASES.get(str(optimizer.get("_target_")), str(optimizer.get("_target_")))
-
-
-def _is_ademamix(optimizer: Mapping[str, Any]) -> bool:
-    return _target(optimizer) in (_ADEMAMIX, "anemoi_dist.optimizers.AdEMAMix")
 
 
 def expected_memory(config: Config, model: ModelSize, *, world_size: int, rank: int = 0) -> ExpectedMemory:
@@ -321,7 +311,7 @@ def _master(config: Config, piece: int) -> int:
 
 def _copy(config: Config, piece: int) -> int:
     """Return the bytes of an fp32 copy of gradients: only AdEMAMix takes those in bf16 as they are."""
-    return 0 if config.training.precision == "fp32" or _is_ademamix(config.training.optimizer) else _FP32 * piece
+    return 0 if config.training.precision == "fp32" or is_ademamix(config.training.optimizer) else _FP32 * piece
 
 
 def _zero_option(engine: EngineConfig, name: str, default: int) -> int:

@@ -44,12 +44,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from anemoi_dist.averages import AVERAGES
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import gpu, implementations
 from anemoi_dist.optimizers.options import checked_options, narrow_states
 from anemoi_dist.optimizers.rounding import Range, piece_table, whole_range
 from anemoi_dist.optimizers.update import (
-    AVERAGES,
     Row,
     UpdateScalars,
     ademamix_update,

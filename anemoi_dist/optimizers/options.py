@@ -8,12 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from anemoi_dist.averages import checked_state_dtype
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import implementations, schedules
-from anemoi_dist.optimizers.update import AVERAGES
-
-#: What ``state_dtype`` may be, or say of each average. ``bf16`` alone leaves the slow one in float32.
-STATE_DTYPES = ("fp32", "bf16")
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +41,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
             "has no effect with capturable=True, which updates one tensor at a time",
             fix="foreach=None",
         )
-    checked["state_dtype"] = _checked_state_dtype(options["state_dtype"], beta1=betas[0])
+    checked["state_dtype"] = checked_state_dtype(options["state_dtype"], beta1=betas[0])
     implementations.check_name(options)
     path = "foreach" if options["foreach"] else options["implementation"]
     if narrow_states(checked) and path in ("foreach", "compile"):
@@ -59,24 +56,6 @@ def narrow_states(group: Mapping[str, Any]) -> tuple[str, ...]:
     if isinstance(chosen, str):
         return ("exp_avg_fast", "exp_avg_sq") if chosen == "bf16" else ()
     return tuple(name for name, dtype in chosen.items() if dtype == "bf16")
-
-
-def _checked_state_dtype(chosen: Any, *, beta1: float) -> str | dict[str, str]:
-    rule = "is no type of states (in 8 bits the slow average drifts by a third and more)"
-    if not isinstance(chosen, Mapping):
-        if chosen not in STATE_DTYPES:
-            raise ConfigError("state_dtype", chosen, rule, valid=(*STATE_DTYPES, "{exp_avg_slow: bf16, ...}"))
-        return str(chosen)
-    for name, dtype in chosen.items():
-        if name not in AVERAGES:
-            raise ConfigError("state_dtype", name, "is no average", valid=AVERAGES)
-        if dtype not in STATE_DTYPES:
-            raise ConfigError(f"state_dtype.{name}", dtype, rule, valid=STATE_DTYPES)
-    if not beta1 and chosen.get("exp_avg_fast") == "bf16":
-        rule = "has no effect: with a first beta of 0 there is no fast average"
-        raise ConfigError("state_dtype.exp_avg_fast", "bf16", rule, fix="remove it")
-    # Plain: Hydra's dictionary would follow the optimizer into its pickles.
-    return {name: str(chosen.get(name, "fp32")) for name in AVERAGES}
 
 
 def _checked_betas(betas: Any) -> tuple[float, float, float]:

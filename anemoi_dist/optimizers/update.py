@@ -14,9 +14,6 @@ from torch import Tensor
 
 from anemoi_dist.optimizers import rounding, schedules
 
-#: The averages by the names of their states.
-AVERAGES = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
-
 
 class UpdateScalars(NamedTuple):
     """What one update needs beside the tensors: floats, or 0-d tensors on their device, of the type it computes in.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from anemoi_dist.launch import machine, mpi
+from anemoi_dist.launch import cli, machine, mpi
 from anemoi_dist.launch.plan import Machine, Mpirun, plan
 from anemoi_dist.launch.supervise import read_ending
 
@@ -79,10 +79,34 @@ def test_hosts_of_a_job_and_hosts_from_nowhere():
 
 
 def test_what_cannot_start():
-    with pytest.raises(PreflightError, match="no mpirun in PATH"):
-        planned(on=dataclasses.replace(HERE, mpirun=None))
     with pytest.raises(ConfigError, match="multiple of the 6 ranks"):
         planned("launcher.ranks=3", "launcher.nodes=2", "launcher.hostfile=/h")
+
+
+@pytest.mark.parametrize("both", ["OMPI_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT"])
+def test_what_mpirun_would_refuse_is_refused_first(tmp_path, monkeypatch, both):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    config = compose(["launcher=mpi", "run.id=r"]).config
+    with pytest.raises(PreflightError, match="no mpirun in PATH"):
+        mpi.check(config, dataclasses.replace(HERE, mpirun=None))
+    twice = "OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+    for environ in ({}, {both: "1"}):
+        with pytest.raises(PreflightError, match=twice):
+            mpi.check(config, dataclasses.replace(HERE, environ=environ))
+    told = {both: "1", f"{both}_CONFIRM": "1"}
+    mpi.check(config, dataclasses.replace(HERE, environ=told))
+    mpi.check(config, dataclasses.replace(HERE, mpirun=HYDRA))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    mpi.check(config, HERE)
+
+
+def test_a_file_of_hosts_that_is_not_there_is_refused_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "find_mpirun", lambda *_, **__: HYDRA)
+    hosts = tmp_path / "nohosts"
+    arguments = ["train", "launcher=mpi", f"launcher.hostfile={hosts}", f"run.root={tmp_path}", "run.id=r"]
+    assert cli.main(arguments) == 2
+    assert f"launcher.hostfile='{hosts}': cannot be read" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

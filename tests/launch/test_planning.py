@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from anemoi_dist.launch import cli, model_size, planning
+from anemoi_dist.launch import cli, machine, model_size, planning
 from anemoi_dist.launch.memory_table import ENGINES, WORLD_SIZES, memory_table
 from anemoi_dist.launch.model_size import UnknownSizeError
 from anemoi_dist.launch.plan import Machine, plan
@@ -105,6 +105,20 @@ def test_an_unknown_size_is_no_failure(capsys):
     assert capsys.readouterr().out == text
     assert cli.main(["plan", "--sweep"]) == 3
     assert "no torch today\n  fix: --num-parameters N" in capsys.readouterr().err
+
+
+def test_the_engine_is_shown_with_its_overlap(capsys):
+    assert "engine      zero1, overlap, fp32\n" in shown(
+        capsys, *BILLION, *TWO_RANKS, "engine=zero1", "engine.overlap=true"
+    )
+    assert "engine      zero1, fp32\n" in shown(capsys, *BILLION, *TWO_RANKS, "engine=zero1")
+
+
+def test_a_plan_for_mpirun_needs_none(capsys, monkeypatch):
+    monkeypatch.setattr(machine, "find_mpirun", lambda *_, **__: None)
+    text = shown(capsys, *BILLION, *TWO_RANKS, "launcher=mpi")
+    assert "note        there is no mpirun in PATH" in text
+    assert " mpirun -n 2 --map-by" in text.splitlines()[-1]
 
 
 def test_an_unknown_optimizer_is_said(capsys):
@@ -270,6 +284,13 @@ def test_why_a_size_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(UnknownSizeError, match="No module named 'torch'"):
         model_size.model_size(config)
+
+
+def test_a_model_that_cannot_be_built_anywhere_is_refused(capsys):
+    assert cli.main(["plan", "model.dilations=[0]", *TWO_RANKS]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("anemoi-dist: model.dilations=[0]: must hold numbers from 1 to")
 
 
 def test_the_memory_of_the_device(tmp_path, monkeypatch):

@@ -180,7 +180,7 @@ def test_a_command_on_all_nodes_by_srun_and_one_that_fails(cluster: MiniSlurm, t
 
 
 def test_what_slurm_refuses_is_told_with_its_words_and_leaves_no_record(cluster: MiniSlurm, tmp_path: Path) -> None:
-    base = ["submit", *TWO_BY_ONE, f"run.root={tmp_path}", "run.id=r"]
+    base = ["submit", "--no-check", *TWO_BY_ONE, f"run.root={tmp_path}", "run.id=r"]
     for override, said, fix in (
         ("launcher.slurm.partition=nowhere", "invalid partition", "sinfo"),
         ("launcher.nodes=4096", "processors", "launcher.nodes"),
@@ -213,7 +213,7 @@ def test_a_run_is_queued_once_and_waits_for_another(cluster: MiniSlurm, tmp_path
     assert then.launches("submit")[0]["after"] == "first"
     failed = command_run(cluster, tmp_path, "fails", "--", "false")
     assert failed.wait_until_over(timeout_s=60) == "FAILED"
-    base = ["submit", "launcher=slurm", f"run.root={tmp_path}", "run.id=never"]
+    base = ["submit", "--no-check", "launcher=slurm", f"run.root={tmp_path}", "run.id=never"]
     answer = anemoi_dist(cluster, *base, "--after", "fails", "--", "true")
     assert answer.returncode == 3 and "--after-any" in answer.stderr, answer.stderr
     assert (
@@ -222,7 +222,14 @@ def test_a_run_is_queued_once_and_waits_for_another(cluster: MiniSlurm, tmp_path
 
 
 def test_a_sweep_is_a_run_for_each_combination(cluster: MiniSlurm, tmp_path: Path) -> None:
-    base = ["submit", "--multirun", *TWO_BY_ONE, "+launcher.slurm.options.hold=true", f"run.root={tmp_path}"]
+    base = [
+        "submit",
+        "--no-check",
+        "--multirun",
+        *TWO_BY_ONE,
+        "+launcher.slurm.options.hold=true",
+        f"run.root={tmp_path}",
+    ]
     answer = anemoi_dist(cluster, *base, "training.lr.rate=1e-4,3e-4", "run.seed=range(1,3)")
     assert answer.returncode == 0, answer.stderr
     runs = sorted(path.parent for path in tmp_path.glob("*/launch.jsonl"))

@@ -7,7 +7,12 @@ import stat
 from pathlib import Path
 
 import pytest
-from anemoi_dist.launch import cli, submit
+from anemoi_dist.launch import cli, model_size, submit
+
+from anemoi_dist.attempt import Attempt
+from anemoi_dist.compose import compose
+from anemoi_dist.errors import ExitCode
+from anemoi_dist.prepare import prepare_run
 
 
 def main(*arguments: str) -> int:
@@ -25,7 +30,7 @@ def test_a_machine_without_slurm_says_so(
 
 
 def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main("launcher=slurm", f"run.root={tmp_path}", "--dry-run", "--multirun", "run.seed=1,2") == 0
+    assert main(f"run.root={tmp_path}", "--dry-run", "--multirun", "run.seed=1,2") == 0
     printed = capsys.readouterr().out
     assert printed.count("#!/bin/bash") == printed.count("exec ") == 2
     assert not list(tmp_path.iterdir())
@@ -34,7 +39,9 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["run.seed=1"], "has no queue"),
+        (["launcher=local"], "has no queue"),
+        (["launcher=mpi"], "has no queue"),
+        (["launcher.kind=local"], "has no queue"),
         (["launcher=slurm", "--srun"], "about the command after --"),
         (["launcher=slurm", "--"], "followed by no command"),
         (["launcher=slurm", "training.max_steps=3", "--", "true"], "has no effect on a command"),
@@ -59,6 +66,16 @@ def test_train_does_not_start_what_is_submitted(tmp_path: Path, capsys: pytest.C
     assert cli.main(["train", "launcher=slurm", f"run.root={tmp_path}"]) == 2
     assert "anemoi-dist submit" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_launcher_is_slurm_where_none_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(f"run.root={tmp_path}", "launcher.time=01:00:00", "--dry-run", "--", "hostname", "-f") == 0
+    printed = capsys.readouterr().out
+    assert "#SBATCH --time=01:00:00\n" in printed and printed.endswith(" -- hostname -f\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("launcher: {kind: local}\n")
+    assert main(f"run.root={tmp_path}", "--dry-run", "--config", str(mine)) == 2
+    assert "has no queue" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -87,7 +104,7 @@ def test_the_environment_of_the_user_does_not_overrule_the_script(
         f"run.root={tmp_path}",
         "run.id=r",
     ]
-    assert main(*arguments) == 0
+    assert main(*arguments, "--no-check") == 0
     captured = capsys.readouterr()
     assert "job 42," in captured.out and "hello" in captured.err, "a site's own remarks are shown"
     lines = (recorded / "environment").read_text().splitlines()
@@ -102,8 +119,67 @@ def test_a_stop_that_nobody_answered_is_forgotten(recorded: Path, tmp_path: Path
     stop = tmp_path / "r" / "control" / "stop"
     stop.parent.mkdir(parents=True)
     stop.touch()
-    assert main("launcher=slurm", f"run.root={tmp_path}", "run.id=r") == 0
+    assert main("launcher=slurm", f"run.root={tmp_path}", "run.id=r", "--no-check") == 0
     assert not stop.exists()
+
+
+def test_a_model_that_no_rank_could_build_takes_no_place_in_the_queue(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["launcher=slurm", f"run.root={tmp_path}", "run.id=r", "model.dilations=[0]"]
+    assert main(*arguments) == 2
+    assert "model.dilations=[0]: must hold numbers from 1 to" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists() and not (recorded / "script").exists()
+    assert main(*arguments, "--no-check") == 0
+    assert (recorded / "script").exists()
+
+
+def test_a_model_that_only_this_machine_cannot_build_is_submitted(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main("launcher=slurm", f"run.root={tmp_path}", "run.id=r", "data.dataset=/nowhere.zarr") == 0
+    captured = capsys.readouterr()
+    assert "job 42" in captured.out
+    assert "note: the model could not be built here" in captured.err and "/nowhere.zarr" in captured.err
+
+
+def test_a_finished_run_is_not_submitted_again(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = compose(["launcher=slurm", f"run.root={tmp_path}", "run.id=r", "training.max_steps=20"]).config
+    run = prepare_run(config)
+    Attempt(run, world_size=2, max_steps=20).end(ExitCode.FINISHED)
+    arguments = ["launcher=slurm", f"run.root={tmp_path}", "run.id=r", "--no-check"]
+    assert main(*arguments, "training.max_steps=20") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("run r is finished (training.max_steps=20); `anemoi-dist resume r training.max_steps=")
+    assert not (recorded / "script").exists()
+    assert main(*arguments, "training.max_steps=20", "run.seed=7") == 2
+    assert "differs from what run r was started with" in capsys.readouterr().err
+    assert main(*arguments, "training.max_steps=21") == 0
+    assert "job 42" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--after", "--after-any"])
+def test_waiting_for_a_run_that_no_queue_has_seen(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture, option: str
+) -> None:
+    run = prepare_run(compose([f"run.root={tmp_path}", "run.id=first"]).config)
+    arguments = [f"run.root={tmp_path}", "run.id=second", "--no-check", option, "first"]
+    assert main(*arguments) == 3
+    assert "  fix: `anemoi-dist submit run.id=first ...` first" in capsys.readouterr().err
+    Attempt(run, world_size=1, max_steps=20).end(ExitCode.FINISHED)
+    assert main(*arguments) == 0
+    assert "job 42" in capsys.readouterr().out
+    assert "dependency" not in (recorded / "script").read_text()
+
+
+def test_models_of_a_sweep_are_built_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    monkeypatch.setattr(model_size, "model_size", lambda config, timeout_s: built.append(config))
+    chosen = [["run.seed=1"], ["run.seed=2"], ["run.seed=2", "model.dilations=[1]"]]
+    configs = [compose(overrides).config for overrides in chosen]
+    assert model_size.check_models(configs) == ""
+    assert len(built) == 2
+    assert "0 of 2 models took 0 s" in model_size.check_models(configs, timeout_s=0.0)
 
 
 def test_the_id_of_a_command_follows_from_it() -> None:

@@ -59,7 +59,9 @@ class Attempt:
         holder = Holder.here()
         with run.changing_state() as state:
             self.number = len(state["attempts"]) + 1
-            self.changes: list[dict[str, Any]] = state.get("changes", []) if state["attempts"] else []
+            # Of this attempt alone: a restart, which nobody prepares, changes nothing.
+            left: list[dict[str, Any]] = state.pop("changes", [])
+            self.changes = left if state["attempts"] else []
             record = {"attempt": self.number, "started": time.time(), "world_size": world_size, "max_steps": max_steps}
             state["attempts"].append({**record, "changes": self.changes, **_place(holder, world_size)})
             state |= {"state": "running", "owner": {"pid": holder.pid, "host": holder.host, "started": holder.started}}

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.world import World
 
+STOP_FILE = "the stop file"
 #: What asks for a stop, by the number that travels in the control word; the largest wins.
-REASONS = {1: "the stop file", 2: "SIGINT", 3: "SIGUSR1", 4: "SIGTERM"}
+REASONS = {1: STOP_FILE, 2: "SIGINT", 3: "SIGUSR1", 4: "SIGTERM"}
 _SIGNALS = {signal.SIGINT: 2, signal.SIGUSR1: 3, signal.SIGTERM: 4}
 
 
@@ -49,6 +50,16 @@ class StopRequest:
         if self._is_main and not self._signalled and self._run.stop_file.exists():
             return 1
         return self._signalled
+
+    def reason(self, agreed: int) -> str:
+        """Say what asked for the stop that the ranks agreed on: its first line, where a stop file has one."""
+        if self._is_main and REASONS[agreed] == STOP_FILE:
+            try:
+                said = self._run.stop_file.read_text(encoding="utf-8", errors="replace").strip()
+            except OSError:  # gone in the meantime
+                said = ""
+            return said.partition("\n")[0] or STOP_FILE
+        return REASONS[agreed]
 
     def clear(self) -> None:
         """Forget a request that has been met, so that the next start goes on."""

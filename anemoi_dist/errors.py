@@ -116,14 +116,18 @@ class StopRequestedError(AnemoiDistError):
     step : int
         The optimizer step that was saved.
     reason : str
-        What asked: a signal's name, or the stop file.
+        What asked: a signal's name, the stop file, or what that says.
     """
 
     exit_code = ExitCode.SAVED_RUN_AGAIN
 
     def __init__(self, step: int, reason: str) -> None:
         self.step, self.reason = step, reason
-        super().__init__(f"stopped by {reason} after saving step {step}; run the same command again to continue")
+        # A job that reaches its time limit goes back into the queue, or its launcher says that it does not.
+        told = f"saved step {step}: {reason}"
+        if not reason.startswith("time limit"):
+            told = f"stopped by {reason} after saving step {step}; run the same command again to continue"
+        super().__init__(told)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.step, self.reason))

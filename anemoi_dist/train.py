@@ -109,7 +109,7 @@ def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
             world.leave()
     except AnemoiDistError as error:
         _tell(error)
-        code, failure = error.exit_code, f"{type(error).__name__}: {error}"
+        code, failure = error.exit_code, str(error)
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
     except Exception:
@@ -178,7 +178,7 @@ def _redirect(log: Path) -> None:
 
 
 def _tell(error: AnemoiDistError) -> None:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"anemoi-dist: {error}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _exit(code: ExitCode, meeting: Meeting) -> NoReturn:

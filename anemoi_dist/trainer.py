@@ -12,7 +12,7 @@ from anemoi_dist.checkpoint.retention import summarise
 from anemoi_dist.checkpoint.saver import Outcome, Saver
 from anemoi_dist.checkpoint.store import Store
 from anemoi_dist.config import Config
-from anemoi_dist.control import REASONS, ControlWord, StopRequest
+from anemoi_dist.control import ControlWord, StopRequest
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.engines.base import Engine, StepReport
 from anemoi_dist.errors import CheckpointError, DivergedError, StopRequestedError
@@ -132,7 +132,7 @@ class Trainer:
                     self._save()
             if agreed.stop:
                 word.finish()
-                self._leave(REASONS[agreed.stop])
+                self._leave(self.stop.reason(agreed.stop))
         word.finish()
         self._validate("validation")
         self._save_and_wait()

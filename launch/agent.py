@@ -58,7 +58,7 @@ def main() -> int:
         print(f"{where} ended with {how}", file=sys.stderr)  # noqa: T201
         return 1
     except AnemoiDistError as error:  # agents that do not find each other
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"anemoi-dist: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     except SignalException as error:
         return 128 + int(error.sigval)

@@ -90,5 +90,6 @@ def locate_run(name: str, root: str) -> RunDirectory:
         known = sorted(path.parent.name for path in folder.glob("*/config.yaml")) if folder.is_dir() else []
         if len(known) > _MOST_NAMES:
             known = difflib.get_close_matches(run.run_id, known, n=_MOST_NAMES)
-        raise ConfigError("RUN", name, f"is not a run ({run.config_file} is missing)", valid=known)
+        fix = "" if known else "--root DIR, where run.root of the run is, or the path of the run's directory"
+        raise ConfigError("RUN", name, f"is not a run ({run.config_file} is missing)", valid=known, fix=fix)
     return run

@@ -34,6 +34,7 @@ def add_commands(commands: Any) -> None:
     add_run_argument(add_command(commands, "cancel", _cancel, "end a run now, whether it has saved or not"))
     resume = add_command(commands, "resume", _resume, "let a run go on, with other settings where some are given")
     add_run_argument(resume)
+    resume.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")
     resume.add_argument("overrides", nargs="*", metavar="key=value", help="settings, in Hydra's grammar")
 
 
@@ -174,13 +175,35 @@ def _resume(options: argparse.Namespace) -> int:
             fix=f"anemoi-dist submit launcher=slurm run.id={run.run_id} ... -- COMMAND again",
         )
     for text in options.overrides:
-        if text.lstrip("+~").partition("=")[0] in ("run", "run.id", "run.root"):
+        if _names(text, "run", "run.id", "run.root"):
             raise ConfigError("resume", text, "cannot name another run", fix="anemoi-dist train run.id=... for that")
+    given = any(_names(text, "training.max_steps") for text in options.overrides)
+    if status.state == "finished" and not given and _is_all_done(run):
+        print(
+            f"run {status.run_id} is {_described(status)}; to train on: "
+            f"anemoi-dist resume {status.run_id} training.max_steps=N"
+        )
+        return ExitCode.FINISHED
     with tempfile.TemporaryDirectory(prefix="anemoi-dist-") as folder:
         file, kind = _frozen(run, options.overrides, Path(folder))
         command = "submit" if kind == "slurm" else "train"
         # The same entrance as the first time, with the frozen configuration laid over the defaults.
-        return main([command, "--config", str(file), *options.overrides])
+        dry_run = ["--dry-run"] if options.dry_run else []
+        return main([command, "--config", str(file), *dry_run, *options.overrides])
+
+
+def _is_all_done(run: RunDirectory) -> bool:
+    """Whether the frozen configuration asks for no more steps than were done."""
+    from anemoi_dist.attempt import is_finished
+    from anemoi_dist.overrides import find
+    from anemoi_dist.provenance import read_yaml
+
+    asked = find(read_yaml(run.config_file), "training.max_steps")[1]
+    return isinstance(asked, int) and is_finished(run, max_steps=asked)
+
+
+def _names(override: str, *keys: str) -> bool:
+    return override.lstrip("+~").partition("=")[0] in keys
 
 
 def _frozen(run: RunDirectory, overrides: list[str], folder: Path) -> tuple[Path, str]:

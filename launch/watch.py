@@ -82,7 +82,7 @@ def _is_settled(facts: Facts) -> bool:
 
 def _runs(options: argparse.Namespace) -> int:
     root = Path(options.root).expanduser().absolute()
-    if not root.is_dir():
+    if root.exists() and not root.is_dir():
         raise ConfigError("--root", options.root, "is no directory", fix="--root DIR, where run.root of the runs is")
     facts = sorted((gather(run, every_rank=False) for run in all_runs(root)), key=_since)
     statuses = look(facts, queue=SlurmQueue())
@@ -90,7 +90,8 @@ def _runs(options: argparse.Namespace) -> int:
         print(json.dumps([asdict(status) for status in statuses], indent=1))
         return ExitCode.FINISHED
     if not statuses:
-        print(f"no runs in {root}")
+        place = Path(options.root)
+        print(f"no runs in {place if place.is_absolute() else f'./{place}'} yet")
         return ExitCode.FINISHED
     for line in table(statuses):
         print(line)
@@ -98,7 +99,9 @@ def _runs(options: argparse.Namespace) -> int:
 
 
 def all_runs(root: Path) -> list[RunDirectory]:
-    """Return the runs below ``root``."""
+    """Return the runs below ``root``, which need not exist."""
+    if not root.is_dir():
+        return []
     return [RunDirectory(path) for path in root.iterdir() if RunDirectory(path).config_file.is_file()]
 
 

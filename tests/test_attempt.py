@@ -44,6 +44,18 @@ def test_an_attempt_is_recorded_from_start_to_end(run: RunDirectory, code: ExitC
     assert Attempt(run, world_size=1, max_steps=10).number == 2
 
 
+def test_changes_belong_to_the_attempt_after_them(run: RunDirectory) -> None:
+    Attempt(run, world_size=1, max_steps=1).end(ExitCode.INTERNAL)
+    changes = [{"key": "training.lr.rate", "was": 1, "is": 2}]
+    with run.changing_state() as state:
+        state["changes"] = changes
+    second = Attempt(run, world_size=1, max_steps=1)
+    second.end(ExitCode.INTERNAL)
+    third = Attempt(run, world_size=1, max_steps=1)
+    assert (second.changes, third.changes) == (changes, [])
+    assert [attempt["changes"] for attempt in run.read_state()["attempts"]] == [[], changes, []]
+
+
 def test_ranks_that_stay_are_named(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownership, "PATIENCE_S", 0.3)
     first = Attempt(run, world_size=1, max_steps=1)

@@ -70,6 +70,10 @@ def test_only_rank_0_looks_for_the_stop_file_and_clears_it(run: RunDirectory) ->
     run.stop_file.touch()
     assert StopRequest(run, is_main=False).value() == 0
     main = StopRequest(run, is_main=True)
-    assert REASONS[main.value()] == "the stop file"
+    assert main.reason(main.value()) == "the stop file"
+    run.stop_file.write_text("time limit of SLURM job 7\nmore\n")
+    assert main.reason(main.value()) == "time limit of SLURM job 7"
+    assert main.reason(4) == "SIGTERM"
+    assert StopRequest(run, is_main=False).reason(1) == "the stop file", "only rank 0 reads it"
     main.clear()
     assert main.value() == 0 and not run.stop_file.exists()

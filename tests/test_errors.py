@@ -43,6 +43,12 @@ def test_a_bare_config_error_is_one_line():
     assert str(ConfigError("a", 1, "is wrong")) == "a=1: is wrong"
 
 
+def test_only_who_must_start_a_run_again_is_told_to():
+    assert str(StopRequestedError(40, "time limit of SLURM job 7")) == "saved step 40: time limit of SLURM job 7"
+    told = str(StopRequestedError(40, "SIGTERM"))
+    assert told == "stopped by SIGTERM after saving step 40; run the same command again to continue"
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -16,6 +16,7 @@ from support import toy
 from anemoi_dist.checkpoint import saver as saver_module
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.store import LocalStore
+from anemoi_dist.control import REASONS
 from anemoi_dist.engines.base import Shard, StepReport
 from anemoi_dist.errors import CheckpointError, DivergedError, StopRequestedError
 from anemoi_dist.trainer import SaveClock, Trainer
@@ -72,6 +73,9 @@ class Wish:
 
     def value(self) -> int:
         return 4 if self.at_step is not None and len(self.recorder.steps) >= self.at_step else 0
+
+    def reason(self, agreed: int) -> str:
+        return REASONS[agreed]
 
     def clear(self) -> None:
         self.cleared = True

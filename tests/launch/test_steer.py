@@ -188,8 +188,9 @@ def entered(monkeypatch) -> list[list[str]]:
     def enter(arguments: list[str]) -> int:
         if arguments[0] == "resume":
             return real(arguments)
-        composed = compose(arguments[3:], config_file=Path(arguments[2]))
-        calls.append([arguments[0], composed.config])
+        given = [argument for argument in arguments[3:] if argument != "--dry-run"]
+        composed = compose(given, config_file=Path(arguments[2]))
+        calls.append([arguments[0], composed.config, *set(arguments[3:]) & {"--dry-run"}])
         return 0
 
     monkeypatch.setattr(cli, "main", enter)
@@ -199,7 +200,7 @@ def entered(monkeypatch) -> list[list[str]]:
 @pytest.fixture
 def frozen(root) -> RunDirectory:
     config = compose(["training.optimizer.alpha=4", "run.id=r", "launcher.backoff_s=9", "run.seed=5"]).config
-    state = {"state": "finished", "attempts": [attempt(started=99, code=0)]}
+    state = {"state": "preempted", "attempts": [attempt(started=99, code=75)]}
     return make_run(root, "r", config=to_yaml(config), state=state)
 
 
@@ -242,6 +243,25 @@ def test_resume_refuses(root, frozen, entered, capsys):
     assert resume(root) == 2
     assert "is a command" in capsys.readouterr().err
     assert entered == []
+
+
+def test_resume_passes_a_dry_run_on(root, frozen, entered):
+    assert resume(root, "--dry-run", "training.max_steps=777") == 0
+    [[command, config, flag]] = entered
+    assert (command, config.training.max_steps, flag) == ("train", 777, "--dry-run")
+
+
+def test_resume_of_a_finished_run_says_how_to_train_on(root, frozen, entered, capsys):
+    frozen.write_state({"state": "finished", "attempts": [attempt(started=99, code=0)]})
+    assert resume(root) == 0 and entered == []
+    assert "to train on: anemoi-dist resume r training.max_steps=N" in capsys.readouterr().out
+    assert resume(root, "training.max_steps=2000") == 0
+    assert entered[0][1].training.max_steps == 2000
+    entered.clear()
+    # Frozen by a start with more steps that did not come to its first.
+    more = frozen.config_file.read_text().replace("max_steps: ", "max_steps: 9000 #")
+    frozen.config_file.write_text(more)
+    assert resume(root) == 0 and len(entered) == 1
 
 
 def test_resume_of_a_running_run_is_refused(root, launched, entered, capsys):

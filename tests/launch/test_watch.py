@@ -192,8 +192,19 @@ def test_a_silent_slurmctld_is_said_once(root, slurm, capsys):
     assert out.count("unknown") == 3
 
 
-def test_no_runs(root, tmp_path, capsys):
+def test_no_runs(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs", "--root", str(root)]) == 0
+    assert capsys.readouterr().out == f"no runs in {root} yet\n"
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out == "no runs in ./runs yet\n"
+    assert main(["runs", "--json"]) == 0
+    assert capsys.readouterr().out == "[]\n"
+    assert main(["status", "r"]) == 2
+    assert "fix: --root DIR" in capsys.readouterr().err
+    root.write_text("")
     assert main(["runs", "--root", str(root)]) == 2
+    root.unlink()
     root.mkdir()
     assert main(["runs", "--root", str(root)]) == 0
     assert "no runs in" in capsys.readouterr().out
@@ -223,7 +234,8 @@ def test_status_says_all_that_is_known(root, slurm, capsys):
 
 def test_of_a_failed_run_the_error_is_shown(root, capsys):
     failure = {"rank": 0, "host": "n0", "pid": 7, "error": "model.dilations=[0]: must hold numbers\n  fix: 1"}
-    run = make_run(root, "r", state={"state": "failed", "attempts": [attempt(code=2, ended=5) | {"failure": failure}]})
+    refused = attempt(started=9, code=2, ended=5) | {"failure": failure}
+    run = make_run(root, "r", state={"state": "failed", "attempts": [refused]})
     write_launch(run, {"event": "launch", "kind": "local", "pid": NOBODY, "ago": 310}, {"event": "end", "code": 2})
     assert main(["status", "r", "--root", str(root)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ended = _as_ours(code)
     said = f"{shlex.join(words)[:200]} returned {code}"
     print(f"run {run.run_id}: {said}", file=sys.stderr, flush=True)  # noqa: T201
-    attempt.end(ended)
+    attempt.end(ended, failure=None if ended != ExitCode.INTERNAL else {"returned": code, "error": said})
     return int(ended)
 
 

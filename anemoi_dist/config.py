@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from anemoi_dist.averages import checked_state_dtype, is_ademamix
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.launcher_rules import check_launcher
+from anemoi_dist.launcher_rules import check_launcher, check_lines
 from anemoi_dist.run_directory import check_run_id
 
 PRECISIONS = ("fp32", "bf16")
@@ -337,6 +337,7 @@ def from_container(container: dict[str, Any]) -> Config:
     refuse_unknown(container)
     refuse_missing(container)
     _refuse_scalar_nodes(container)
+    check_lines(container.get("launcher", {}).get("slurm", {}).get("setup"))  # typed, false would be a text
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), container)
         if missing := sorted(OmegaConf.missing_keys(merged)):

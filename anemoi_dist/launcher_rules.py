@@ -36,6 +36,8 @@ TAKEN_OPTIONS = {
     "wait": "",
     "wrap": "",
 }
+#: Seconds in which a small run may be saved; to suggest less would help nobody.
+_SHORTEST_SIGNAL_S = 30
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d\d):(?P<seconds>\d\d)")
 _DAYS = re.compile(r"(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d\d))?")
 _MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/@=~-]*")
@@ -58,7 +60,7 @@ def parse_time_limit(text: str) -> int:
         fix = "launcher.time=24:00:00; in a YAML file with quotes, or it is read as a number of seconds"
         if text.isdigit() and int(text) > 0:
             fix = f"{format_time_limit(int(text))} for seconds, {format_time_limit(60 * int(text))} for minutes; {fix}"
-        raise ConfigError("launcher.time", text, "must be HH:MM:SS or D-HH:MM:SS", fix=fix)
+        raise ConfigError("launcher.time", text, "must be HH:MM:SS, D-HH:MM:SS, D-HH:MM or D-HH", fix=fix)
     parts = {name: int(value or 0) for name, value in match.groupdict().items()}
     minutes, seconds = parts.get("minutes", 0), parts.get("seconds", 0)
     if minutes > 59 or seconds > 59:
@@ -74,6 +76,13 @@ def format_time_limit(seconds: int) -> str:
     return f"{seconds // 3600:02d}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
 
 
+def _longer(limit_s: int, signal_s: int) -> str:
+    """Say what to change where nothing is left between the start of a job and its request to save."""
+    fix = f"launcher.time={format_time_limit(4 * (signal_s + 60))}"
+    less_s = min(signal_s, limit_s // 4 - 60)
+    return f"launcher.slurm.signal_s={less_s}, or {fix}" if less_s >= _SHORTEST_SIGNAL_S else fix
+
+
 def check_launcher(launcher: LauncherConfig) -> None:
     """Raise :class:`ConfigError` for the first rule that ``launcher`` breaks."""
     slurm = launcher.slurm
@@ -87,7 +96,7 @@ def check_launcher(launcher: LauncherConfig) -> None:
                 launcher.time,
                 f"leaves no time to train: the run is asked to save launcher.slurm.signal_s={slurm.signal_s} s before "
                 "it, and SLURM may be 60 s early",
-                fix=f"launcher.slurm.signal_s={max(1, min(slurm.signal_s, limit_s // 4 - 60))}, or a longer time",
+                fix=_longer(limit_s, slurm.signal_s),
             )
     for key in ("partition", "account", "qos", "constraint"):
         if (value := getattr(slurm, key)) is not None:
@@ -107,10 +116,18 @@ def check_launcher(launcher: LauncherConfig) -> None:
         raise ConfigError("launcher.slurm.interface", slurm.interface, "is not a network interface", fix=fix)
 
 
+def check_lines(setup: Any) -> None:
+    """Refuse ``launcher.slurm.setup`` as written where it holds other things than text: ``false`` is no command."""
+    for line in setup if isinstance(setup, list) else ():
+        if not isinstance(line, str):
+            fix = f"in quotes: launcher.slurm.setup=['{str(line).lower()}']"
+            raise ConfigError("launcher.slurm.setup", line, "is not a line of shell", fix=fix)
+
+
 def _refuse_without_effect(launcher: LauncherConfig) -> None:
     if launcher.nodes != 1:
         raise ConfigError(
-            "launcher.nodes", launcher.nodes, "is more than this machine", fix="launcher=slurm, or launcher.nodes=1"
+            "launcher.nodes", launcher.nodes, "is more than this machine", fix="launcher=slurm, launcher=mpi, or 1"
         )
     set_keys = [f"slurm.{name}" for name, value in vars(launcher.slurm).items() if value != getattr(_defaults(), name)]
     for key in ("profile", "time", *set_keys):

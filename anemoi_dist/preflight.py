@@ -35,7 +35,8 @@ class Finding:
     Attributes
     ----------
     check : str
-        ``versions``, ``devices``, ``disk``, ``clock``, ``port``, ``host``, ``owner``, ``ranks``, ``collectives``.
+        ``versions``, ``devices``, ``disk``, ``clock``, ``port``, ``host``, ``owner``, ``ranks``, ``collectives``,
+        ``slurm``, ``nodes``.
     level : str
         ``ok``, ``warning``, or ``failed``: a run would not get far.
     text : str

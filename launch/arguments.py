@@ -29,7 +29,7 @@ def add_command(
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_groups_text() if groups else None,
+        epilog=_groups_text(name) if groups else None,
         allow_abbrev=False,
     )
     command.set_defaults(command=function)
@@ -40,16 +40,17 @@ def add_command(
     return command
 
 
-def _groups_text() -> str:
+def _groups_text(name: str) -> str:
     from anemoi_dist.overrides import available_groups
 
     groups = available_groups()
     width = max(map(len, groups))
+    example = "launcher.nodes=2 launcher.gpus_per_node=4 launcher.time=24:00:00" if name == "submit" else "engine=zero1"
     lines = "\n".join(f"  {group + '=':<{width + 1}} {' | '.join(options)}" for group, options in groups.items())
     return (
         f"groups and their options:\n{lines}\n\n"
         "example:\n"
-        "  anemoi-dist train engine=zero1 training.max_steps=200 training.lr.rate=5e-3 run.id=first\n"
+        f"  anemoi-dist {name} {example} training.max_steps=200 training.lr.rate=5e-3 run.id=first\n"
         "`anemoi-dist config` prints every key with its value."
     )
 

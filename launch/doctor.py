@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 
 from anemoi_dist.config import Config
@@ -23,9 +24,11 @@ from anemoi_dist.preflight import (
 from anemoi_dist.run_directory import RunDirectory
 
 from . import local
+from .queue import QueueError, call
 
 #: Seconds for the ranks of ``--nodes``, their imports included.
 NODES_TIMEOUT_S = 180.0
+_PING_TIMEOUT_S = 20.0
 #: fp32 parameter and the three EMAs of AdEMAMix: what a checkpoint holds of each parameter.
 _BYTES_PER_PARAMETER = 16
 
@@ -45,7 +48,11 @@ def run_doctor(config: Config, *, nodes: bool, as_json: bool) -> int:
     run = RunDirectory.locate(config.run.root, str(config.run.id))
     needed_bytes = space_needed(run, config)
     findings = look_here(run, needed_bytes=needed_bytes)
-    if nodes:
+    if config.launcher.kind == "slurm":
+        findings.append(check_slurm())
+    if nodes and config.launcher.kind == "slurm" and "SLURM_JOB_ID" not in os.environ:
+        findings.append(_only_here())
+    elif nodes:
         found = look_at_ranks(run, config, needed_bytes=needed_bytes)
         told = {finding.check for finding in found} - {"clock"}  # between nodes it is another one
         findings = [finding for finding in findings if finding.check not in told] + found
@@ -67,6 +74,25 @@ def look_here(run: RunDirectory, *, needed_bytes: int) -> list[Finding]:
         check_port(),
         check_owner(run),
     ]
+
+
+def check_slurm() -> Finding:
+    """Return whether a job can be submitted from here."""
+    if shutil.which("sbatch") is None:
+        return Finding("slurm", "failed", "there is no sbatch on this machine", "submit on a login node of the cluster")
+    try:
+        answer = call(["scontrol", "ping"], timeout_s=_PING_TIMEOUT_S)
+    except QueueError as error:
+        return Finding("slurm", "failed", str(error), "try again when slurmctld answers (`scontrol ping`)")
+    said = "; ".join(" ".join(line.split()) for line in (answer.stdout or answer.stderr).splitlines() if line.strip())
+    if answer.returncode or " is UP" not in said:
+        return Finding("slurm", "failed", said or "slurmctld does not answer", "try again when it does")
+    return Finding("slurm", "ok", said)
+
+
+def _only_here() -> Finding:
+    text = "only this machine was looked at: the job's own preflight looks at its nodes (launcher.preflight=true)"
+    return Finding("nodes", "ok", text)
 
 
 def _check_devices(num_gpus: int) -> Finding:

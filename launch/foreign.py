@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ended = _as_ours(code)
     said = f"{shlex.join(words)[:200]} returned {code}"
     print(f"run {run.run_id}: {said}", file=sys.stderr, flush=True)  # noqa: T201
-    attempt.end(ended)
+    attempt.end(ended, failure=None if ended != ExitCode.INTERNAL else {"returned": code, "error": said})
     return int(ended)
 
 
@@ -62,7 +62,7 @@ class _Command:
     def __init__(self, command: Sequence[str], allocation: Allocation, *, by_srun: bool) -> None:
         self._command, self._allocation, self._by_srun = command, allocation, by_srun
         self._process: subprocess.Popen[bytes] | None = None
-        self._asked = False
+        self._asked = self._is_told = False
 
     def run(self) -> int:
         """Run it to its end; 75 where it was asked to stop, whatever it says then: it has not come to its end."""
@@ -73,6 +73,8 @@ class _Command:
         except OSError as error:
             print(f"cannot start {self._command[0]}: {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201
             return 127
+        if self._asked:  # before there was anything to ask
+            self._pass_on()
         code = self._process.wait()
         with contextlib.suppress(ProcessLookupError):  # what it has left in the background would outlive the job
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -81,9 +83,15 @@ class _Command:
         return code if code >= 0 else 128 - code
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._asked or self._process is None:
+        if self._asked:
             return
         self._asked = True
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._process is None or self._is_told:
+            return
+        self._is_told = True
         if self._by_srun:
             # srun kills its tasks where it is told to end; this signal reaches the tasks and not the batch script.
             queue.call(["scancel", "--signal=TERM", self._allocation.job_id], timeout_s=60)

@@ -366,7 +366,9 @@ class _Derivation:
             self.exit_code = job.exit_code or None
             why = f" ({job.reason})" if job.reason else ""
             code = f" with code {job.exit_code}" if job.exit_code else ""
-            return "failed", f"job {job.job_id} is {job.state}{why}{code} without a word{self._ago(job.end_time)}"
+            printed = f"; `anemoi-dist logs {self.facts.run_id}` has what it printed" if job.nodes else ""
+            told = f"job {job.job_id} is {job.state}{why}{code} without a word{self._ago(job.end_time)}"
+            return "failed", f"{told}{printed}"
         seen = max((beat.seen for beat in self.facts.beats), default=None)
         sign = "" if seen is None else f", last seen{self._ago(seen, mark='')}"
         return "crashed", f"its processes are gone without a word{sign}; resume goes on from what it saved last"

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -129,7 +130,12 @@ def _submit(options: argparse.Namespace) -> int:
                 raise PreflightError(f"{error}\n  {done}") from error
             raise
         launcher = request.config.launcher
-        print(f"run {request.config.run.id}: job {job_id}, {launcher.nodes} nodes, {request.directory().path}")
+        nodes = f"{launcher.nodes} node{'' if launcher.nodes == 1 else 's'}"
+        print(f"run {request.config.run.id}: job {job_id}, {nodes}, {request.directory().path}")
+    if requests:
+        follow = f"status {requests[0].config.run.id} --follow" if len(requests) == 1 else "runs"
+        root = requests[0].config.run.root
+        print(f"next: anemoi-dist {follow}" + ("" if root == "runs" else f" --root {shlex.quote(root)}"))
     return ExitCode.FINISHED
 
 
@@ -392,7 +398,8 @@ def _sbatch(script: str, options: Mapping[str, Any]) -> str:
         print(line, file=sys.stderr)  # a site's own remarks
     job_id = answer.stdout.strip().splitlines()[-1].partition(";")[0] if answer.stdout.strip() else ""
     if answer.returncode or not job_id.isdecimal():
-        said = " ".join(answer.stderr.replace("sbatch: error: ", "").split()) or f"exit code {answer.returncode}"
+        lines = (" ".join(line.removeprefix("sbatch: error: ").split()) for line in answer.stderr.splitlines())
+        said = "; ".join(filter(None, lines)) or f"exit code {answer.returncode}"
         fix = next((fix for word, fix in _FIXES if word in said.lower()), _OTHER_FIX)
         raise PreflightError(f"SLURM refuses the job: {said}\n  fix: {fix}")
     return job_id

@@ -44,7 +44,9 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
             raise ConfigError("argument", text, f"cannot be swept: {reason}", fix=fix) from error
         axes.append(values)
     if all(len(values) == 1 for values in axes):
-        raise ConfigError("--multirun", list(overrides), "sweeps nothing", fix="training.lr.rate=1e-4,3e-4")
+        raise ConfigError(
+            "--multirun", "", "sweeps nothing: no key has several values", fix="training.lr.rate=1e-4,3e-4"
+        )
     num_runs = 1
     for values in axes:
         num_runs *= len(values)

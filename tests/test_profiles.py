@@ -117,6 +117,11 @@ def test_a_time_that_yaml_took_for_a_number_says_what_was_meant(tmp_path: Path) 
     ("overrides", "match"),
     [
         (["launcher.time=00:05:00"], "leaves no time to train"),
+        (["launcher.time=00:02:00"], "fix: launcher.time=00:24:00$"),
+        (["launcher.time=00:06:00"], r"fix: launcher.slurm.signal_s=30, or launcher.time=00:24:00$"),
+        (["launcher.time=10"], "must be HH:MM:SS, D-HH:MM:SS, D-HH:MM or D-HH"),
+        (["launcher.slurm.setup=[false]"], r"setup=False: is not a line of shell\n  fix: .*\['false'\]"),
+        (["launcher.kind=local", "launcher.nodes=2"], "launcher=slurm, launcher=mpi"),
         (["+launcher.slurm.options.nodes=3"], "launcher.nodes sets it"),
         (["+launcher.slurm.options.output=x"], "leave it out"),
         (["launcher.slurm.options={--mem: 3}"], "is not"),

@@ -52,6 +52,32 @@ def test_what_fails_is_last_and_the_code_is_3(run: RunDirectory, capsys: pytest.
     assert last.startswith("failed  owner") and "; fix: wait for it" in last
 
 
+def program(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_slurm_is_asked_and_the_nodes_are_left_to_the_job(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", str(tools))
+
+    def found() -> dict[str, str]:
+        examine(run, "launcher=slurm", nodes=True, as_json=True)
+        return {entry["check"]: f"{entry['level']}: {entry['text']}" for entry in json.loads(capsys.readouterr().out)}
+
+    assert found()["slurm"] == "failed: there is no sbatch on this machine"
+    program(tools, "sbatch", "exit 0")
+    program(tools, "scontrol", "echo 'Slurmctld(primary) at head is UP'")
+    assert found()["slurm"] == "ok: Slurmctld(primary) at head is UP"
+    assert "only this machine was looked at" in found()["nodes"] and "ranks" not in found()
+    program(tools, "scontrol", "echo 'Slurmctld(primary) at head is DOWN'; exit 1")
+    assert found()["slurm"].startswith("failed: Slurmctld(primary) at head is DOWN")
+
+
 def save(run: RunDirectory, step: int, size: int) -> None:
     folder = run.checkpoints_dir / f"step-{step:08d}"
     folder.mkdir()

@@ -177,6 +177,9 @@ def test_a_command_on_all_nodes_by_srun_and_one_that_fails(cluster: MiniSlurm, t
         assert other.wait_until_over(timeout_s=60) == "FAILED"
         assert code in other.log and not other.launches("requeue")
         assert state_of(other)["state"] == "failed"
+        name = other.directory.name
+        (ended,) = other.launches("end")
+        assert ended["reason"] == f"run {name}: the command {code}; `anemoi-dist logs {name}` has what it printed"
 
 
 def test_what_slurm_refuses_is_told_with_its_words_and_leaves_no_record(cluster: MiniSlurm, tmp_path: Path) -> None:

@@ -601,6 +601,13 @@ OVER = [
         job=job("TIMEOUT", exit_code=143, end_time=NOW - 60),
     ),
     Case(
+        "failed on its node before a rank reported",
+        "failed",
+        "without a word; `anemoi-dist logs r` has what it printed",
+        launch=(submit(900), launch(800)),
+        job=replace(job("FAILED", reason="NonZeroExitCode", exit_code=1), nodes="node1"),
+    ),
+    Case(
         "refused by SLURM",
         "failed",
         "FAILED (BadConstraints)",

@@ -106,13 +106,33 @@ def test_the_environment_of_the_user_does_not_overrule_the_script(
     ]
     assert main(*arguments, "--no-check") == 0
     captured = capsys.readouterr()
-    assert "job 42," in captured.out and "hello" in captured.err, "a site's own remarks are shown"
+    assert (
+        f"run r: job 42, 1 node, {tmp_path}/r\nnext: anemoi-dist status r --follow --root {tmp_path}\n" in captured.out
+    )
+    assert "hello" in captured.err, "a site's own remarks are shown"
     lines = (recorded / "environment").read_text().splitlines()
     assert [line for line in lines if line.startswith("SBATCH_")] == ["SBATCH_ACCOUNT=x"], (
         "it says what the script does not"
     )
     script = (tmp_path / "r" / "scripts" / "slurm-42.sh").read_text()
     assert script == (recorded / "script").read_text()
+
+
+def test_what_slurm_says_in_two_lines_is_two_sentences(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (recorded / "sbatch").write_text(
+        '#!/bin/bash\necho "sbatch: error: No such account" >&2\necho "sbatch: error: Batch job failed" >&2\nexit 1\n'
+    )
+    assert main(f"run.root={tmp_path}", "run.id=r", "--no-check") == 3
+    assert "SLURM refuses the job: No such account; Batch job failed\n" in capsys.readouterr().err
+
+
+def test_the_example_of_the_help_is_of_the_command(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main("--help")
+    help_text = capsys.readouterr().out
+    assert "  anemoi-dist submit launcher.nodes=2" in help_text and "anemoi-dist train" not in help_text
 
 
 def test_a_stop_that_nobody_answered_is_forgotten(recorded: Path, tmp_path: Path) -> None:

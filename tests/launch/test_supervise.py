@@ -19,6 +19,13 @@ def run(tmp_path) -> RunDirectory:
         ([{"attempt": 1, "exit_code": 5}, {"attempt": 2, "exit_code": 0}], 0, False, 0, ""),
         ([{"attempt": 1, "exit_code": 0}, {"attempt": 2, "exit_code": 75}], 1, True, 75, ""),
         ([{"attempt": 1, "exit_code": 0}, {"attempt": 2, "exit_code": 70}], 1, False, 70, "attempt-02"),
+        (
+            [{"attempt": 1, "exit_code": 0}, {"attempt": 2, "exit_code": 70, "failure": {"returned": 9}}],
+            70,
+            False,
+            70,
+            "the command returned 9; `anemoi-dist logs r` has what it printed",
+        ),
         ([{"attempt": 1, "exit_code": 0}, {"attempt": 2}], 1, False, 70, "attempt-02"),
         ([{"attempt": 1, "exit_code": 0}, {"attempt": 2}], 143, True, 130, "before anything new was saved"),
         ([{"attempt": 1, "exit_code": 0}], 3, False, 3, ""),

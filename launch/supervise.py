@@ -258,9 +258,8 @@ def _describe_failure(run: RunDirectory, attempt: Mapping[str, Any]) -> str:
     if failure is None:
         logs = run.logs_dir(attempt["attempt"])
         return "" if code not in RESTARTED else f"run {run.run_id}: {_name(code)}; logs: {logs}"
-    if "returned" in failure:  # another program: its code says nothing but that it has failed
-        told = f"the command returned {failure['returned']}"
-        return f"run {run.run_id}: {told}; `anemoi-dist logs {run.run_id}` has what it printed"
+    if "returned" in failure:
+        return f"run {run.run_id}: {failure_line(failure)}; `anemoi-dist logs {run.run_id}` has what it printed"
     place = f"rank {failure['rank']} on {failure['host']} (pid {failure['pid']})"
     if "signal" in failure:
         return f"run {run.run_id}: {place} was {failure['error']}; its log: {failure['log']}"

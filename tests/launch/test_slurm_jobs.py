@@ -55,8 +55,9 @@ def test_a_job_goes_through_a_time_limit(
     assert "starts: zero2 on 2 ranks" in run.log and "resumes at step" in run.log, "one log for both lives"
     assert run.log.count("all-reduce over 2 ranks") == 2, "the preflight of each life"
     assert_equal_bit_for_bit(undisturbed[2, False], run.directory)
-    again = SlurmRun(cluster, run.directory.parent, run.directory.name, *TWO_BY_ONE)
-    assert again.wait_until_over() == "COMPLETED", "there is nothing left to do"
+    root = str(run.directory.parent).replace("'", "\\'")
+    again = anemoi_dist(cluster, "submit", *TWO_BY_ONE, f"run.root='{root}'", f"run.id={run.directory.name}")
+    assert again.returncode == 0 and "is finished" in again.stdout, "there is nothing left to do"
     assert len(state_of(run)["attempts"]) == 2
 
 
@@ -177,9 +178,9 @@ def test_a_command_on_all_nodes_by_srun_and_one_that_fails(cluster: MiniSlurm, t
         assert other.wait_until_over(timeout_s=60) == "FAILED"
         assert code in other.log and not other.launches("requeue")
         assert state_of(other)["state"] == "failed"
-        name = other.directory.name
         (ended,) = other.launches("end")
-        assert ended["reason"] == f"run {name}: the command {code}; `anemoi-dist logs {name}` has what it printed"
+        assert ended["reason"] == f"the command {code}"
+        assert f"`anemoi-dist logs {other.directory.name}` has what it printed" in other.log
 
 
 def test_what_slurm_refuses_is_told_with_its_words_and_leaves_no_record(cluster: MiniSlurm, tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_a_sweep_is_a_run_for_each_combination(cluster: MiniSlurm, tmp_path: Pat
     answer = anemoi_dist(cluster, *base, "training.lr.rate=1e-4,3e-4", "run.seed=range(1,3)")
     assert answer.returncode == 0, answer.stderr
     runs = sorted(path.parent for path in tmp_path.glob("*/launch.jsonl"))
-    assert len(runs) == 4 and len(answer.stdout.splitlines()) == 4
+    assert len(runs) == 4 and answer.stdout.count(": job ") == 4
     jobs = {read_events(run / "launch.jsonl")[0]["job_id"] for run in runs}
     assert len(jobs) == 4 and all(job in answer.stdout for job in jobs)
     configs = [(run / "config.yaml").read_text() for run in runs]

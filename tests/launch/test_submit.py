@@ -167,6 +167,7 @@ def test_a_finished_run_is_not_submitted_again(recorded: Path, tmp_path: Path, c
     config = compose(["launcher=slurm", f"run.root={tmp_path}", "run.id=r", "training.max_steps=20"]).config
     run = prepare_run(config)
     Attempt(run, world_size=2, max_steps=20).end(ExitCode.FINISHED)
+    (run.checkpoints_dir / "step-00000020").mkdir()
     arguments = ["launcher=slurm", f"run.root={tmp_path}", "run.id=r", "--no-check"]
     assert main(*arguments, "training.max_steps=20") == 0
     out = capsys.readouterr().out

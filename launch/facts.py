@@ -216,10 +216,12 @@ def _attempts(state: Mapping[str, Any]) -> tuple[Attempt, ...]:
 
 def failure_line(failure: Any) -> str:
     """Return who failed and how in one line, of what ``run.json`` says of a failure."""
-    if not isinstance(failure, dict) or not isinstance(failure.get("error"), str):
+    if not isinstance(failure, dict):
         return ""
     if "returned" in failure:  # another program: its code says nothing but that it has failed
         return f"the command returned {failure['returned']}"
+    if not isinstance(failure.get("error"), str):
+        return ""
     lines = [line.strip() for line in failure["error"].splitlines() if line.strip()] or ["no word"]
     # A traceback says at its end what happened, all else at its beginning.
     said = lines[-1] if lines[0].startswith("Traceback") else lines[0].rstrip(":")

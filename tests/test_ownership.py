@@ -19,18 +19,16 @@ from anemoi_dist.ownership import HeldError, Hold, Holder, hold_launch, hold_ran
 from anemoi_dist.run_directory import RunDirectory
 
 # Waits for a common moment, takes hold, says whether it did, and keeps hold until told to let go.
-CONTENDER = """
+ROUNDS = """
 import sys, time
-from pathlib import Path
-from anemoi_dist.ownership import HeldError, hold_launch
-from anemoi_dist.run_directory import RunDirectory
-run = RunDirectory(Path(sys.argv[1]))
+from anemoi_dist.ownership import HeldError
 print("ready", flush=True)
 for line in sys.stdin:
-    while time.time() < float(line):
+    moment, *names = line.split()
+    while time.time() < float(moment):
         pass
     try:
-        hold = hold_launch(run)
+        hold = take(*names)
         print("owns", flush=True)
     except HeldError as error:
         print("held by", error.holder and error.holder.pid, flush=True)
@@ -40,30 +38,23 @@ for line in sys.stdin:
         hold.release()
     print("done", flush=True)
 """
-
-
-# The same for a whole start: each contender has a configuration of its own, and every round is a run of its own.
+CONTENDER = """
+import sys
+from pathlib import Path
+from anemoi_dist.ownership import hold_launch
+from anemoi_dist.run_directory import RunDirectory
+def take():
+    return hold_launch(RunDirectory(Path(sys.argv[1])))
+"""
+# A whole start: each contender has a configuration of its own, and every round is a run of its own.
 STARTER = """
-import sys, time
+import sys
 from anemoi_dist.compose import compose
-from anemoi_dist.ownership import HeldError
 from anemoi_dist.prepare import claim_run
 config = compose([f"run.root={sys.argv[1]}", f"training.lr.rate={sys.argv[2]}", "run.id=none"]).config
-print("ready", flush=True)
-for line in sys.stdin:
-    moment, config.run.id = line.split()
-    while time.time() < float(moment):
-        pass
-    try:
-        run, hold = claim_run(config)
-        print("owns", flush=True)
-    except HeldError as error:
-        print("held by", error.holder and error.holder.pid, flush=True)
-        hold = None
-    sys.stdin.readline()
-    if hold:
-        hold.release()
-    print("done", flush=True)
+def take(name):
+    config.run.id = name
+    return claim_run(config)[1]
 """
 
 
@@ -80,7 +71,7 @@ def contender(run: RunDirectory, **environment: str) -> subprocess.Popen[str]:
 
 def contend(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", code + ROUNDS, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -32,8 +32,8 @@ TWO_BY_TWO = [
     f"checkpoint.interval_steps={INTERVAL}",
     "launcher.backoff_s=0.2",
 ]
-#: For what SLURM needs half a minute to notice.
-LONG = ("training.max_steps=600", "checkpoint.interval_steps=50", "validation.interval_steps=300")
+#: For what SLURM needs half a minute to notice: as long again on an idle machine.
+LONG = ("training.max_steps=1500", "checkpoint.interval_steps=50", "validation.interval_steps=750")
 _OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
 
 

@@ -28,7 +28,7 @@ class BuildKernel(build_ext):
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """Return the functions that ctypes looks up, not the PyInit of a module that this is not."""
-        return ["ademamix_step", "ademamix_version"]
+        return ["ademamix_squares", "ademamix_step", "ademamix_version"]
 
 
 setup(

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import MISSING, OmegaConf
+from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
 from anemoi_dist.averages import checked_state_dtype, is_ademamix
@@ -92,7 +94,7 @@ class EngineConfig:
     stage: int = 0
     #: Keep the optimizer's states and its step on the CPU (ZeRO 3).
     offload: bool = False
-    #: Gather the working parameters of one part of the partition while the next is stepped (ZeRO 1 and 2).
+    #: Gather the working parameters of what has been stepped while the rest is stepped (ZeRO 1 and 2, FSDP2).
     overlap: bool = False
     #: Further keys of DeepSpeed's own configuration, merged over ours.
     options: dict[str, Any] = field(default_factory=dict)
@@ -512,7 +514,13 @@ def _describe(expected: Any) -> str:
 
 def to_yaml(config: Config) -> str:
     """Return the configuration as YAML; :func:`from_yaml` gives it back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    structured = OmegaConf.structured(config)
+    text = OmegaConf.to_yaml(structured)
+    if "\x85" not in text:
+        return text
+    # YAML ends a line there. PyYAML writes it as if it did not, and reads it as a space; as an escape it comes back.
+    container = OmegaConf.to_container(structured, enum_to_str=True)
+    return str(yaml.dump(container, Dumper=get_omega_conf_dumper(), default_flow_style=False, sort_keys=False))
 
 
 def from_yaml(text: str) -> Config:
@@ -634,9 +642,9 @@ def _check_engine(engine: EngineConfig) -> None:
                 )
     if engine.offload and engine.stage != 3:
         raise ConfigError("engine.offload", True, "needs ZeRO stage 3", fix="engine=zero3_offload")
-    if engine.overlap and (engine.kind != "deepspeed" or engine.stage not in (1, 2)):
-        rule = f"has no effect with engine={engine_name(engine)}: there is nothing to gather after its step"
-        raise ConfigError("engine.overlap", True, rule, fix="engine=zero1 or engine=zero2")
+    if engine.overlap and not (engine.kind == "fsdp2" or (engine.kind == "deepspeed" and engine.stage in (1, 2))):
+        rule = f"has no effect with engine={engine_name(engine)}: there is nothing that it could gather earlier"
+        raise ConfigError("engine.overlap", True, rule, fix="engine=zero1, engine=zero2 or engine=fsdp2")
 
 
 def _check_checkpoint(config: Config) -> None:

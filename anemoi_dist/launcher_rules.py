@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from anemoi_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from anemoi_dist.config import LauncherConfig, SlurmConfig
+    from anemoi_dist.config import LauncherConfig
 
 #: ``#SBATCH`` options that follow from other keys, with the key to set instead; ours alone where there is none.
 TAKEN_OPTIONS = {
@@ -129,17 +129,17 @@ def _refuse_without_effect(launcher: LauncherConfig) -> None:
         raise ConfigError(
             "launcher.nodes", launcher.nodes, "is more than this machine", fix="launcher=slurm, launcher=mpi, or 1"
         )
-    set_keys = [f"slurm.{name}" for name, value in vars(launcher.slurm).items() if value != getattr(_defaults(), name)]
-    for key in ("profile", "time", *set_keys):
-        value = getattr(launcher.slurm, key[6:]) if key.startswith("slurm.") else getattr(launcher, key)
-        if value is not None:
-            raise ConfigError(f"launcher.{key}", value, "has no effect with launcher=local", fix="launcher=slurm")
+    from anemoi_dist.config import LauncherConfig, SlurmConfig
 
-
-def _defaults() -> SlurmConfig:
-    from anemoi_dist.config import SlurmConfig
-
-    return SlurmConfig()
+    for prefix, group, defaults, keys in (
+        ("", launcher, LauncherConfig(), ("profile", "time", "max_requeues", "max_retries", "ranks_by")),
+        ("slurm.", launcher.slurm, SlurmConfig(), vars(launcher.slurm)),
+    ):
+        for key in keys:
+            if (value := getattr(group, key)) != getattr(defaults, key):
+                raise ConfigError(
+                    f"launcher.{prefix}{key}", value, "has no effect with launcher=local", fix="launcher=slurm"
+                )
 
 
 def check_value(key: str, value: str) -> None:
@@ -160,6 +160,9 @@ def _check_option(name: str, value: Any) -> None:
     if name in TAKEN_OPTIONS:
         instead = TAKEN_OPTIONS[name]
         raise ConfigError(key, value, "is set by anemoi-dist", fix=f"{instead} sets it" if instead else "leave it out")
+    if name != "gpus" and (whole := [taken for taken in TAKEN_OPTIONS if taken.startswith(name)]):
+        rule = f"sbatch takes it for {' or '.join(whole)}, which anemoi-dist sets"
+        raise ConfigError(key, value, rule, fix="write the option's name out, or leave it out")
     if value is None or isinstance(value, bool):
         return
     if not isinstance(value, str | int | float):

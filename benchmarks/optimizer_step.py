@@ -125,11 +125,13 @@ def contenders(params: list[torch.Tensor]) -> Iterator[tuple[str, Callable[[], C
         return Contender(AdEMAMix(params, **options, **more).step, num_written, share)  # type: ignore[arg-type]
 
     def clipped() -> Contender:
+        from anemoi_dist.optimizers.norm import squared_norms
+
         optimizer = AdEMAMix(params, **options)
 
         def step() -> None:
-            norms = torch._foreach_norm([p.grad for p in params])
-            optimizer.grad_scale = (torch.linalg.vector_norm(torch.stack(norms)) / 1e-3).clamp(min=1.0)
+            norm = squared_norms([p.grad for p in params]).sum().sqrt().float()
+            optimizer.grad_scale = (norm / 1e-3).clamp(min=1.0)
             optimizer.step()
 
         return Contender(step, 4)

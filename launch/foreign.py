@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [*srun(allocation, tasks_per_node=ranks_per_node), *words] if by_srun else words
         code = _Command(command, allocation, by_srun=by_srun).run()
     except AnemoiDistError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"anemoi-dist: {error}", file=sys.stderr, flush=True)  # noqa: T201
         return int(error.exit_code)
     ended = _as_ours(code)
     said = f"{shlex.join(words)[:200]} returned {code}"

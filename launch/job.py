@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allocation = Allocation.here(os.environ)
         return Life(run, config, allocation, words=words, by_srun=options.srun, signals=signals).live()
     except AnemoiDistError as error:
-        _say(f"{type(error).__name__}: {error}")
+        _say(f"anemoi-dist: {error}")
         return int(error.exit_code)
     except OSError as error:
         _say(f"run {run.run_id}: {error}")

@@ -352,7 +352,7 @@ class _Derivation:
             return "preempted", f"it saved on request{ago}; resume goes on"
         if code == ExitCode.INTERRUPTED:
             self.reason = ""
-            return "cancelled", f"interrupted before anything was saved{ago}"
+            return "cancelled", f"interrupted before anything new was saved{ago}"
         if not reason and self.attempt is not None and self._attempt_is_of_this_life():
             self.reason = self.attempt.failure
         return "failed", f"code {code}: {_meaning(code)}{ago}"

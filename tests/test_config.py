@@ -136,8 +136,8 @@ def ademamix(state_dtype, **more):
         ({"engine": {"kind": "ddp", "stage": 2}}, "has no effect with engine.kind=ddp"),
         ({"engine": {"kind": "fsdp2", "options": {"a": 1}}}, "has no effect with engine.kind=fsdp2"),
         ({"engine": {"kind": "deepspeed", "stage": 2, "offload": True}}, "needs ZeRO stage 3"),
-        ({"engine": {"kind": "deepspeed", "stage": 3, "overlap": True}}, "nothing to gather after its step"),
-        ({"engine": {"kind": "fsdp2", "overlap": True}}, "engine=zero1 or engine=zero2"),
+        ({"engine": {"kind": "deepspeed", "stage": 3, "overlap": True}}, "nothing that it could gather earlier"),
+        ({"engine": {"kind": "ddp", "overlap": True}}, "engine=zero1, engine=zero2 or engine=fsdp2"),
         ({"engine": {"kind": "megatron"}}, "is not a valid name"),
         ({"training": {"clip_grad_norm": 0}}, "must be positive"),
         ({"training": {"clip_grad_norm": float("nan")}}, "must be positive"),
@@ -210,7 +210,24 @@ def test_frozen_yaml_round_trip(value):
 
 
 @pytest.mark.parametrize(
-    "text", ["1e-3", "null", "yes", "0x10", "2025-12-01", "1_000", "~", "", " a ", "a: b", "# no", "'", "é\u2028"]
+    "text",
+    [
+        "1e-3",
+        "null",
+        "yes",
+        "0x10",
+        "2025-12-01",
+        "1_000",
+        "~",
+        "",
+        " a ",
+        "a: b",
+        "# no",
+        "'",
+        "é\u2028",
+        "\x85",
+        "é\x85 ",
+    ],
 )
 def test_texts_stay_texts(text):
     config = from_container(minimal(data={"dataset": text, "options": {"x": text}}))

@@ -124,6 +124,7 @@ def test_a_time_that_yaml_took_for_a_number_says_what_was_meant(tmp_path: Path) 
         (["launcher.kind=local", "launcher.nodes=2"], "launcher=slurm, launcher=mpi"),
         (["+launcher.slurm.options.nodes=3"], "launcher.nodes sets it"),
         (["+launcher.slurm.options.output=x"], "leave it out"),
+        (["+launcher.slurm.options.part=low"], "sbatch takes it for partition"),
         (["launcher.slurm.options={--mem: 3}"], "is not"),
         (["launcher.slurm.options={mail_type: END}"], "long name without dashes in front"),
         (["launcher.slurm.options={mem: [1,2]}"], "must be a text"),
@@ -142,7 +143,14 @@ def test_what_a_job_may_not_say(overrides: list[str], match: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["launcher.nodes=2", "launcher.profile=example", "launcher.time=01:00:00", "launcher.slurm.partition=gpu"],
+    [
+        "launcher.nodes=2",
+        "launcher.profile=example",
+        "launcher.time=01:00:00",
+        "launcher.max_requeues=3",
+        "launcher.ranks_by=srun",
+        "launcher.slurm.partition=gpu",
+    ],
 )
 def test_what_has_no_effect_on_this_machine_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match=r"(?s)launcher.*fix: launcher=slurm"):

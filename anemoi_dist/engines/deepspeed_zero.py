@@ -20,11 +20,12 @@ import torch.distributed as dist
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.engines.base import TensorInfo
 from anemoi_dist.engines.expected import REDUCE_BUCKET
-from anemoi_dist.engines.partitions import GradientPartitions, sum_of_squares
-from anemoi_dist.engines.regions import Region, RegionEngine, clip_coefficient, clipped
+from anemoi_dist.engines.partitions import GradientPartitions
+from anemoi_dist.engines.regions import Region, RegionEngine, clip_coefficient, clipped, step_only
 from anemoi_dist.engines.replicated import replicated_regions, step_replicated
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.ademamix import AdEMAMix
+from anemoi_dist.optimizers.norm import squared_norms
 
 #: With ``engine.overlap``, a partition is stepped in so many pieces at most, of so many elements at least.
 NUM_BUCKETS = 8
@@ -153,10 +154,8 @@ class _Bucket:
 
     Attributes
     ----------
-    group : dict[str, Any]
-        The optimizer's parameter group.
     index : int
-        DeepSpeed's number of it.
+        Number of the parameter group.
     begin : int
         First element of the range in the whole group laid end to end.
     parameter : torch.nn.Parameter
@@ -169,7 +168,6 @@ class _Bucket:
         Of this rank's there it is no copy, but the same memory.
     """
 
-    group: dict[str, Any]
     index: int
     begin: int
     parameter: torch.nn.Parameter
@@ -211,7 +209,8 @@ class Zero12Engine(_PartitionedEngine):
         self._unite(zero.single_partition_of_fp32_groups, own)
         zero._link_all_hp_params()  # DeepSpeed's own accessors would show the partitions and gradients of before
         self._buckets = list(self._cut(overlap=overlap))
-        self._fill_groups()
+        for index, group in enumerate(self.optimizer.param_groups):
+            group["params"] = [bucket.parameter for bucket in self._buckets if bucket.index == index]
         if isinstance(self.optimizer, AdEMAMix):
             self.optimizer.copies = {b.parameter: b.working[self.world.rank] for b in self._buckets if not b.is_own}
         zero.step = self._step
@@ -226,7 +225,6 @@ class Zero12Engine(_PartitionedEngine):
                 here = slice(low, min(low + size, numel))
                 working = [partition.detach()[here] for partition in zero.parallel_partitioned_bit16_groups[index]]
                 yield _Bucket(
-                    group=self.optimizer.param_groups[index],
                     index=index,
                     begin=self.world.rank * numel + low,
                     parameter=torch.nn.Parameter(master.detach()[here]),
@@ -234,11 +232,6 @@ class Zero12Engine(_PartitionedEngine):
                     working=working,
                     is_own=working[self.world.rank].data_ptr() == master[here].data_ptr(),
                 )
-
-    def _fill_groups(self) -> None:
-        """Let each of the optimizer's groups hold its buckets."""
-        for index, group in enumerate(self.optimizer.param_groups):
-            group["params"] = [bucket.parameter for bucket in self._buckets if bucket.index == index]
 
     def _update(self) -> tuple[float, bool]:
         self._engine.step()  # counts, and calls _step
@@ -265,22 +258,16 @@ class Zero12Engine(_PartitionedEngine):
         for bucket in self._buckets:
             self._lend(bucket.parameter, bucket.gradient)
         gradients = [bucket.parameter.grad for bucket in self._buckets if bucket.parameter.grad is not None]
-        groups, under_way = self.optimizer.param_groups, []
-        try:
-            with clipped(self.optimizer, gradients, norm=norm, limit=self.config.training.clip_grad_norm):
-                for bucket in self._buckets:
-                    bucket.group["params"] = [bucket.parameter]
-                    self.optimizer.param_groups = [bucket.group]
-                    self.optimizer.step()
-                    bucket.parameter.grad = None
-                    own = bucket.working[self.world.rank]
-                    if not (bucket.is_own or isinstance(self.optimizer, AdEMAMix)):
-                        own.copy_(bucket.parameter)
-                    if self.world.world_size > 1:
-                        under_way += self._begin_gather(bucket)
-        finally:
-            self.optimizer.param_groups = groups
-            self._fill_groups()
+        under_way: list[Any] = []
+        with clipped(self.optimizer, gradients, norm=norm, limit=self.config.training.clip_grad_norm):
+            for bucket in self._buckets:
+                step_only(self.optimizer, [bucket.parameter])
+                bucket.parameter.grad = None
+                own = bucket.working[self.world.rank]
+                if not (bucket.is_own or isinstance(self.optimizer, AdEMAMix)):
+                    own.copy_(bucket.parameter)
+                if self.world.world_size > 1:
+                    under_way += self._begin_gather(bucket)
         for work in under_way:
             work.wait()
 
@@ -368,7 +355,7 @@ class Zero3Engine(_PartitionedEngine):
 
     def _norms(self) -> list[torch.Tensor]:
         """Return the norm of all gradients, as DeepSpeed's one per partition."""
-        square = sum_of_squares([self._zero.grad_partitions_flat_buffer])
+        square = squared_norms([self._zero.grad_partitions_flat_buffer]).sum()
         dist.all_reduce(square)
         return [square.sqrt().float()]
 

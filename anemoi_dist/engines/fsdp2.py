@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from anemoi_dist.data.batch import Batch
-from anemoi_dist.engines.partitions import sum_of_squares
-from anemoi_dist.engines.regions import Region, RegionEngine, local, step_clipped
+from anemoi_dist.engines.regions import Region, RegionEngine, clipped, local, step_only
+from anemoi_dist.optimizers.norm import squared_norms
 
 
 class Fsdp2Engine(RegionEngine):
@@ -34,10 +34,24 @@ class Fsdp2Engine(RegionEngine):
             )
             self.module.compute_dtype = torch.bfloat16
         mesh = init_device_mesh(self.world.device.type, (self.world.world_size,))
-        for block in _blocks(self.module):
+        blocks = list(_blocks(self.module))
+        for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self.module, mesh=mesh, mp_policy=policy)
         self._create_optimizer()
+        self._squares: dict[nn.Parameter, torch.Tensor] = {}
+        self._is_last = False
+        self._under_way: dict[FSDPModule, Any] = {}
+        # What is stepped first, and gathered for the next forward pass while the rest is stepped.
+        self._ahead: list[tuple[FSDPModule, list[nn.Parameter]]] = []
+        if self.config.engine.overlap:
+            in_blocks = {parameter for block in blocks for parameter in block.parameters()}
+            outside = [parameter for parameter in self.module.parameters() if parameter not in in_blocks]
+            self._ahead = [(cast(FSDPModule, self.module), outside)]
+            self._ahead += [(cast(FSDPModule, block), list(block.parameters())) for block in blocks[:1]]
+            for parameter in self.module.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self._square)
 
     def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
         prediction = self.module(batch, rollout=rollout)
@@ -47,20 +61,62 @@ class Fsdp2Engine(RegionEngine):
         return prediction
 
     def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        self._is_last = is_last
         loss.backward()  # reduced and scattered each time: whole gradients would undo what sharding saves
 
+    def _square(self, parameter: torch.Tensor) -> None:
+        """Take the norm of a gradient that has just been reduced, while the backward pass goes on."""
+        if self._is_last:
+            assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+            self._squares[parameter] = squared_norms([local(parameter.grad)])
+
     def _update(self) -> tuple[float, bool]:
-        gradients = [local(p.grad) for p in self.module.parameters() if p.grad is not None]
+        gradients = {p: local(p.grad) for p in self.module.parameters() if p.grad is not None}
+        late = [parameter for parameter in gradients if parameter not in self._squares]
+        if late:
+            squares = squared_norms([gradients[parameter] for parameter in late])
+            self._squares |= zip(late, squares.split(1), strict=True)
         square = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        if gradients:
-            square += sum_of_squares(gradients)
+        if gradients:  # in order, however they came about: the same sum, bit for bit
+            square += torch.cat([self._squares[parameter] for parameter in gradients]).sum()
+        self._squares.clear()
         dist.all_reduce(square)
         norm = square.sqrt().float()
         value, skipped = float(norm), not bool(norm.isfinite())
         if not skipped:
-            step_clipped(self.optimizer, gradients, norm=norm, limit=self.config.training.clip_grad_norm)
+            limit = self.config.training.clip_grad_norm
+            with clipped(self.optimizer, list(gradients.values()), norm=norm, limit=limit):
+                self._step()
         self.optimizer.zero_grad(set_to_none=True)
         return value, skipped
+
+    def _step(self) -> None:
+        """Step all, first what the next forward pass needs first; that is gathered while the rest is stepped.
+
+        No more is gathered than a forward pass holds at once: the whole model's parameters are what sharding saves.
+        """
+        left = dict.fromkeys(self.module.parameters())
+        for module, parameters in self._ahead:
+            step_only(self.optimizer, parameters)
+            if self.world.world_size > 1:
+                self._under_way[module] = module.unshard(async_op=True)  # the forward pass waits for it
+            for parameter in parameters:
+                del left[parameter]
+        step_only(self.optimizer, left)
+
+    def _drop_gathered(self) -> None:
+        """Wait for what is being gathered, which a forward pass may have done, and keep the shards alone."""
+        for module, handle in self._under_way.items():
+            handle.wait()
+            module.reshard()
+        self._under_way.clear()
+
+    def _after_load(self) -> None:
+        self._drop_gathered()  # it is no longer what the shards hold
+
+    def close(self) -> None:
+        """Leave no collective behind."""
+        self._drop_gathered()
 
     def regions(self) -> Iterator[Region]:
         """Yield the rows of every parameter that this rank holds."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -402,9 +402,16 @@ def clipped(
         yield
 
 
-def step_clipped(
-    optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor], *, norm: torch.Tensor, limit: float | None
-) -> None:
-    """Step with gradients clipped to ``limit``."""
-    with clipped(optimizer, gradients, norm=norm, limit=limit):
+def step_only(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+    """Step some of the optimizer's parameters."""
+    wanted, groups = set(parameters), optimizer.param_groups
+    every = [group["params"] for group in groups]
+    try:
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter in wanted]
+        optimizer.param_groups = [group for group in groups if group["params"]]
         optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+        for group, params in zip(groups, every, strict=True):
+            group["params"] = params

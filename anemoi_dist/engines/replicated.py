@@ -10,8 +10,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from anemoi_dist.data.batch import Batch
-from anemoi_dist.engines.partitions import sum_of_squares
-from anemoi_dist.engines.regions import Region, RegionEngine, step_clipped
+from anemoi_dist.engines.regions import Region, RegionEngine, clipped
+from anemoi_dist.optimizers.norm import squared_norms
 
 
 class DdpEngine(RegionEngine):
@@ -55,10 +55,11 @@ def step_replicated(
 ) -> tuple[float, bool]:
     """Clip and step gradients that are already the same on every rank; skip where they are not finite."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    norm = sum_of_squares(gradients).sqrt().float()
+    norm = squared_norms(gradients).sum().sqrt().float()
     value = float(norm)
     skipped = not norm.isfinite()
     if not skipped:
-        step_clipped(optimizer, gradients, norm=norm, limit=limit)
+        with clipped(optimizer, gradients, norm=norm, limit=limit):
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return value, bool(skipped)

@@ -1,6 +1,7 @@
-/* One AdEMAMix update over a list of segments, in one read and one write of memory.
+/* One AdEMAMix update over a list of segments, in one read and one write of memory, and the norm of their gradients in
+ * one read.
  *
- * The arithmetic is ademamix_update's (update.py), operation for operation: each line rounds where that one does,
+ * The arithmetic of the update is ademamix_update's (update.py), operation for operation: each line rounds where that one does,
  * fused multiply-adds included. native.py says what differs. No header is needed, neither Python's nor torch's. */
 
 typedef long long i64;
@@ -40,6 +41,8 @@ struct source {
 #define NUM_STREAMS 5
 #define BLOCK 64     /* elements between two prefetches: four cache lines of floats */
 #define AHEAD 512    /* elements that prefetching runs ahead */
+#define LANES 64      /* sums of squares that grow side by side */
+#define AHEAD_READING 1024
 #define CHUNK 16384  /* elements that a thread takes at a time: a thread on a busy core takes fewer */
 
 #define INLINE static inline __attribute__((always_inline))
@@ -234,23 +237,67 @@ INLINE void chunk(const struct segment *s, i64 low, i64 high, const struct scala
     }
 }
 
-typedef void kernel(const struct segment *, i64, i64, const struct scalars *);
+/* Add the squares of n <= LANES values, each to a sum of its own. */
+INLINE void add_squares(double *restrict sums, const float *restrict values, const u16 *restrict narrow_values, i64 n,
+                        const int is_narrow) {
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) {
+        const double x = is_narrow ? widen(narrow_values[i]) : values[i];
+        sums[i] += x * x;
+    }
+}
+
+/* The sum of the squares of a segment's gradient from `low` to `high`. The square of a float is exact in a double, and
+ * the order of the sum is written down: every machine comes to the same bits, with fused multiply-adds or without. */
+INLINE double squares(const struct segment *s, i64 low, i64 high, const int is_narrow) {
+    const float *values = (const float *)s->gradient + (is_narrow ? 0 : low);
+    const u16 *narrow_values = (const u16 *)s->gradient + (is_narrow ? low : 0);
+    const i64 n = high - low;
+    double sums[LANES] = {0}, sum = 0;
+    i64 i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        for (i64 line = i + AHEAD_READING; line < i + AHEAD_READING + LANES; line += 16)
+            if (is_narrow) prefetch(narrow_values, line, 1, 0); else prefetch(values, line, 0, 0);
+        add_squares(sums, values + (is_narrow ? 0 : i), narrow_values + (is_narrow ? i : 0), LANES, is_narrow);
+    }
+    add_squares(sums, values + (is_narrow ? 0 : i), narrow_values + (is_narrow ? i : 0), n - i, is_narrow);
+    for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
+    return sum;
+}
+
+INLINE double chunk_squares(const struct segment *s, i64 low, i64 high) {
+    return s->types & GRADIENT_BF16 ? squares(s, low, high, 1) : squares(s, low, high, 0);
+}
+
+/* What the processor at hand runs fastest. */
+struct kernels {
+    void (*update)(const struct segment *, i64, i64, const struct scalars *);
+    double (*squares)(const struct segment *, i64, i64);
+};
+
+#define KERNELS(name, target, fused) \
+    target static void update_##name(const struct segment *s, i64 low, i64 high, const struct scalars *k) { \
+        chunk(s, low, high, k, fused); \
+    } \
+    target static double squares_##name(const struct segment *s, i64 low, i64 high) { \
+        return chunk_squares(s, low, high); \
+    } \
+    static const struct kernels name = {update_##name, squares_##name};
 
 #if defined(__x86_64__)
 /* x86-64-v4 and -v3 by their parts: not every compiler knows the names in __builtin_cpu_supports. */
-__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,bmi2,prefer-vector-width=512")))
-static void run_avx512(const struct segment *s, i64 low, i64 high, const struct scalars *k) { chunk(s, low, high, k, 1); }
-__attribute__((target("avx2,fma,bmi2")))
-static void run_avx2(const struct segment *s, i64 low, i64 high, const struct scalars *k) { chunk(s, low, high, k, 1); }
-static void run_any(const struct segment *s, i64 low, i64 high, const struct scalars *k) { chunk(s, low, high, k, 0); }
+#define AVX512 "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,bmi2,prefer-vector-width=512"
+KERNELS(avx512, __attribute__((target(AVX512))), 1)
+KERNELS(avx2, __attribute__((target("avx2,fma,bmi2"))), 1)
+KERNELS(any, , 0)
 
-static kernel *best(void) {
+static const struct kernels *best(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
-        return run_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2;
-    return run_any;
+        return &avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2;
+    return &any;
 }
 
 INLINE u32 flush_denormals(void) {
@@ -260,8 +307,8 @@ INLINE u32 flush_denormals(void) {
 }
 INLINE void restore(u32 before) { __builtin_ia32_ldmxcsr(before); }
 #else
-static void run_any(const struct segment *s, i64 low, i64 high, const struct scalars *k) { chunk(s, low, high, k, 1); }
-static kernel *best(void) { return run_any; }
+KERNELS(any, , 1)
+static const struct kernels *best(void) { return &any; }
 #if defined(__aarch64__)
 INLINE u32 flush_denormals(void) {
     i64 before, flushing;
@@ -278,35 +325,64 @@ INLINE void restore(u32 before) { (void)before; }
 #endif
 
 /* Of the two structures above. A library left over from an older source must not be called with newer ones. */
-int ademamix_version(void) { return 2; }
+int ademamix_version(void) { return 3; }
+
+/* Hands out the chunks of all segments, in order: one parallel region for all, where a barrier for each tensor would
+ * wait for the slowest thread each time. */
+struct cursor {
+    const struct segment *segment, *end;
+    i64 first; /* the number of the segment's first chunk */
+    i64 low, high;
+};
+
+/* Move to the next chunk that no other thread has; return its number, or -1. */
+INLINE i64 take(struct cursor *c, i64 *next, const int is_shared) {
+    const i64 mine = is_shared ? __atomic_fetch_add(next, 1, __ATOMIC_RELAXED) : (*next)++;
+    for (; c->segment < c->end; c->segment++) {
+        const i64 chunks = (c->segment->numel + CHUNK - 1) / CHUNK;
+        if (mine < c->first + chunks) {
+            c->low = (mine - c->first) * CHUNK;
+            c->high = c->low + CHUNK < c->segment->numel ? c->low + CHUNK : c->segment->numel;
+            return mine;
+        }
+        c->first += chunks;
+    }
+    return -1;
+}
 
 /* Update all segments. `grad_factor`, where it is not null, stands in for the one in `scalars`: a clipping factor is
- * taken from where it was computed. Chunks of all segments are handed out in one parallel region: a barrier for each
- * tensor would wait for the slowest thread each time. */
+ * taken from where it was computed. */
 void ademamix_step(const struct segment *segments, i64 num_segments, const struct scalars *given,
                    const float *grad_factor, int num_threads) {
     struct scalars k = *given;
-    kernel *update = best();
+    const struct kernels *kernels = best();
     i64 next = 0;
     if (grad_factor) k.grad_factor = *grad_factor;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
         /* The mode belongs to a thread: set outside of the region it would hold for one of them. */
-        u32 before = flush_denormals();
-        i64 index = 0, first = 0; /* the segment at hand and the number of its first chunk */
-        i64 mine = num_threads > 1 ? __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) : next++;
-        while (index < num_segments) {
-            const struct segment *s = segments + index;
-            const i64 chunks = (s->numel + CHUNK - 1) / CHUNK;
-            if (mine >= first + chunks) {
-                first += chunks;
-                index++;
-                continue;
-            }
-            const i64 low = (mine - first) * CHUNK, high = low + CHUNK < s->numel ? low + CHUNK : s->numel;
-            update(s, low, high, &k);
-            mine = num_threads > 1 ? __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) : next++;
-        }
+        const u32 before = flush_denormals();
+        struct cursor c = {segments, segments + num_segments, 0, 0, 0};
+        while (take(&c, &next, num_threads > 1) >= 0) kernels->update(c.segment, c.low, c.high, &k);
         restore(before);
+    }
+}
+
+/* For each segment the sum of the squares of its gradient; only `gradient`, `numel` and `types` are looked at. `partial`
+ * has room for a number for each chunk, which are added up in order: the sums do not depend on the threads. */
+void ademamix_squares(const struct segment *segments, i64 num_segments, double *partial, double *sums,
+                      int num_threads) {
+    const struct kernels *kernels = best();
+    i64 next = 0;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+        struct cursor c = {segments, segments + num_segments, 0, 0, 0};
+        i64 mine;
+        while ((mine = take(&c, &next, num_threads > 1)) >= 0)
+            partial[mine] = kernels->squares(c.segment, c.low, c.high);
+    }
+    for (i64 i = 0; i < num_segments; i++) {
+        sums[i] = 0;
+        for (i64 low = 0; low < segments[i].numel; low += CHUNK) sums[i] += *partial++;
     }
 }

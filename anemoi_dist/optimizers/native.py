@@ -1,4 +1,4 @@
-"""AdEMAMix's update on a CPU in C (``_ademamix.c``): one read and one write of memory, for a whole list of tensors.
+"""On a CPU in C (``_ademamix.c``): AdEMAMix's update and the norm of its gradients, one pass over a list of tensors.
 
 The package's build compiles it where there is a compiler (``setup.py``); it needs neither torch's nor Python's headers
 and is called through ctypes, which leaves the interpreter's lock free meanwhile.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
+from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,18 @@ from torch import Tensor
 
 from anemoi_dist.optimizers.update import Row, UpdateScalars
 
+#: Elements that the library sums up at once.
+CHUNK = 16384
+
 #: ``ademamix_version()`` of the library that this file knows how to call.
-VERSION = 2
+VERSION = 3
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
 def library() -> Any:
-    """Return the compiled function, or None where the package was installed without one."""
+    """Return the compiled functions, or None where the package was installed without them."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_ademamix{suffix}")
         if path.exists():
@@ -42,11 +46,12 @@ def library() -> Any:
                     continue
             except (OSError, AttributeError):  # built for another machine or long ago; the OpenMP runtime is missing
                 continue
-            function = loaded.ademamix_step
-            function.restype = None
             pointer = ctypes.c_void_p
-            function.argtypes = [pointer, ctypes.c_int64, pointer, pointer, ctypes.c_int]
-            return function
+            loaded.ademamix_step.restype = None
+            loaded.ademamix_step.argtypes = [pointer, ctypes.c_int64, pointer, pointer, ctypes.c_int]
+            loaded.ademamix_squares.restype = None
+            loaded.ademamix_squares.argtypes = [pointer, ctypes.c_int64, pointer, pointer, ctypes.c_int]
+            return loaded
     return None
 
 
@@ -79,4 +84,22 @@ def update(rows: list[Row], scalars: UpdateScalars) -> None:
         factor = factor.detach().to(device="cpu", dtype=torch.float32)
         pointer = factor.data_ptr()
     numbers = array("f", (*map(float, scalars[:-1]), 1.0 if pointer else float(factor)))
-    library()(table.buffer_info()[0], len(rows), numbers.buffer_info()[0], pointer, torch.get_num_threads())
+    step = library().ademamix_step
+    step(table.buffer_info()[0], len(rows), numbers.buffer_info()[0], pointer, torch.get_num_threads())
+
+
+def can_square(tensors: Sequence[Tensor]) -> bool:
+    """Whether :func:`squared_norms` takes these tensors."""
+    return library() is not None and all(x.is_cpu and x.dtype in _DTYPES and x.is_contiguous() for x in tensors)
+
+
+def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the squares of each: the same bits on every machine and for any number of threads."""
+    table = array("q")
+    for x in tensors:
+        table.extend((0, x.data_ptr(), 0, 0, 0, 0, x.numel(), int(x.dtype is torch.bfloat16), 0, 0))
+    partial = array("d", bytes(8 * sum(-(-x.numel() // CHUNK) for x in tensors)))
+    sums = torch.empty(len(tensors), dtype=torch.float64)
+    squares = library().ademamix_squares
+    squares(table.buffer_info()[0], len(tensors), partial.buffer_info()[0], sums.data_ptr(), torch.get_num_threads())
+    return sums

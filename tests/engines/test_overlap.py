@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import toy
+from torch.distributed.fsdp import FSDPModule
 
 from anemoi_dist.engines import deepspeed_zero
 from anemoi_dist.engines.base import TensorInfo
@@ -53,14 +54,17 @@ def train(
     if loaded is not None:
         engine.load(Whole(loaded), num_updates=steps[0])
     reports = [engine.train_step(toy.micro_batches(engine.config, world, step)) for step in range(*steps)]
-    shards, num_buckets = toy.clone_shards(engine), len(engine._buckets)
+    num_buckets = len(engine._ahead) + 1 if engine_name == "fsdp2" else len(engine._buckets)
+    shards = toy.clone_shards(engine)
     engine.close()
     return shards, reports, num_buckets
 
 
 @pytest.mark.parametrize("optimizer", [None, "torch.optim.AdamW"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("engine", "num_ranks"), [("zero1", 2), ("zero2", 2), ("zero2", 4)])
+@pytest.mark.parametrize(
+    ("engine", "num_ranks"), [("zero1", 2), ("zero2", 2), ("zero2", 4), ("fsdp2", 2), ("fsdp2", 4)]
+)
 def test_equal_bit_for_bit(ranks, engine: str, num_ranks: int, precision: str, optimizer: str | None) -> None:
     training: dict[str, Any] = {"precision": precision, "clip_grad_norm": LIMIT, "micro_batch_size": 1}
     if optimizer:
@@ -77,13 +81,14 @@ def test_equal_bit_for_bit(ranks, engine: str, num_ranks: int, precision: str, o
         assert torch.equal(got[key], value), key
 
 
-def test_a_run_goes_on_with_it_bit_for_bit(ranks) -> None:
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
+def test_a_run_goes_on_with_it_bit_for_bit(ranks, engine: str) -> None:
     training = {"clip_grad_norm": LIMIT}
     whole = [
-        toy.whole_tensors([shards for shards, *_ in ranks(2).run(train, "zero2", overlap, training, steps, loaded)])
+        toy.whole_tensors([shards for shards, *_ in ranks(2).run(train, engine, overlap, training, steps, loaded)])
         for overlap, steps, loaded in ((False, (0, NUM_STEPS), None), (False, (0, 3), None))
     ]
-    resumed = ranks(2).run(train, "zero2", True, training, (3, NUM_STEPS), whole[1])
+    resumed = ranks(2).run(train, engine, True, training, (3, NUM_STEPS), whole[1])
     for key, value in toy.whole_tensors([shards for shards, *_ in resumed]).items():
         assert torch.equal(value, whole[0][key]), key
 
@@ -126,3 +131,51 @@ def test_without_it_all_is_stepped_at_once(ranks) -> None:
     order, num_squared, num_arrived = ranks(2).run(watch, False)[0]
     assert order == ["step", "from 0", "from 1"]
     assert num_squared == 0 < num_arrived
+
+
+def gather_ahead(world: World) -> dict[str, Any]:
+    """Return what a step of FSDP2 steps and gathers, in order, and whether a load is seen after one."""
+    engine = build(world, "fsdp2", overlap=True, micro_batch_size=2)
+    order: list[str] = []
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    engine.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: order.append(" ".join(names[id(p)] for g in optimizer.param_groups for p in g["params"]))
+    )
+    unshard, update, num_squared = FSDPModule.unshard, engine._update, []
+
+    def recorded(module: FSDPModule, async_op: bool = False) -> Any:
+        order.append("gather")
+        return unshard(module, async_op=async_op)
+
+    def counted() -> tuple[float, bool]:
+        num_squared.append(len(engine._squares))
+        return update()
+
+    engine._update, FSDPModule.unshard = counted, recorded
+    try:
+        engine.train_step(toy.micro_batches(engine.config, world, 0))
+    finally:
+        FSDPModule.unshard = unshard
+    first_order = list(order)
+    saved: list[Any] = [None] * world.world_size
+    dist.all_gather_object(saved, toy.clone_shards(engine))
+    batch = toy.micro_batches(engine.config, world, 1)[0]
+    forecast = engine.predict(batch, rollout=1)
+    engine.train_step(toy.micro_batches(engine.config, world, 1))
+    engine.load(Whole(toy.whole_tensors(saved)), num_updates=1)  # makes stale what that step began to gather
+    is_same = torch.equal(engine.predict(batch, rollout=1), forecast)
+    engine.close()
+    return {"order": first_order, "num_squared": num_squared[0], "is_same": is_same}
+
+
+def test_fsdp2_steps_first_what_the_forward_pass_needs_first(ranks) -> None:
+    for seen in ranks(2).run(gather_ahead):
+        assert seen["order"] == [
+            "model.gain model.head.weight model.head.bias",
+            "gather",
+            "model.blocks.0.weight model.blocks.0.bias",
+            "gather",
+            "model.blocks.1.weight model.blocks.1.bias model.blocks.2.weight model.blocks.2.bias",
+        ]
+        assert seen["num_squared"] == 9, "the norm is ready when the step begins"
+        assert seen["is_same"]

@@ -511,7 +511,7 @@ OVER = [
     Case(
         "interrupted",
         "cancelled",
-        "before anything was saved",
+        "before anything new was saved",
         launch=(launch(400, None), event("end", 5, code=130)),
         attempts=(attempt(390, 6, 130),),
         more={"launcher_alive": False},

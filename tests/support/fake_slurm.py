@@ -16,20 +16,22 @@ class FakeSlurm:
         folder.mkdir()
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
         for name in ("squeue", "sacct", "scancel", "scontrol"):
+            script = folder / name
+            # Written once: the kernel runs no file that is being written, by a thread that answers anew, say.
+            script.write_text('#!/bin/sh\nprintf "%s\\n" "$0 $*" >>"${0%/*}/asked"\n. "$0.answer"\n')
+            script.chmod(0o755)
             self.answer(name, errors=f"{name} was not expected", code=99)
 
     def answer(self, name: str, output: str = "", *, errors: str = "", code: int = 0, sleep_s: float = 0) -> None:
         """Let a command answer so from now on."""
-        script = self.folder / name
-        script.write_text(
-            "#!/bin/sh\n"
-            f'printf "%s\\n" "$0 $*" >>{shlex.quote(str(self.folder / "asked"))}\n'
+        new = self.folder / f"{name}.new"
+        new.write_text(
             f"[ {sleep_s} = 0 ] || exec sleep {sleep_s}\n"
             f"printf %s {shlex.quote(output)}\n"
             f"printf %s {shlex.quote(errors)} >&2\n"
             f"exit {code}\n"
         )
-        script.chmod(0o755)
+        new.replace(self.folder / f"{name}.answer")
 
     def asked(self) -> list[list[str]]:
         """Return the commands run so far, in words."""

@@ -1,0 +1,46 @@
+"""The squared norm of gradients in one read of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from anemoi_dist.optimizers import native
+
+#: Elements whose norm is taken at once. A sum in float32 over much more loses digits: 0.4 % of the norm at 50 million.
+_PIECE = 1 << 20
+
+
+def squared_norms(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of the squares of each gradient's elements, in one read of them.
+
+    Parameters
+    ----------
+    gradients : Sequence[torch.Tensor]
+        Any shapes and floating types, at least one; all on one device.
+
+    Returns
+    -------
+    torch.Tensor
+        1-D float64, on their device: a number for each, which does not depend on the others.
+    """
+    if native.can_square(gradients):
+        return native.squared_norms(gradients)
+    pieces = [gradient.reshape(-1).split(_PIECE) for gradient in gradients]
+    squares = torch.stack(_norms([piece for parts in pieces for piece in parts])).square()
+    if len(squares) == len(gradients):
+        return squares
+    return torch.stack([parts.sum() for parts in squares.split([len(parts) for parts in pieces])])
+
+
+def _norms(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the L2 norms, taken in float32 at least: that of a bf16 tensor would be rounded to bf16."""
+    norms: dict[int, torch.Tensor] = {}
+    for dtype in dict.fromkeys(piece.dtype for piece in pieces):
+        places = [place for place, piece in enumerate(pieces) if piece.dtype == dtype]
+        taken = torch._foreach_norm(
+            [pieces[place] for place in places], 2, dtype=torch.promote_types(dtype, torch.float32)
+        )
+        norms |= zip(places, (norm.double() for norm in taken), strict=True)
+    return [norms[place] for place in range(len(pieces))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 from contextlib import suppress
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from anemoi_dist.errors import PreflightError
+
+#: Of glibc's malloc.h: allocations that are mapped by themselves, and free bytes at the heap's end that are given back.
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 
 
 class World:
@@ -57,6 +61,8 @@ class World:
                 )
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
         try:
             cls._init_process_group(device, alone=alone, timeout_s=timeout_s)
         except (ValueError, RuntimeError) as error:  # dist.DistError is a RuntimeError
@@ -128,6 +134,18 @@ class World:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, as the allocator of a GPU does; return whether it can.
+
+    Gradients and activations are freed and allocated anew in every step. By default glibc gives large ones back to the
+    system at once, and a page that is touched for the first time costs more than the arithmetic on it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    if mallopt is None:
+        return False
+    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
 
 
 def seed_step(seed: int, *, step: int, rank: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from support import jobs
 
@@ -64,3 +66,23 @@ def test_ranks_that_cannot_meet_are_a_preflight_error() -> None:
     environment |= {"RANK": "0", "WORLD_SIZE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "PreflightError: rank 0 of 1 cannot join the others" in done.stderr and "MASTER_ADDR" in done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no such setting")
+def test_a_rank_without_a_gpu_keeps_the_memory_that_it_frees() -> None:
+    script = """
+import resource, torch
+from anemoi_dist.world import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(25_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given_back = faults()
+assert keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert given_back > 1000 and kept < given_back / 100, (given_back, kept)

@@ -17,8 +17,8 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-# bitsandbytes is measured where it is installed; it is no part of the environment.
 bench: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/optimizer_step.py $(ARGS)
 	$(BIN)/python benchmarks/engine_step.py
 

@@ -308,38 +308,47 @@ class AdEMAMix(Optimizer):
         chosen = [self._rows(group, params) for group, params in ready]
         if is_rehearsal:
             return loss
-        for (group, params), rows in zip(ready, chosen, strict=True):
-            if params and group["capturable"]:
-                self._update_captured(group, params, rows)
-            elif params:
-                self._update(group, params, rows)
+        for (group, _), rows in zip(ready, chosen, strict=True):
+            if rows and group["capturable"]:
+                self._update_captured(group, rows)
+            elif rows:
+                self._update(group, rows)
         return loss
 
-    def _rows(self, group: dict[str, Any], params: list[Tensor]) -> list[tuple[str, Row]]:
-        """Return for each parameter the implementation that updates it, and this rank's tensors."""
+    def _rows(self, group: dict[str, Any], params: list[Tensor]) -> list[tuple[str, Row, Tensor]]:
+        """Return for each parameter the implementation that updates it, this rank's tensors, and its step."""
         rows = []
         if narrow_states(group) and any(p not in self._pieces for p in params):
             self._place_all()
+        # A look-up by a tensor calls its hash, written in Python: none without need.
+        copies, pieces, has_fast = self.copies, self._pieces, bool(group["betas"][0])
         for p in params:
             state = self._init_state(p, group)
-            fast = state["exp_avg_fast"] if group["betas"][0] else None
-            assert p.grad is not None
-            averages = fast, state["exp_avg_slow"], state["exp_avg_sq"]
-            row = implementations.local_row(Row(p, p.grad, *averages, self.copies.get(p), self._pieces.get(p)))
-            rows.append((implementations.choose(row, group), row))
+            row = Row(
+                p,
+                p.grad,  # type: ignore[arg-type]  # those without are left out
+                state["exp_avg_fast"] if has_fast else None,
+                state["exp_avg_slow"],
+                state["exp_avg_sq"],
+                copies.get(p) if copies else None,
+                pieces.get(p) if pieces else None,
+            )
+            row = implementations.local_row(row)
+            rows.append((implementations.choose(row, group), row, state["step"]))
         return rows
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], rows: list[tuple[str, Row]]) -> None:
+    def _update(self, group: dict[str, Any], rows: list[tuple[str, Row, Tensor]]) -> None:
         """Update with scalars from the host."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "AdEMAMix(capturable=False) in a captured graph would repeat one step's numbers for ever"
             )
-        steps = [self.state[p]["step"] for p in params]
-        torch._foreach_add_(steps, torch.ones((), dtype=torch.float64))  # a number would become a tensor for each
+        torch._foreach_add_(
+            [step for *_, step in rows], torch.ones((), dtype=torch.float64)
+        )  # a number would become a tensor for each
         # Parameters that had no gradient in some step are at another one than the rest.
         buckets: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-        for step, (name, row) in zip(steps, rows, strict=True):
+        for name, row, step in rows:
             # The kernel in C takes all types at once.
             kind = () if name == "c" else (row.p.device, row.p.dtype, row.nu.dtype)
             buckets[step.item(), name, *kind].append(row)
@@ -347,12 +356,12 @@ class AdEMAMix(Optimizer):
             factor = self._grad_factor(group, bucket[0].p.device)
             implementations.run(name, bucket, host_scalars(group, step)._replace(grad_factor=factor))
 
-    def _update_captured(self, group: dict[str, Any], params: list[Tensor], rows: list[tuple[str, Row]]) -> None:
+    def _update_captured(self, group: dict[str, Any], rows: list[tuple[str, Row, Tensor]]) -> None:
         """Update with scalars computed on the device from ``step``; nothing is read back."""
         buckets: dict[tuple[Any, ...], list[tuple[Tensor, Row]]] = defaultdict(list)
-        for p, (name, row) in zip(params, rows, strict=True):
-            step = self.state[p]["step"].add_(1)
-            buckets[name, row.p.device, torch.promote_types(row.nu.dtype, torch.float32)].append((step, row))
+        for name, row, step in rows:
+            key = name, row.p.device, torch.promote_types(row.nu.dtype, torch.float32)
+            buckets[key].append((step.add_(1), row))
         for (name, device, dtype), bucket in buckets.items():
             steps = torch.stack([step for step, _ in bucket])
             factor = self._grad_factor(group, device)

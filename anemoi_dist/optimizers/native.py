@@ -31,7 +31,8 @@ CHUNK = 16384
 #: ``ademamix_version()`` of the library that this file knows how to call.
 VERSION = 3
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_BF16 = torch.bfloat16
+_DTYPES = {torch.float32, _BF16}
 
 
 @functools.cache
@@ -57,6 +58,13 @@ def library() -> Any:
 
 def refusal(row: Row) -> str:
     """Say why this implementation can't update a row; empty where it can."""
+    for x in row[:5]:  # asked of each parameter in each step
+        if x is not None and not (x.dtype in _DTYPES and x.is_cpu and x.is_contiguous()):
+            return _reason(row)
+    return "" if row.copy is None and library() is not None else _reason(row)
+
+
+def _reason(row: Row) -> str:
     p, g, *_, copy, _ = row
     if library() is None:
         return "needs the compiled kernel, and the package was built without a compiler"
@@ -75,9 +83,16 @@ def update(rows: list[Row], scalars: UpdateScalars) -> None:
     """Update rows that :func:`refusal` accepts, all with the same numbers."""
     table = array("q")
     for p, g, m1, m2, nu, copy, pieces in rows:
-        types = sum((x is not None and x.dtype is torch.bfloat16) << bit for bit, x in enumerate((g, p, m1, m2, nu)))
-        addresses = (0 if x is None else x.data_ptr() for x in (p, g, m1, m2, nu, copy))
-        table.extend((*addresses, p.numel(), types, *((0, 0) if pieces is None else (pieces.data_ptr(), len(pieces)))))
+        types = (g.dtype is _BF16) | (p.dtype is _BF16) << 1 | (m2.dtype is _BF16) << 3 | (nu.dtype is _BF16) << 4
+        fast = written = places = num_places = 0
+        if m1 is not None:
+            fast, types = m1.data_ptr(), types | (m1.dtype is _BF16) << 2
+        if copy is not None:
+            written = copy.data_ptr()
+        if pieces is not None:
+            places, num_places = pieces.data_ptr(), len(pieces)
+        parameter, gradient, slow, square = p.data_ptr(), g.data_ptr(), m2.data_ptr(), nu.data_ptr()
+        table.extend((parameter, gradient, fast, slow, square, written, p.numel(), types, places, num_places))
     factor = scalars.grad_factor
     pointer = None
     if isinstance(factor, Tensor):
@@ -97,7 +112,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of the squares of each: the same bits on every machine and for any number of threads."""
     table = array("q")
     for x in tensors:
-        table.extend((0, x.data_ptr(), 0, 0, 0, 0, x.numel(), int(x.dtype is torch.bfloat16), 0, 0))
+        table.extend((0, x.data_ptr(), 0, 0, 0, 0, x.numel(), int(x.dtype is _BF16), 0, 0))
     partial = array("d", bytes(8 * sum(-(-x.numel() // CHUNK) for x in tensors)))
     sums = torch.empty(len(tensors), dtype=torch.float64)
     squares = library().ademamix_squares

@@ -95,6 +95,7 @@ class Fsdp2Engine(RegionEngine):
 
         No more is gathered than a forward pass holds at once: the whole model's parameters are what sharding saves.
         """
+        self._drop_gathered()  # of the last step, where no forward pass has used it
         left = dict.fromkeys(self.module.parameters())
         for module, parameters in self._ahead:
             step_only(self.optimizer, parameters)
@@ -115,7 +116,7 @@ class Fsdp2Engine(RegionEngine):
         self._drop_gathered()  # it is no longer what the shards hold
 
     def close(self) -> None:
-        """Leave no collective behind."""
+        """Wait for what is under way: the other ranks may be."""
         self._drop_gathered()
 
     def regions(self) -> Iterator[Region]:

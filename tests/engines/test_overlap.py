@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -49,11 +50,17 @@ def train(
     training: dict[str, Any],
     steps: tuple[int, int] = (0, NUM_STEPS),
     loaded: dict[str, torch.Tensor] | None = None,
+    not_finite: int | None = None,
 ) -> tuple[list, list, int]:
     engine = build(world, engine_name, overlap=overlap, **training)
     if loaded is not None:
         engine.load(Whole(loaded), num_updates=steps[0])
-    reports = [engine.train_step(toy.micro_batches(engine.config, world, step)) for step in range(*steps)]
+    reports = []
+    for step in range(*steps):
+        batches = toy.micro_batches(engine.config, world, step)
+        if step == not_finite and world.rank == 1:
+            batches[0].fields[0, 0] = math.inf
+        reports.append(engine.train_step(batches))
     num_buckets = len(engine._ahead) + 1 if engine_name == "fsdp2" else len(engine._buckets)
     shards = toy.clone_shards(engine)
     engine.close()
@@ -79,6 +86,17 @@ def test_equal_bit_for_bit(ranks, engine: str, num_ranks: int, precision: str, o
     assert expected.keys() == got.keys()
     for key, value in expected.items():
         assert torch.equal(got[key], value), key
+
+
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
+def test_a_gradient_that_is_not_finite_is_skipped(ranks, engine: str) -> None:
+    training: dict[str, Any] = {"clip_grad_norm": LIMIT, "micro_batch_size": 1}
+    each = [ranks(2).run(train, engine, overlap, training, (0, NUM_STEPS), None, 3) for overlap in (False, True)]
+    for _, reports, _ in (*each[0], *each[1]):
+        assert [report.skipped for report in reports] == [False, False, False, True, False, False]
+    expected, got = (toy.whole_tensors([result[0] for result in results]) for results in each)
+    for key, value in expected.items():
+        assert value.isfinite().all() and torch.equal(got[key], value), key
 
 
 @pytest.mark.parametrize("engine", ["zero2", "fsdp2"])

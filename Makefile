@@ -6,7 +6,7 @@ EXTRAS := anemoi,test,report,tensorboard,dev
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow bench bench-overlap lint docs clean
+.PHONY: train test test-slow bench bench-gpu bench-overlap lint docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/anemoi-dist train $(ARGS)
@@ -21,6 +21,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/optimizer_step.py $(ARGS)
 	$(BIN)/python benchmarks/engine_step.py
+
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/gpu_optimizer_step.py $(ARGS)
 
 # Linux only: two ranks in a network namespace of their own (unshare, ip, tc).
 bench-overlap: $(VENV)/.installed

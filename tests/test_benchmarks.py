@@ -1,12 +1,15 @@
 """The benchmarks run: small, with few rounds, to the table and the plot."""
 
+import importlib
 import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +31,39 @@ def test_optimizer_step(tmp_path):
     table = (tmp_path / "out" / "result.md").read_text()
     assert "0.06M in 300 tensors, 1 thread" in table and "AdEMAMix, this package: eager |" in table
     assert "AdamW, torch fused" in (tmp_path / "plot.svg").read_text()
+
+
+@pytest.fixture
+def gpu_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu_optimizer_step")
+
+
+def test_optimizer_step_on_a_gpu_says_what_it_needs(gpu_benchmark, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_optimizer_step.py"])
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        gpu_benchmark.main()
+
+
+def test_optimizer_step_on_a_gpu_goes_on_without_what_can_not_be_had(gpu_benchmark, monkeypatch):
+    """On a CPU, where Triton and graphs are what can't be had."""
+
+    def seconds(function, repeat):
+        begin = time.perf_counter()
+        for _ in range(repeat):
+            function()
+        return (time.perf_counter() - begin) / repeat
+
+    monkeypatch.setattr(gpu_benchmark, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_benchmark, "seconds", seconds)
+    results = {"60 elements": gpu_benchmark.measure("flat", numel=60, rounds=2)}
+    measured = {name for name, result in results["60 elements"].items() if "ratio" in result}
+    assert {"AdEMAMix, this package: auto", "AdEMAMix, Apple's loop (reimplemented)", "AdamW, torch fused"} <= measured
+    assert "works on CUDA" in results["60 elements"]["AdEMAMix, this package: triton"]["missing"]
+    machine = {"gpu": "no GPU", "versions": {"torch": "2"}}
+    table = gpu_benchmark.report({"machine": machine, "rounds": 2, "results": results})
+    assert "| AdEMAMix, this package: triton | - |" in table and "no GPU; torch 2." in table
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Build the module of a configuration and return its sizes.
+    """Build the module of a configuration, its optimizer too, and return its sizes.
 
     Parameters
     ----------
@@ -60,6 +60,7 @@ def measure(config: Config) -> dict[str, Any]:
     from anemoi_dist.data.anemoi import open_split
 
     module = _build(config, open_split(config.data, "train", rollout=config.training.rollout).spec())
+    _check_optimizer(module)
     own = {
         name: sum(parameter.numel() for parameter in layer.parameters(recurse=False))
         for name, layer in module.named_modules()
@@ -89,6 +90,17 @@ def _build(config: Config, spec: Any) -> Any:
         raise
     except Exception:  # a model that looks at values while it is built (a graph, a mesh) cannot do without them
         return BaseGraphModule(config, spec=spec)
+
+
+def _check_optimizer(module: Any) -> None:
+    """Refuse arguments of the optimizer or the scheduler that every rank would refuse."""
+    try:
+        module.configure_optimizers()
+    except ConfigError as error:
+        if not error.key.endswith(".implementation"):  # what this machine has no kernel for, others may
+            raise
+    except Exception:  # noqa: S110
+        pass  # of parameters without values or a device it says nothing about real ones; those the ranks try
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from anemoi_dist import sizing
 from anemoi_dist.compose import compose
 from anemoi_dist.config import engine_name
 from anemoi_dist.engines.expected import NOT_COUNTED, ExpectedMemory, ModelSize, Parameter, expected_memory
+from anemoi_dist.errors import ConfigError
+from anemoi_dist.optimizers import gpu
 from anemoi_dist.overrides import available_groups
 from anemoi_dist.run_directory import RunDirectory
 from anemoi_dist.telemetry.progress import format_bytes
@@ -291,6 +293,30 @@ def test_a_model_that_cannot_be_built_anywhere_is_refused(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("anemoi-dist: model.dilations=[0]: must hold numbers from 1 to")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.optimizer.betas=[0.9,0.999,1.0]", "training.optimizer.betas=.*must each lie in"),
+        ("+training.optimizer.alfa=3", "training.optimizer='alfa': is no argument of AdEMAMix"),
+        ("+training.scheduler.warmup=3", "training.scheduler='warmup': is no argument of"),
+    ],
+)
+def test_what_the_optimizer_of_every_rank_would_refuse_is_refused(override, said):
+    config = compose([override, "run.id=x"]).config
+    with pytest.raises(ConfigError, match=said):
+        model_size.model_size(config)
+
+
+def test_an_optimizer_that_this_machine_alone_can_not_have_is_no_reason(monkeypatch):
+    config = compose(["run.id=x"]).config
+    fused = {"_target_": "torch.optim.AdamW", "fused": True}
+    config.training.optimizer, unfused = fused, config.training.optimizer
+    assert sizing.measure(config)["parameters"], "no fused step for parameters without memory"
+    config.training.optimizer = {**unfused, "implementation": "triton"}
+    monkeypatch.setattr(gpu, "has_triton", lambda: False)
+    assert sizing.measure(config)["parameters"]
 
 
 def test_the_memory_of_the_device(tmp_path, monkeypatch):

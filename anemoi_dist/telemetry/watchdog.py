@@ -9,6 +9,7 @@ is no hang. Rank 0 decides that, or the first rank after it whose watchdog lives
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import signal
 import socket
@@ -143,7 +144,9 @@ def record_unsaid_hang(run: RunDirectory) -> None:
         return
     number = len(attempts)
     beats = read_heartbeats(run, attempt=number)
-    hang = find_hang(beats, world_size=attempts[-1]["world_size"], now=time.time(), timeout_s=0.0)
+    # They have ended: none goes on, whatever the clocks say.
+    world_size = attempts[-1]["world_size"]
+    hang = find_hang(beats, world_size=world_size, now=time.time(), timeout_s=0.0, margin_s=-math.inf)
     if hang is not None:
         record_hang(run, number, hang)
 

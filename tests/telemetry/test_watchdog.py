@@ -167,7 +167,7 @@ def test_who_started_a_lone_rank_records_its_hang(run: RunDirectory) -> None:
     record_unsaid_hang(run)  # nothing was begun
     assert run.read_state()["attempts"] == []
     attempt = Attempt(run, world_size=1, max_steps=1)
-    Heartbeat(run, rank=0, world_size=1, attempt=1).write()
+    Heartbeat(run, rank=0, world_size=1, attempt=1).write(time=time.time() + 1.0)  # the file is rounded to 1 ms
     record_unsaid_hang(run)
     assert run.read_state()["attempts"][-1]["exit_code"] == ExitCode.HANG
     assert attempt.end(ExitCode.INTERNAL) == ExitCode.HANG

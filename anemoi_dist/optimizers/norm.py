@@ -28,19 +28,21 @@ def squared_norms(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     if native.can_square(gradients):
         return native.squared_norms(gradients)
     pieces = [gradient.reshape(-1).split(_PIECE) for gradient in gradients]
-    squares = torch.stack(_norms([piece for parts in pieces for piece in parts])).square()
+    squares = _norms([piece for parts in pieces for piece in parts]).square()
     if len(squares) == len(gradients):
         return squares
-    return torch.stack([parts.sum() for parts in squares.split([len(parts) for parts in pieces])])
+    lengths = torch.tensor([len(parts) for parts in pieces], device=squares.device)
+    return torch.segment_reduce(squares, "sum", lengths=lengths)
 
 
-def _norms(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _norms(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the L2 norms, taken in float32 at least: that of a bf16 tensor would be rounded to bf16."""
-    norms: dict[int, torch.Tensor] = {}
+    norms = torch.empty(len(pieces), dtype=torch.float64, device=pieces[0].device)
     for dtype in dict.fromkeys(piece.dtype for piece in pieces):
         places = [place for place, piece in enumerate(pieces) if piece.dtype == dtype]
-        taken = torch._foreach_norm(
-            [pieces[place] for place in places], 2, dtype=torch.promote_types(dtype, torch.float32)
-        )
-        norms |= zip(places, (norm.double() for norm in taken), strict=True)
-    return [norms[place] for place in range(len(pieces))]
+        alike = [pieces[place] for place in places]
+        taken = torch.stack(torch._foreach_norm(alike, 2, dtype=torch.promote_types(dtype, torch.float32)))
+        if len(alike) == len(pieces):
+            return taken.double()
+        norms[places] = taken.double()
+    return norms

@@ -33,7 +33,9 @@ def checked_state_dtype(chosen: Any, *, beta1: float, key: str = "state_dtype") 
     key : str
         What the user would call it.
     """
-    rule = "is no type of states (in 8 bits the slow average drifts by a third and more)"
+    rule = "is no type of states"
+    if "8" in str(chosen):
+        rule += " (in 8 bits the slow average drifts by a third and more)"
     if not isinstance(chosen, Mapping):
         if chosen not in STATE_DTYPES:
             raise ConfigError(key, chosen, rule, valid=(*STATE_DTYPES, "{exp_avg_slow: bf16, ...}"))

@@ -643,7 +643,7 @@ def _check_engine(engine: EngineConfig) -> None:
     if engine.offload and engine.stage != 3:
         raise ConfigError("engine.offload", True, "needs ZeRO stage 3", fix="engine=zero3_offload")
     if engine.overlap and not (engine.kind == "fsdp2" or (engine.kind == "deepspeed" and engine.stage in (1, 2))):
-        rule = f"has no effect with engine={engine_name(engine)}: there is nothing that it could gather earlier"
+        rule = f"has no effect with engine={engine_name(engine)}, which gathers nothing by our own plan"
         raise ConfigError("engine.overlap", True, rule, fix="engine=zero1, engine=zero2 or engine=fsdp2")
 
 

@@ -10,6 +10,7 @@ that its inverse is the share of the copy rate; median, first and last quartile 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -48,7 +49,7 @@ def contenders(params: list[torch.Tensor]) -> Iterator[tuple[str, int, Callable[
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             optimizer.step()
-        return graph.replay
+        return lambda: (graph.replay(), optimizer)  # the graph points into its states, and does not keep them
 
     def pytorch_optimizer() -> _Step:
         import pytorch_optimizer as peer
@@ -110,6 +111,7 @@ def measure(shape: str, *, numel: int, rounds: int) -> dict[str, dict[str, objec
             continue
         finally:
             step = None  # type: ignore[assignment]
+            gc.collect()
             torch.cuda.empty_cache()
         low, middle, high = statistics.quantiles([step_s / copy_s for step_s, copy_s in pairs], n=4)
         results[name] = {
@@ -138,8 +140,8 @@ def report(data: dict) -> str:
                 share = 100 / result["ratio"]
                 cells.append(f"{result['ratio']:.2f} ({low:.2f} to {high:.2f}), {share:.0f} %")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    reasons = {n: r["missing"] for results in data["results"].values() for n, r in results.items() if "missing" in r}
-    missing = "".join(f"\n- {name}: {reason}" for name, reason in reasons.items())
+    reasons = [(t, n, r["missing"]) for t, rs in data["results"].items() for n, r in rs.items() if "missing" in r]
+    missing = "".join(f"\n- {name}, {title}: {reason}" for title, name, reason in reasons)
     return (
         "# One optimizer step on a GPU\n\n"
         "Time of a step over the time of copying, within the device's memory, as many bytes as the optimizer has to "
@@ -160,6 +162,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULTS, help="without a suffix")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: quartiles need 2 at least")
     if not torch.cuda.is_available():
         sys.exit(f"{parser.prog}: needs a CUDA device, and torch sees none here")
     data: dict = {"machine": {**machine(), "gpu": torch.cuda.get_device_name()}, "rounds": arguments.rounds}

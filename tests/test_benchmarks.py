@@ -44,6 +44,9 @@ def test_optimizer_step_on_a_gpu_says_what_it_needs(gpu_benchmark, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_optimizer_step.py"])
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         gpu_benchmark.main()
+    monkeypatch.setattr(sys, "argv", ["gpu_optimizer_step.py", "--rounds", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_benchmark.main()
 
 
 def test_optimizer_step_on_a_gpu_goes_on_without_what_can_not_be_had(gpu_benchmark, monkeypatch):

@@ -136,7 +136,7 @@ def ademamix(state_dtype, **more):
         ({"engine": {"kind": "ddp", "stage": 2}}, "has no effect with engine.kind=ddp"),
         ({"engine": {"kind": "fsdp2", "options": {"a": 1}}}, "has no effect with engine.kind=fsdp2"),
         ({"engine": {"kind": "deepspeed", "stage": 2, "offload": True}}, "needs ZeRO stage 3"),
-        ({"engine": {"kind": "deepspeed", "stage": 3, "overlap": True}}, "nothing that it could gather earlier"),
+        ({"engine": {"kind": "deepspeed", "stage": 3, "overlap": True}}, "which gathers nothing by our own plan"),
         ({"engine": {"kind": "ddp", "overlap": True}}, "engine=zero1, engine=zero2 or engine=fsdp2"),
         ({"engine": {"kind": "megatron"}}, "is not a valid name"),
         ({"training": {"clip_grad_norm": 0}}, "must be positive"),

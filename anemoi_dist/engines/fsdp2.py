@@ -34,7 +34,7 @@ class Fsdp2Engine(RegionEngine):
             )
             self.module.compute_dtype = torch.bfloat16
         mesh = init_device_mesh(self.world.device.type, (self.world.world_size,))
-        blocks = list(_blocks(self.module))
+        blocks = list(dict.fromkeys(_blocks(self.module)))  # a list may hold one twice
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self.module, mesh=mesh, mp_policy=policy)

@@ -254,6 +254,14 @@ class RegionEngine(ABC):
                 f"does not work with engine={engine_name(self.config.engine)}",
                 fix="take an element-wise optimizer (AdEMAMix, AdamW, SGD, ...)",
             )
+        if self.config.engine.overlap and not (issubclass(kind, AdEMAMix) or kind.__module__.startswith("torch.optim")):
+            raise ConfigError(
+                "engine.overlap",
+                True,
+                f"steps a part of the parameters at a time, and {kind.__module__}.{kind.__qualname__} may count the "
+                "steps of all together",
+                fix="engine.overlap=false, AdEMAMix or an optimizer of torch",
+            )
         self._scheduler = created["lr_scheduler"]["scheduler"] if "lr_scheduler" in created else None
 
     def _create_states(self) -> None:
@@ -410,7 +418,8 @@ def step_only(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tenso
         for group in groups:
             group["params"] = [parameter for parameter in group["params"] if parameter in wanted]
         optimizer.param_groups = [group for group in groups if group["params"]]
-        optimizer.step()
+        if optimizer.param_groups:
+            optimizer.step()
     finally:
         optimizer.param_groups = groups
         for group, params in zip(groups, every, strict=True):

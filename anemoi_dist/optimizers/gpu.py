@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from anemoi_dist.optimizers.update import Row, UpdateScalars
 
@@ -43,8 +44,12 @@ def refusal(row: Row) -> str:
         return f"takes float32, bfloat16 and float16, not a parameter of {p.dtype} with a gradient of {g.dtype}"
     if copy is not None and copy.dtype not in _DTYPES:
         return f"writes copies in float32, bfloat16 and float16, not {copy.dtype}"
-    if not all(x is None or x.is_contiguous() for x in row):
+    if not all(x is None or x.is_contiguous() for x in row) or g.is_neg():
         return "takes contiguous parameters, gradients and states"
+    if any(x is not None and x.numel() != p.numel() for x in row[:6]):
+        return "takes gradients, states and copies of the parameter's shape"
+    if isinstance(p, DTensor):  # its gradient lies otherwise: local_row would have made it a plain tensor
+        return "takes this rank's part of tensors that are spread over ranks alike"
     return ""
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from anemoi_dist.optimizers.update import Row, UpdateScalars
 
@@ -58,24 +59,34 @@ def library() -> Any:
 
 def refusal(row: Row) -> str:
     """Say why this implementation can't update a row; empty where it can."""
-    for x in row[:5]:  # asked of each parameter in each step
-        if x is not None and not (x.dtype in _DTYPES and x.is_cpu and x.is_contiguous()):
+    p, g, m1, m2, nu, copy, _ = row
+    numel = p.numel()
+    for x in (p, g, m1, m2, nu):  # asked of each parameter in each step
+        if x is not None and not (
+            x.dtype in _DTYPES and x.is_cpu and x.is_contiguous() and x.numel() == numel and not x.is_neg()
+        ):
             return _reason(row)
-    return "" if row.copy is None and library() is not None else _reason(row)
+    is_plain = copy is None and not isinstance(p, DTensor) and library() is not None
+    return "" if is_plain else _reason(row)
 
 
 def _reason(row: Row) -> str:
     p, g, *_, copy, _ = row
+    tensors = (p, g, *row.averages)
     if library() is None:
         return "needs the compiled kernel, and the package was built without a compiler"
     if not (p.is_cpu and g.is_cpu):
         return f"works on the CPU, and the parameter is on {p.device}"
-    if any(x.dtype not in _DTYPES for x in (p, g, *row.averages)):
+    if isinstance(p, DTensor):  # its gradient lies otherwise: local_row would have made it a plain tensor
+        return "takes this rank's part of tensors that are spread over ranks alike"
+    if any(x.dtype not in _DTYPES for x in tensors):
         return f"takes float32 and bfloat16, not a parameter of {p.dtype} with a gradient of {g.dtype}"
     if copy is not None and (copy.dtype != torch.bfloat16 or not copy.is_contiguous()):
         return f"writes contiguous copies in bfloat16, not {copy.dtype}"
-    if not all(x.is_contiguous() for x in (p, g, *row.averages)):
+    if not all(x.is_contiguous() and not x.is_neg() for x in tensors):
         return "takes contiguous parameters, gradients and states"
+    if any(x is not None and x.numel() != p.numel() for x in (*tensors, copy)):
+        return "takes gradients, states and copies of the parameter's shape"
     return ""
 
 
@@ -103,13 +114,14 @@ def update(rows: list[Row], scalars: UpdateScalars) -> None:
     step(table.buffer_info()[0], len(rows), numbers.buffer_info()[0], pointer, torch.get_num_threads())
 
 
-def can_square(tensors: Sequence[Tensor]) -> bool:
-    """Whether :func:`squared_norms` takes these tensors."""
-    return library() is not None and all(x.is_cpu and x.dtype in _DTYPES and x.is_contiguous() for x in tensors)
+def can_square(tensor: Tensor) -> bool:
+    """Whether :func:`squared_norms` takes a tensor, made contiguous."""
+    return tensor.is_cpu and tensor.dtype in _DTYPES and library() is not None
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of the squares of each: the same bits on every machine and for any number of threads."""
+    tensors = [x.contiguous() for x in tensors]
     table = array("q")
     for x in tensors:
         table.extend((0, x.data_ptr(), 0, 0, 0, 0, x.numel(), int(x.dtype is _BF16), 0, 0))

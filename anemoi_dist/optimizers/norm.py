@@ -25,14 +25,25 @@ def squared_norms(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     torch.Tensor
         1-D float64, on their device: a number for each, which does not depend on the others.
     """
-    if native.can_square(gradients):
+    in_c = [place for place, gradient in enumerate(gradients) if native.can_square(gradient)]
+    if len(in_c) == len(gradients):
         return native.squared_norms(gradients)
+    if not in_c:
+        return _by_torch(gradients)
+    squares = torch.empty(len(gradients), dtype=torch.float64)
+    others = [place for place in range(len(gradients)) if place not in set(in_c)]
+    squares[in_c] = native.squared_norms([gradients[place] for place in in_c])
+    squares[others] = _by_torch([gradients[place] for place in others])
+    return squares
+
+
+def _by_torch(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     pieces = [gradient.reshape(-1).split(_PIECE) for gradient in gradients]
     squares = _norms([piece for parts in pieces for piece in parts]).square()
     if len(squares) == len(gradients):
         return squares
     lengths = torch.tensor([len(parts) for parts in pieces], device=squares.device)
-    return torch.segment_reduce(squares, "sum", lengths=lengths)
+    return torch.segment_reduce(squares, "sum", lengths=lengths, unsafe=True)  # safe: a GPU would be waited for
 
 
 def _norms(pieces: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -28,6 +28,9 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("beta3_warmup", "alpha_warmup", "schedule_start"):
         if options[name] is not None or name == "schedule_start":
             checked[name] = _number(name, options[name], fix=f"{name}=0 or more optimizer steps", whole=True)
+    for name, valid in (("foreach", (None, True, False)), ("maximize", (True, False)), ("capturable", (True, False))):
+        if not any(options[name] is value for value in valid):
+            raise ConfigError(name, options[name], "must be true or false", valid=[str(x) for x in valid])
     if options["beta3_form"] not in schedules.BETA3_FORMS:
         raise ConfigError("beta3_form", options["beta3_form"], "is not a valid name", valid=schedules.BETA3_FORMS)
     if options["beta3_form"] == "apple" and options["beta3_warmup"] and max(betas[0], betas[2]) + 1e-8 >= 1.0:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from anemoi_dist.engines import deepspeed_zero
 from anemoi_dist.engines.base import TensorInfo
+from anemoi_dist.errors import ConfigError
 from anemoi_dist.world import World
 
 NUM_STEPS = 6
@@ -109,6 +110,22 @@ def test_a_run_goes_on_with_it_bit_for_bit(ranks, engine: str) -> None:
     resumed = ranks(2).run(train, engine, True, training, (3, NUM_STEPS), whole[1])
     for key, value in toy.whole_tensors([shards for shards, *_ in resumed]).items():
         assert torch.equal(value, whole[0][key]), key
+
+
+def refused(world: World, engine_name: str) -> str:
+    config = toy.make_config(engine_name, optimizer={"_target_": "pytorch_optimizer.AdEMAMix"})
+    config.engine.overlap, config.security.allowed_targets = True, ["support.toy", "pytorch_optimizer"]
+    try:
+        toy.build(world, config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
+def test_an_optimizer_that_may_count_the_parts_as_steps_is_refused(ranks, engine: str) -> None:
+    for said in ranks(2).run(refused, engine):
+        assert "engine.overlap=True: steps a part of the parameters at a time, and pytorch_optimizer." in said
 
 
 def watch(world: World, overlap: bool) -> tuple[list[str], int, int]:

@@ -317,6 +317,17 @@ def test_an_optimizer_that_this_machine_alone_can_not_have_is_no_reason(monkeypa
     config.training.optimizer = {**unfused, "implementation": "triton"}
     monkeypatch.setattr(gpu, "has_triton", lambda: False)
     assert sizing.measure(config)["parameters"]
+    config.security.allowed_targets = [__name__, "not_installed_here"]
+    for name in (f"{__name__}.NeedsGpu", "not_installed_here.Optimizer"):
+        config.training.optimizer = {"_target_": name}
+        assert sizing.measure(config)["parameters"]
+
+
+class NeedsGpu(torch.optim.SGD):
+    """As some fused optimizers do, it allocates when it is built, and not where its parameters are."""
+
+    def __init__(self, params, lr):
+        raise AssertionError("Torch not compiled with CUDA enabled")
 
 
 def test_the_memory_of_the_device(tmp_path, monkeypatch):

@@ -215,3 +215,24 @@ def _step_by_columns(world):
 def test_what_is_cut_by_columns_is_refused_with_states_in_bfloat16(ranks):
     for message in ranks(2).run(_step_by_columns):
         assert "cut along their first dimension" in message and "state_dtype=fp32" in message
+
+
+def _step_with_a_whole_gradient(world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from anemoi_dist.errors import ConfigError
+
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.ones(4, 6), mesh, [Replicate()])
+    try:
+        AdEMAMix([p], implementation="c").step()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_gradient_that_is_spread_otherwise_is_none_for_the_kernel(ranks):
+    for message in ranks(2).run(_step_with_a_whole_gradient):
+        assert "implementation='c'" in message and "spread over ranks alike" in message

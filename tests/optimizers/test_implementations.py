@@ -223,6 +223,30 @@ def test_auto_looks_at_the_gradients_layout_too():
         AdEMAMix([p], implementation="c").step()
 
 
+@needs_c
+@pytest.mark.parametrize("implementation", ["auto", "c"])
+@pytest.mark.parametrize("what", ["exp_avg_slow", "copy"])
+def test_what_is_not_of_the_parameters_size_is_refused_and_not_written_past(implementation, what):
+    p = torch.ones(1000)
+    optimizer = AdEMAMix([p], implementation=implementation)
+    optimizer.init_state(p)
+    if what == "copy":
+        optimizer.copies = {p: torch.zeros(10, dtype=torch.bfloat16)}
+    else:
+        optimizer.state[p][what] = torch.zeros(4)
+    with pytest.raises((ConfigError, RuntimeError), match=r"of the parameter's shape|size of tensor"):
+        run(optimizer, [p], [[torch.ones(1000)]])
+
+
+def test_a_gradient_that_is_negated_when_it_is_read():
+    p, q, lazy = torch.ones(1), torch.ones(1), torch.complex(torch.zeros(1), torch.ones(1)).conj().imag
+    assert lazy.is_neg() and lazy.is_contiguous()
+    p.grad, q.grad = lazy, torch.full((1,), -1.0)
+    for x in (p, q):
+        AdEMAMix([x]).step()
+    assert torch.equal(p, q)
+
+
 def test_without_a_kernel_the_optimizer_works_and_says_so(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
     p, q = torch.ones(5), torch.ones(5)
@@ -248,6 +272,13 @@ def test_impossible_choices_are_refused_at_once(options, match):
     with pytest.raises(ConfigError, match=match) as caught:
         AdEMAMix([torch.ones(2)], **options)
     assert caught.value.key == "implementation"
+
+
+@pytest.mark.parametrize("name", ["maximize", "capturable", "foreach"])
+@pytest.mark.parametrize("value", ["no", 0, 3])
+def test_a_switch_is_true_or_false(name, value):
+    with pytest.raises(ConfigError, match=f"{name}={value!r}: must be true or false"):
+        AdEMAMix([torch.ones(2)], **{name: value})
 
 
 @needs_c

@@ -25,7 +25,7 @@ def exact(tensors):
 @pytest.fixture(params=[pytest.param("c", marks=NEEDS_C), "torch"])
 def code(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native, "can_square", lambda tensors: False)
+        monkeypatch.setattr(native, "can_square", lambda tensor: False)
         monkeypatch.setattr(norm, "_PIECE", 1000)
     return request.param
 
@@ -73,6 +73,15 @@ def test_what_is_not_finite_is_seen(code, value, place):
 def test_tensors_of_several_types(code):
     tensors = [torch.full((3,), 2.0, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.bfloat16)]
     assert squared_norms([tensors[0] * 2, *tensors]).tolist() == pytest.approx([48.0, 12.0, 12.0, 12.0])
+
+
+def test_a_number_does_not_depend_on_its_neighbours(code):
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(100_003, generator=generator)
+    alone = float(squared_norms([first]))
+    for other in (torch.randn(50, 40, generator=generator).t(), torch.ones(3, dtype=torch.float64)):
+        both = squared_norms([first, other])
+        assert float(both[0]) == alone and float(both[1]) == float(squared_norms([other]))
 
 
 def test_a_gradient_that_is_not_contiguous(code):

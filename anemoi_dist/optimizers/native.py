@@ -62,11 +62,9 @@ def refusal(row: Row) -> str:
     p, g, m1, m2, nu, copy, _ = row
     numel = p.numel()
     for x in (p, g, m1, m2, nu):  # asked of each parameter in each step
-        if x is not None and not (
-            x.dtype in _DTYPES and x.is_cpu and x.is_contiguous() and x.numel() == numel and not x.is_neg()
-        ):
+        if x is not None and not (x.dtype in _DTYPES and x.is_cpu and x.is_contiguous() and x.numel() == numel):
             return _reason(row)
-    is_plain = copy is None and not isinstance(p, DTensor) and library() is not None
+    is_plain = copy is None and not g.is_neg() and not isinstance(p, DTensor) and library() is not None
     return "" if is_plain else _reason(row)
 
 
@@ -83,7 +81,7 @@ def _reason(row: Row) -> str:
         return f"takes float32 and bfloat16, not a parameter of {p.dtype} with a gradient of {g.dtype}"
     if copy is not None and (copy.dtype != torch.bfloat16 or not copy.is_contiguous()):
         return f"writes contiguous copies in bfloat16, not {copy.dtype}"
-    if not all(x.is_contiguous() and not x.is_neg() for x in tensors):
+    if not all(x.is_contiguous() for x in tensors) or g.is_neg():
         return "takes contiguous parameters, gradients and states"
     if any(x is not None and x.numel() != p.numel() for x in (*tensors, copy)):
         return "takes gradients, states and copies of the parameter's shape"

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.engines.regions import Region, RegionEngine, clipped, local, step_only
-from anemoi_dist.optimizers.norm import squared_norms
+from anemoi_dist.optimizers.norm import squared_norms, sum_of_squares
 
 
 class Fsdp2Engine(RegionEngine):
@@ -44,11 +44,14 @@ class Fsdp2Engine(RegionEngine):
         self._under_way: dict[FSDPModule, Any] = {}
         # What is stepped first, and gathered for the next forward pass while the rest is stepped.
         self._ahead: list[tuple[FSDPModule, list[nn.Parameter]]] = []
+        self._rest = list(self.module.parameters())
         if self.config.engine.overlap:
             in_blocks = {parameter for block in blocks for parameter in block.parameters()}
-            outside = [parameter for parameter in self.module.parameters() if parameter not in in_blocks]
+            outside = [parameter for parameter in self._rest if parameter not in in_blocks]
             self._ahead = [(cast(FSDPModule, self.module), outside)]
             self._ahead += [(cast(FSDPModule, block), list(block.parameters())) for block in blocks[:1]]
+            ahead = {parameter for _, parameters in self._ahead for parameter in parameters}
+            self._rest = [parameter for parameter in self._rest if parameter not in ahead]
             for parameter in self.module.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(self._square)
@@ -72,13 +75,9 @@ class Fsdp2Engine(RegionEngine):
 
     def _update(self) -> tuple[float, bool]:
         gradients = {p: local(p.grad) for p in self.module.parameters() if p.grad is not None}
-        late = [parameter for parameter in gradients if parameter not in self._squares]
-        if late:
-            squares = squared_norms([gradients[parameter] for parameter in late])
-            self._squares |= zip(late, squares.split(1), strict=True)
         square = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        if gradients:  # in order, however they came about: the same sum, bit for bit
-            square += torch.cat([self._squares[parameter] for parameter in gradients]).sum()
+        if gradients:
+            square += sum_of_squares(gradients, self._squares)
         self._squares.clear()
         dist.all_reduce(square)
         norm = square.sqrt().float()
@@ -95,15 +94,15 @@ class Fsdp2Engine(RegionEngine):
 
         No more is gathered than a forward pass holds at once: the whole model's parameters are what sharding saves.
         """
+        if not self._ahead:
+            self.optimizer.step()
+            return
         self._drop_gathered()  # of the last step, where no forward pass has used it
-        left = dict.fromkeys(self.module.parameters())
         for module, parameters in self._ahead:
             step_only(self.optimizer, parameters)
             if self.world.world_size > 1:
                 self._under_way[module] = module.unshard(async_op=True)  # the forward pass waits for it
-            for parameter in parameters:
-                del left[parameter]
-        step_only(self.optimizer, left)
+        step_only(self.optimizer, self._rest)
 
     def _drop_gathered(self) -> None:
         """Wait for what is being gathered, which a forward pass may have done, and keep the shards alone."""

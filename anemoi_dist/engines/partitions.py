@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from anemoi_dist.optimizers.norm import squared_norms
+from anemoi_dist.optimizers.norm import squared_norms, sum_of_squares
 
 
 class GradientPartitions:
@@ -57,12 +57,8 @@ class GradientPartitions:
         for index in self._stale - self._arrived:
             self._pieces[index].zero_()
         self._stale = set(self._arrived)
-        late = sorted(self._arrived - self._squares.keys())
-        if late:
-            squares = squared_norms([self._pieces[index] for index in late])
-            self._squares |= zip(late, squares.split(1), strict=True)
-        # In order, whether they were squared on arrival or not: the same sum, bit for bit.
-        return torch.cat([self._squares[index] for index in sorted(self._arrived)]).sum() if self._arrived else None
+        arrived = {index: self._pieces[index] for index in sorted(self._arrived)}
+        return sum_of_squares(arrived, self._squares) if arrived else None
 
     def begin(self) -> None:
         """Expect the gradients of the next step."""

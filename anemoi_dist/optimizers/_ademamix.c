@@ -1,8 +1,9 @@
 /* One AdEMAMix update over a list of segments, in one read and one write of memory, and the norm of their gradients in
  * one read.
  *
- * The arithmetic of the update is ademamix_update's (update.py), operation for operation: each line rounds where that one does,
- * fused multiply-adds included. native.py says what differs. No header is needed, neither Python's nor torch's. */
+ * The arithmetic of the update is ademamix_update's (update.py), operation for operation: each line rounds where that
+ * one does, fused multiply-adds included. native.py says what differs. No header is needed, neither Python's nor
+ * torch's. */
 
 typedef long long i64;
 typedef unsigned int u32;
@@ -38,11 +39,10 @@ struct source {
     u32 first, key, other_key;
 };
 
-#define NUM_STREAMS 5
 #define BLOCK 64     /* elements between two prefetches: four cache lines of floats */
 #define AHEAD 512    /* elements that prefetching runs ahead */
-#define LANES 64      /* sums of squares that grow side by side */
-#define AHEAD_READING 1024
+#define LANES 64     /* sums of squares that grow side by side */
+#define AHEAD_READING 1024 /* the same as AHEAD where nothing is written */
 #define CHUNK 16384  /* elements that a thread takes at a time: a thread on a busy core takes fewer */
 
 #define INLINE static inline __attribute__((always_inline))

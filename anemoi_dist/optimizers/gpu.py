@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from anemoi_dist.optimizers.update import Row, UpdateScalars
 
@@ -48,8 +47,6 @@ def refusal(row: Row) -> str:
         return "takes contiguous parameters, gradients and states"
     if any(x is not None and x.numel() != p.numel() for x in row[:6]):
         return "takes gradients, states and copies of the parameter's shape"
-    if isinstance(p, DTensor):  # its gradient lies otherwise: local_row would have made it a plain tensor
-        return "takes this rank's part of tensors that are spread over ranks alike"
     return ""
 
 

@@ -63,7 +63,10 @@ def choose(row: Row, group: dict[str, Any]) -> str:
         The one that the group names can't, or none can.
     """
     name = group["implementation"]
-    if isinstance(row.p, DTensor) and row.is_rounded:  # local_row left it as it is
+    if isinstance(row.p, DTensor) and name in _REFUSALS:  # local_row left it as it is
+        rule = "takes this rank's part of tensors that are spread over ranks alike"
+        raise ConfigError("implementation", name, rule, fix="implementation='auto'")
+    if isinstance(row.p, DTensor) and row.is_rounded:
         rule = "bfloat16 states need gradients that are spread over ranks as their parameters are"
         raise ConfigError("state_dtype", str(row.p.placements), rule, fix="state_dtype=fp32")
     if name == "auto":

@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from anemoi_dist.optimizers.update import Row, UpdateScalars
 
-#: Elements that the library sums up at once.
+#: Elements that the library takes at once, as ``_ademamix.c`` says too.
 CHUNK = 16384
 
 #: ``ademamix_version()`` of the library that this file knows how to call.
@@ -64,7 +63,7 @@ def refusal(row: Row) -> str:
     for x in (p, g, m1, m2, nu):  # asked of each parameter in each step
         if x is not None and not (x.dtype in _DTYPES and x.is_cpu and x.is_contiguous() and x.numel() == numel):
             return _reason(row)
-    is_plain = copy is None and not g.is_neg() and not isinstance(p, DTensor) and library() is not None
+    is_plain = copy is None and not g.is_neg() and library() is not None
     return "" if is_plain else _reason(row)
 
 
@@ -75,8 +74,6 @@ def _reason(row: Row) -> str:
         return "needs the compiled kernel, and the package was built without a compiler"
     if not (p.is_cpu and g.is_cpu):
         return f"works on the CPU, and the parameter is on {p.device}"
-    if isinstance(p, DTensor):  # its gradient lies otherwise: local_row would have made it a plain tensor
-        return "takes this rank's part of tensors that are spread over ranks alike"
     if any(x.dtype not in _DTYPES for x in tensors):
         return f"takes float32 and bfloat16, not a parameter of {p.dtype} with a gradient of {g.dtype}"
     if copy is not None and (copy.dtype != torch.bfloat16 or not copy.is_contiguous()):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from anemoi_dist.optimizers import native
+
+_Key = TypeVar("_Key")
 
 #: Elements whose norm is taken at once. A sum in float32 over much more loses digits: 0.4 % of the norm at 50 million.
 _PIECE = 1 << 20
@@ -35,6 +38,28 @@ def squared_norms(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     squares[in_c] = native.squared_norms([gradients[place] for place in in_c])
     squares[others] = _by_torch([gradients[place] for place in others])
     return squares
+
+
+def sum_of_squares(gradients: Mapping[_Key, torch.Tensor], known: Mapping[_Key, torch.Tensor]) -> torch.Tensor:
+    """Return the sum of all squares, of which some are known already.
+
+    Parameters
+    ----------
+    gradients : Mapping[_Key, torch.Tensor]
+        At least one. Summed in this order, however each number came about: the same bits.
+    known : Mapping[_Key, torch.Tensor]
+        What :func:`squared_norms` has returned for some of them alone.
+
+    Returns
+    -------
+    torch.Tensor
+        0-d float64.
+    """
+    late = [key for key in gradients if key not in known]
+    found = dict(known)
+    if late:
+        found |= zip(late, squared_norms([gradients[key] for key in late]).split(1), strict=True)
+    return torch.cat([found[key] for key in gradients]).sum()
 
 
 def _by_torch(gradients: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -195,44 +195,30 @@ def test_fsdp2_rounds_states_as_one_process_does(ranks, num_ranks):
                 assert x.dtype == y.dtype and torch.equal(x, y)
 
 
-def _step_by_columns(world):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    from anemoi_dist.errors import ConfigError
-
-    mesh = init_device_mesh("cpu", (2,))
-    p = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
-    p.grad = distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)])
-    AdEMAMix([p]).step()
-    try:
-        AdEMAMix([p], state_dtype="bf16").step()
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def test_what_is_cut_by_columns_is_refused_with_states_in_bfloat16(ranks):
-    for message in ranks(2).run(_step_by_columns):
-        assert "cut along their first dimension" in message and "state_dtype=fp32" in message
-
-
-def _step_with_a_whole_gradient(world):
+def _refused_step(world, cut, gradient_cut, refused):
+    """Return what a step with these options is refused with; without them it is taken."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     from anemoi_dist.errors import ConfigError
 
     mesh = init_device_mesh("cpu", (2,))
-    p = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)]))
-    p.grad = distribute_tensor(torch.ones(4, 6), mesh, [Replicate()])
+    placements = [Replicate() if dim is None else Shard(dim) for dim in (cut, gradient_cut)]
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, placements[:1]))
+    p.grad = distribute_tensor(torch.ones(4, 6), mesh, placements[1:])
+    AdEMAMix([p]).step()
     try:
-        AdEMAMix([p], implementation="c").step()
+        AdEMAMix([p], **refused).step()
     except ConfigError as error:
         return str(error)
     return ""
 
 
+def test_what_is_cut_by_columns_is_refused_with_states_in_bfloat16(ranks):
+    for message in ranks(2).run(_refused_step, 1, 1, {"state_dtype": "bf16"}):
+        assert "cut along their first dimension" in message and "state_dtype=fp32" in message
+
+
 def test_a_gradient_that_is_spread_otherwise_is_none_for_the_kernel(ranks):
-    for message in ranks(2).run(_step_with_a_whole_gradient):
+    for message in ranks(2).run(_refused_step, 0, None, {"implementation": "c"}):
         assert "implementation='c'" in message and "spread over ranks alike" in message

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anemoi_dist.optimizers import native, norm
-from anemoi_dist.optimizers.norm import squared_norms
+from anemoi_dist.optimizers.norm import squared_norms, sum_of_squares
 
 NEEDS_C = pytest.mark.skipif(native.library() is None, reason="the package was built without a compiler")
 #: Whole chunks and whole groups of lanes, one more and one less, a single element and none.
@@ -37,6 +37,16 @@ def test_it_is_the_sum_of_squares(code, dtype):
     assert result.dtype == torch.float64
     assert result.tolist() == pytest.approx([exact([tensor]) for tensor in tensors], rel=1e-5)
     assert [float(squared_norms([tensor])) for tensor in tensors] == result.tolist(), "whatever is beside it"
+
+
+@pytest.mark.parametrize("num_known", [0, 1, 700, 2000])
+def test_what_is_known_already_changes_no_bit_of_the_sum(code, num_known):
+    generator = torch.Generator().manual_seed(0)
+    pieces = dict(enumerate((torch.randn(2000, generator=generator) * 1000).exp2().clamp(1e-3, 1e9).split(1)))
+    known = {key: squared_norms([pieces[key]]) for key in list(reversed(pieces))[:num_known]}
+    expected = torch.cat([squared_norms([piece]) for piece in pieces.values()]).sum()
+    assert float(sum_of_squares(pieces, known)) == float(expected)
+    assert float(sum_of_squares(dict(reversed(pieces.items())), known)) != float(expected), "another order would show"
 
 
 @NEEDS_C

@@ -34,12 +34,14 @@ def main() -> int:
         return code
     if how == "killed":
         if rank == 1:
+            await_record(run)
             os.kill(os.getpid(), signal.SIGKILL)
         return wait(stopped, then=-1)
     if how == "killed-once":
         first = not (run.path / f"been-{rank}").exists()
         (run.path / f"been-{rank}").touch()
         if rank == 1 and first:
+            await_record(run)
             os.kill(os.getpid(), signal.SIGKILL)
         if first:
             return wait(stopped, then=1)
@@ -49,8 +51,7 @@ def main() -> int:
     if how == "raises":
         if rank == 0:
             return wait(stopped, then=1)
-        while not (run.path / "ready-0").exists():  # its attempt is recorded
-            time.sleep(0.01)
+        await_record(run)
         failure = {"rank": 1, "host": "there", "pid": os.getpid(), "error": "Traceback\nIt broke", "log": "its log"}
         record(run, {"exit_code": 70, "failure": failure})
         return 70
@@ -61,6 +62,12 @@ def main() -> int:
     if rank == 0 and how == "saves":
         record(run, {"exit_code": code})
     return code
+
+
+def await_record(run: RunDirectory) -> None:
+    """Wait until rank 0 has recorded the attempt: only then does an end belong to it."""
+    while not (run.path / "ready-0").exists():
+        time.sleep(0.01)
 
 
 def wait(stopped: list[int], *, then: int) -> int:

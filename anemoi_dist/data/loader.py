@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import selectors
 import signal
+import struct
+import time
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -17,8 +20,12 @@ from anemoi_dist.config import BatchPlan, DataConfig
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.data.sampler import GlobalSampleOrder, MicroBatchSampler
 from anemoi_dist.parent import die_with_parent
+from anemoi_dist.telemetry.heartbeat import beat
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+#: How long a start of the workers may take, until they are started again. They need milliseconds.
+_PATIENCE_S = (5.0, 15.0, 45.0)
+_PID = struct.Struct("=i")
 
 
 class BatchLoader(Iterator[list[Batch]]):
@@ -30,11 +37,8 @@ class BatchLoader(Iterator[list[Batch]]):
         The processes that read ahead; empty for ``num_workers=0``.
     """
 
-    def __init__(self, loader: DataLoader, *, accumulation: int) -> None:
-        before = set(multiprocessing.active_children())
-        self._batches: Iterator[Batch] = iter(loader)
-        self.workers = tuple(set(multiprocessing.active_children()) - before)
-        self._accumulation = accumulation
+    def __init__(self, batches: Iterator[Batch], workers: tuple[Any, ...], *, accumulation: int) -> None:
+        self._batches, self.workers, self._accumulation = batches, workers, accumulation
         # Also at exit, before multiprocessing joins its children: a worker that ignores SIGTERM would never return.
         self._close = weakref.finalize(self, _end, self._batches, self.workers)
 
@@ -73,26 +77,65 @@ def build_loader(
     pin_memory : bool
         Hand out page-locked memory, for asynchronous copies to a GPU.
     """
-    workers: dict[str, Any] = {}
-    if data_config.num_workers:
-        workers = {
-            "prefetch_factor": data_config.prefetch_factor,
+    options: dict[str, Any] = {
+        "dataset": dataset,
+        "batch_sampler": MicroBatchSampler(order, plan=plan, rank=rank, start_step=start_step),
+        "collate_fn": collate,
+        "pin_memory": pin_memory,
+    }
+    if not data_config.num_workers:
+        return BatchLoader(iter(DataLoader(**options)), (), accumulation=plan.accumulation)
+    ready, say_ready = os.pipe()
+    try:
+        loader: DataLoader = DataLoader(
+            **options,
+            num_workers=data_config.num_workers,
+            prefetch_factor=data_config.prefetch_factor,
             # Named, since Python 3.14 changes the default. Forking costs milliseconds where a fresh interpreter costs
-            # seconds per worker, and it is safe here: a worker uses neither CUDA nor a process group, torch gives it
-            # one thread (so no OpenMP pool that fork has lost), and zarr 2 keeps no threads. Blosc's pool restarts
-            # itself after a fork.
-            "multiprocessing_context": "fork",
-            "worker_init_fn": partial(_start_worker, parent_pid=os.getpid()),
-        }
-    loader: DataLoader = DataLoader(
-        dataset,
-        batch_sampler=MicroBatchSampler(order, plan=plan, rank=rank, start_step=start_step),
-        num_workers=data_config.num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        **workers,
+            # seconds per worker, and it is safe once Python runs in it: a worker uses neither CUDA nor a process group,
+            # torch gives it one thread (so no OpenMP pool that fork has lost), and zarr 2 keeps no threads. Blosc's
+            # pool restarts itself after a fork.
+            multiprocessing_context="fork",
+            worker_init_fn=partial(_start_worker, parent_pid=os.getpid(), say_ready=say_ready),
+        )
+        batches, workers = _start_workers(loader, ready)
+    finally:
+        os.close(ready)
+        os.close(say_ready)
+    return BatchLoader(batches, workers, accumulation=plan.accumulation)
+
+
+def _start_workers(loader: DataLoader, ready: int) -> tuple[Iterator[Batch], tuple[Any, ...]]:
+    """Fork the workers, and again where one of them does not come to life.
+
+    Before CPython 3.12 (github.com/python/cpython/issues/112275) a child hangs, before any line of Python, if another
+    thread of the parent held a lock of the interpreter at the fork; gloo's threads take it for microseconds, now and
+    then.
+    """
+    for patience_s in _PATIENCE_S:
+        before = set(multiprocessing.active_children())
+        batches = iter(loader)
+        workers = tuple(set(multiprocessing.active_children()) - before)
+        if _all_ready({worker.pid for worker in workers}, ready, patience_s=patience_s):
+            return batches, workers
+        _end(batches, workers)
+    raise RuntimeError(
+        f"some of {loader.num_workers} data workers have not started within {_PATIENCE_S[-1]:g} s, in any of "
+        f"{len(_PATIENCE_S)} attempts: this machine is overloaded, or data.num_workers is too high for it"
     )
-    return BatchLoader(loader, accumulation=plan.accumulation)
+
+
+def _all_ready(pids: set[int | None], ready: int, *, patience_s: float) -> bool:
+    """Return whether all of ``pids`` have been written to the pipe in time."""
+    deadline = time.monotonic() + patience_s
+    silent = set(pids)
+    with selectors.DefaultSelector() as selector:
+        selector.register(ready, selectors.EVENT_READ)
+        while silent and (left_s := deadline - time.monotonic()) > 0:
+            if selector.select(min(left_s, 1.0)):
+                silent -= {pid for (pid,) in _PID.iter_unpack(os.read(ready, 1024 * _PID.size))}
+            beat()
+    return not silent
 
 
 def collate(samples: list[Batch]) -> Batch:
@@ -100,14 +143,15 @@ def collate(samples: list[Batch]) -> Batch:
     return Batch(torch.stack([s.fields for s in samples]), torch.stack([s.dates for s in samples]))
 
 
-def _start_worker(worker: int, *, parent_pid: int) -> None:
-    """Make a worker deaf to what schedulers send to the whole job, and mortal with its parent.
+def _start_worker(worker: int, *, parent_pid: int, say_ready: int) -> None:
+    """Say that it lives, and make a worker deaf to what schedulers send to the whole job, and mortal with its parent.
 
     A survivor would hold the killed rank's sockets, and the other ranks would wait for it instead of failing.
     """
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(parent_pid=parent_pid)
+    os.write(say_ready, _PID.pack(os.getpid()))
 
 
 def _end(batches: Any, workers: tuple[Any, ...]) -> None:

@@ -154,3 +154,36 @@ def test_a_trainer_that_ends_leaves_nothing_and_does_not_hang(ending, code):
     _, errors = process.communicate(timeout=20)
     assert process.returncode == code and errors == ""
     wait_until_dead(pids, timeout_s=1)
+
+
+# As CPython's own handlers do after a fork at a bad moment, before any line of the worker.
+HANG = """
+    from anemoi_dist.data import loader
+    loader._PATIENCE_S = ({patience})
+    left = [{count}]  # of a child's own copy nobody else hears
+    def hang():
+        if left[0] > 0:
+            time.sleep(100)
+    os.register_at_fork(after_in_child=hang, after_in_parent=lambda: left.insert(0, left.pop() - 1))
+"""
+
+
+def run_where_forks_hang(count: int, *, patience: str) -> subprocess.CompletedProcess[str]:
+    """Start two workers, of which the first ``count`` forked never get to run."""
+    setup, script = (textwrap.dedent(text) for text in (HANG.format(count=count, patience=patience), SCRIPT))
+    imports, body = script.split("\ndata =", 1)
+    command = [sys.executable, "-c", f"{imports}\n{setup}\ndata ={body}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_workers_that_a_fork_leaves_hanging_are_started_again():
+    done = run_where_forks_hang(1, patience="1.0, 20.0")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 2
+    wait_until_dead([int(pid) for pid in done.stdout.split()], timeout_s=1)
+
+
+def test_workers_that_never_start_are_an_error():
+    done = run_where_forks_hang(1, patience="1.0,")
+    assert done.returncode == 1
+    assert "some of 2 data workers have not started within 1 s, in any of 1 attempts" in done.stderr

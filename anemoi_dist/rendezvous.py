@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import struct
+import sys
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from anemoi_dist.errors import PreflightError
+from anemoi_dist.errors import ExitCode, PreflightError
 from anemoi_dist.parent import die_with_parent
 from anemoi_dist.run_directory import RunDirectory, write_atomically
+from anemoi_dist.telemetry.deadman import Deadman
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-#: How long ranks that SLURM started wait for the first word of rank 0.
+#: How long ranks that MPI or SLURM started wait for the first word of rank 0.
 WAIT_S = 300.0
 _LOOPBACK = "127.0.0.1"
 _SIOCGIFADDR = 0x8915
@@ -170,6 +172,23 @@ def _integer(environ: Mapping[str, str], name: str, *, default: int | None = Non
 def _meet_by_mpi(environ: MutableMapping[str, str]) -> Meeting:
     started = _mpi_numbers(environ)
     assert started is not None
+    # MPI knows no timeouts, and no watchdog looks yet. Some libraries hang now and then while they start.
+    switch = Deadman(grace_s=1.0, code=ExitCode.HANG, log=sys.stderr)
+    switch.hold(WAIT_S)
+    try:
+        place, told, listener = _agree_by_mpi(started, environ)
+    finally:
+        switch.close()
+    if "error" in told:
+        raise PreflightError(f"rank 0 cannot listen: {told['error']}")
+    _publish(environ, place, told)
+    return Meeting(listener=listener, kills_others=True)
+
+
+def _agree_by_mpi(
+    started: tuple[int, int], environ: Mapping[str, str]
+) -> tuple[Place, dict[str, Any], socket.socket | None]:
+    """Return this rank's place and what rank 0 tells all; on rank 0 also the socket that listens."""
     mpi = _import_mpi(started[1])
     world = mpi.COMM_WORLD
     if world.size != started[1]:
@@ -193,10 +212,7 @@ def _meet_by_mpi(environ: MutableMapping[str, str]) -> Meeting:
         told = json.loads(buffer)
     node.Free()
     mpi.Finalize()  # its part is done; whoever ends without it later is killed for that
-    if "error" in told:
-        raise PreflightError(f"rank 0 cannot listen: {told['error']}")
-    _publish(environ, place, told)
-    return Meeting(listener=listener, kills_others=True)
+    return place, told, listener
 
 
 def _import_mpi(num_ranks: int) -> Any:

@@ -233,8 +233,11 @@ def read_ending(
         return Ending(ExitCode.INTERRUPTED, told, "stopped before anything new was saved")
     ours = agent_code in set(ExitCode)
     if last is None:
+        if agent_code == ExitCode.HANG and returns_codes:
+            reason = "the ranks have not met in time"
+            return Ending(agent_code, f"run {run.run_id}: {reason}; where they stood is above", reason)
         # Nothing to do for a finished run, or refused before the attempt began: rank 0 has said so.
-        if ours:
+        if ours and agent_code != ExitCode.HANG:
             return Ending(agent_code)
         return Ending(
             ExitCode.INTERNAL,

@@ -165,6 +165,28 @@ def test_no_mpi4py(tmp_path):
     assert "pip install 'anemoi-dist[mpi]'" in meeting_fails(PYTHONPATH=path)
 
 
+def test_an_mpi_that_hangs_as_it_starts_is_ended(tmp_path):
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").touch()
+    (tmp_path / "mpi4py" / "MPI.py").write_text("import time; time.sleep(60)")
+    code = "from anemoi_dist import rendezvous; rendezvous.WAIT_S = 0.5; rendezvous.meet(None)"
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PMI_RANK": "1", "PMI_SIZE": "4", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 6
+    assert 'mpi4py/MPI.py", line 1' in done.stderr, "where it stands"
+
+
+def test_ranks_that_have_not_met_are_a_hang(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.create()
+    run.write_state({"state": "running", "attempts": []})
+    ending = read_ending(run, 6, attempts_before=0, interrupted=False)
+    assert ending.code == 6 and "the ranks have not met in time; where they stood is above" in ending.message
+    hydras = read_ending(run, 6, attempts_before=0, interrupted=False, returns_codes=False)
+    assert hydras.code == 70 and "no rank got as far" in hydras.message
+
+
 def test_an_mpirun_of_another_mpi():
     pytest.importorskip("mpi4py")
     found = mpi.find_mpirun(os.environ, python=sys.executable)

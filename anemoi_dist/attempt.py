@@ -87,6 +87,8 @@ def _place(holder: Holder, world_size: int) -> dict[str, Any]:
 def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Mapping[str, Any] | None = None) -> ExitCode:
     """Record the end of an attempt, on whichever rank sees it first; the first record stands, and its code is returned.
 
+    Of ranks that fail with the same error the lowest is named: rank 0 has said it on the terminal, and once is enough.
+
     Parameters
     ----------
     run : RunDirectory
@@ -102,6 +104,9 @@ def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Mappi
     with run.changing_state() as state:
         attempt = state["attempts"][number - 1]
         if "exit_code" in attempt:
+            told = attempt.get("failure")
+            if told and failure and failure["error"] == told["error"] and failure["rank"] < told["rank"]:
+                attempt["failure"] = dict(failure)
             return ExitCode(attempt["exit_code"])
         ended = end_state(code)
         attempt |= {"ended": time.time(), "exit_code": int(code), "state": ended}

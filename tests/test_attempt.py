@@ -75,6 +75,17 @@ def test_the_first_record_of_an_end_stands(run: RunDirectory) -> None:
     assert run.read_state()["attempts"][0]["exit_code"] == ExitCode.INTERNAL
 
 
+@pytest.mark.parametrize(("error", "named"), [("betas: no", 0), ("betas: no, I say", 3)])
+def test_an_error_that_all_ranks_have_is_rank_0s(run: RunDirectory, error: str, named: int) -> None:
+    attempt = Attempt(run, world_size=4, max_steps=1)
+    for rank, text in ((3, "betas: no"), (0, error), (2, "betas: no")):
+        failure = {"rank": rank, "host": "h", "pid": 2, "error": text, "log": "l"}
+        assert record_end(run, attempt.number, ExitCode.CONFIGURATION, failure=failure) == ExitCode.CONFIGURATION
+        if rank == 0:
+            assert run.read_state()["attempts"][0]["failure"]["rank"] == named
+    assert run.read_state()["attempts"][0]["exit_code"] == ExitCode.CONFIGURATION
+
+
 @pytest.mark.parametrize(
     ("recorded", "error", "blamed"),
     [

@@ -175,7 +175,8 @@ import sys, torch, torch.distributed as dist
 from pathlib import Path
 from anemoi_dist.rendezvous import meet
 from anemoi_dist.world import World
-with meet(Path(sys.argv[1])):
+meeting = meet(Path(sys.argv[1]))  # named: it holds the store, which the others need after rank 0 has joined
+with meeting:
     world = World.join(timeout_s=60)
 value = torch.tensor([float(world.rank)])
 dist.all_reduce(value)

@@ -22,6 +22,9 @@ from anemoi_dist.telemetry.watchdog import record_unsaid_hang
 #: What ends a rank from outside, or by a crash. The rest is how processes are asked to leave, by us too.
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
+#: Ranks that fail within this time fail together. Those that torchrun kills it asks to leave first, for far longer.
+_AT_ONCE_S = 5
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -73,12 +76,22 @@ def _run_directory(arguments: list[str]) -> RunDirectory | None:
 
 
 def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
-    """Return the rank that began it: one that was killed, else the first that failed.
+    """Return the rank that began it: one that was killed, else the first that left by itself.
 
-    The others notice within milliseconds that a rank is gone, and torchrun looks at all of them at once.
+    The others notice within milliseconds that a rank is gone, and torchrun looks at all of them at once. Then it asks
+    the rest to leave, and those that could not answer, or were killed for that, are among the failures too.
     """
-    killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
-    return killed[0] if killed else error.get_first_failure()
+    began = min(failure.timestamp for failure in error.failures.values())
+    asked = {-int(number) for number in _ASKING}
+    told = {
+        rank: failure
+        for rank, failure in error.failures.items()
+        if failure.exitcode not in asked and failure.timestamp - began <= _AT_ONCE_S
+    }
+    killed = [(rank, failure) for rank, failure in told.items() if failure.exitcode < 0]
+    if killed or not told:
+        return killed[0] if killed else error.get_first_failure()
+    return min(told.items(), key=lambda failed: failed[1].timestamp)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,21 @@ _DCP_METADATA = {
     "collections": ("OrderedDict",),
 }
 
+#: What unpicklers raise beside their own error on bytes that are no pickle; they run nothing of the user's.
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
 
 def load_torch_file(path: Path, *, trust: bool) -> Any:
     """Open a file that ``torch.save`` wrote; tensors stay on the disk until they are used.
@@ -67,7 +83,7 @@ def load_torch_file(path: Path, *, trust: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=not trust, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         raise _refused(path, error) from None
-    except (RuntimeError, EOFError, OSError, AttributeError, ImportError) as error:
+    except _UNREADABLE as error:
         raise ConfigError("SOURCE", str(path), f"cannot be read: {_first_line(error)}") from error
 
 
@@ -77,7 +93,7 @@ def load_tensor(data: bytes, *, path: Path) -> torch.Tensor:
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refused(path, error) from None
-    except (RuntimeError, EOFError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ConfigError("SOURCE", str(path), f"cannot be read: {_first_line(error)}") from error
     if not isinstance(tensor, torch.Tensor):
         raise ConfigError("SOURCE", str(path), f"holds a {type(tensor).__name__} where a tensor should be")
@@ -92,7 +108,7 @@ def load_dcp_metadata(path: Path, *, trust: bool) -> Any:
             return pickle.load(stream) if trust else _MetadataUnpickler(stream).load()  # noqa: S301
     except pickle.UnpicklingError as error:
         raise _refused(path, error) from None
-    except (EOFError, OSError, AttributeError, ImportError, IndexError, ValueError, TypeError, KeyError) as error:
+    except _UNREADABLE as error:
         raise ConfigError("SOURCE", str(path), f"cannot be read: {_first_line(error)}") from error
 
 

@@ -200,7 +200,7 @@ def test_a_planted_dcp_chunk_is_refused_and_does_not_run(tmp_path: Path) -> None
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04garbage", b"\x80\x04garbage", os.urandom(64)])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04garbage", b"\x80\x04garbage", b"U\x9b\xfa\xf8/3garbage"])
 def test_garbage_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.pt").write_bytes(content)
     with pytest.raises(ConfigError, match=r"SOURCE=.*bad\.pt"):
@@ -208,9 +208,10 @@ def test_garbage_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "d").mkdir()
     with pytest.raises(ConfigError, match="no DCP directory"):
         imported(tmp_path / "d", tmp_path, step=1)
-    (tmp_path / "d" / ".metadata").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"SOURCE=.*metadata"):
-        imported(tmp_path / "d", tmp_path, step=1)
+    for metadata, said in ((content, r"SOURCE=.*metadata"), (pickle.dumps(None), "not laid out as a dcp checkpoint")):
+        (tmp_path / "d" / ".metadata").write_bytes(metadata)
+        with pytest.raises(ConfigError, match=said):
+            imported(tmp_path / "d", tmp_path, step=1)
 
 
 # DCP

@@ -164,7 +164,9 @@ HANG = """
     def hang():
         if left[0] > 0:
             time.sleep(100)
-    os.register_at_fork(after_in_child=hang, after_in_parent=lambda: left.insert(0, left.pop() - 1))
+    def count_down():
+        left[0] -= 1
+    os.register_at_fork(after_in_child=hang, after_in_parent=count_down)
 """
 
 

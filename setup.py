@@ -6,7 +6,7 @@ kernel needs no header, not Python's and not torch's.
 
 from __future__ import annotations
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
@@ -31,7 +31,11 @@ class BuildKernel(build_ext):
         return ["ademamix_squares", "ademamix_step", "ademamix_version"]
 
 
+# ``launch``, ``configs`` and ``slurm`` are installed below the package (``package-dir`` in pyproject.toml).
+MAPPED = find_packages(include=["launch*", "configs*", "slurm*"])
+
 setup(
+    packages=[*find_packages(include=["anemoi_dist*"]), *(f"anemoi_dist.{name}" for name in MAPPED)],
     cmdclass={"build_ext": BuildKernel},
     ext_modules=[
         Extension("anemoi_dist.optimizers._ademamix", sources=["anemoi_dist/optimizers/_ademamix.c"], optional=True)

@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from anemoi_dist.attempt import Attempt, is_finished, record_end
-from anemoi_dist.compose import compose
-from anemoi_dist.config import from_yaml, plan_batches
+from anemoi_dist.config.compose import compose
+from anemoi_dist.config.schema import from_yaml, plan_batches
+from anemoi_dist.distributed.rendezvous import Meeting, meet
 from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
-from anemoi_dist.ownership import Hold, hold_launch
-from anemoi_dist.parent import die_with_parent, parent_in_environment
-from anemoi_dist.prepare import Change, changes_table, claim_run
-from anemoi_dist.rendezvous import Meeting, meet
-from anemoi_dist.run_directory import LAUNCHED, RunDirectory
+from anemoi_dist.process.parent_death import die_with_parent, parent_in_environment
+from anemoi_dist.run.attempt import Attempt, is_finished, record_end
+from anemoi_dist.run.directory import LAUNCHED, RunDirectory
+from anemoi_dist.run.lock import Hold, hold_launch
+from anemoi_dist.run.prepare import Change, changes_table, claim_run
 
 if TYPE_CHECKING:
-    from anemoi_dist.world import World
+    from anemoi_dist.distributed.world import World
 
 #: Of an error, its end says what happened; ``run.json`` is read by every command that lists runs.
 _MAX_ERROR_CHARS = 8000
@@ -74,11 +74,11 @@ def _prepare(arguments: argparse.Namespace) -> tuple[RunDirectory, Hold | None]:
 
 def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
     """Join, agree on the run, train it, record how it ended."""
-    from anemoi_dist.probe import inspect
-    from anemoi_dist.session import train
+    from anemoi_dist.distributed.world import World
+    from anemoi_dist.preflight.ranks import inspect
     from anemoi_dist.telemetry.console import keep_log
     from anemoi_dist.telemetry.watchdog import watch
-    from anemoi_dist.world import World
+    from anemoi_dist.training.setup import train
 
     attempt, number, failure = None, 0, None
     try:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from anemoi_dist.telemetry.events import latest_by_step, read_events
+from anemoi_dist.run.events import latest_by_step, read_events
 
 RESULTS = Path(__file__).parent / "results"
 OPTIMIZERS = {

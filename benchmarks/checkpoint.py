@@ -28,11 +28,11 @@ from torch import nn
 from anemoi_dist.checkpoint import writer
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.saver import Saver
+from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.config import CheckpointConfig
-from anemoi_dist.engines.base import Shard
+from anemoi_dist.config.schema import CheckpointConfig
+from anemoi_dist.distributed.world import World
 from anemoi_dist.optimizers.ademamix import AdEMAMix
-from anemoi_dist.world import World
 
 RESULTS = Path(__file__).parent / "results"
 GIB, MIB = 1024**3, 1024**2

@@ -93,9 +93,9 @@ class Model(nn.Module):
 
 def make_module(engine: dict[str, Any], *, numel: int, precision: str) -> Any:
     """Return the training module around the model."""
-    from anemoi_dist.config import from_container
+    from anemoi_dist.config.schema import from_container
     from anemoi_dist.data.batch import DataSpec
-    from anemoi_dist.module import BaseGraphModule
+    from anemoi_dist.tasks.forecast.module import BaseGraphModule
 
     config = from_container(
         {
@@ -139,7 +139,7 @@ def make_batch() -> Any:
 
 def through_engine(module: Any, world: Any) -> tuple[Callable[[], None], Callable[[], object]]:
     """Return what fills the gradients and what clips and steps, of one of our engines."""
-    from anemoi_dist.engines.factory import create_engine
+    from anemoi_dist.engines.registry import create_engine
 
     engine: Any = create_engine(module, config=module.config, world=world)
     batch = make_batch()
@@ -152,7 +152,7 @@ def through_engine(module: Any, world: Any) -> tuple[Callable[[], None], Callabl
 
 def through_deepspeed(module: Any, stage: int) -> tuple[Callable[[], None], Callable[[], object]]:
     """Return the same for DeepSpeed's own clipping and step around the same optimizer."""
-    from anemoi_dist.engines.deepspeed_zero import _import_deepspeed
+    from anemoi_dist.engines.zero import _import_deepspeed
 
     config: dict[str, Any] = {
         "train_batch_size": int(os.environ["WORLD_SIZE"]),
@@ -173,7 +173,7 @@ def through_deepspeed(module: Any, stage: int) -> tuple[Callable[[], None], Call
 
 def measure(name: str, precision: str, *, numel: int, rounds: int) -> dict[str, object]:
     """Return the ratios of clip + step, and of the backward pass, to the stream."""
-    from anemoi_dist.world import World
+    from anemoi_dist.distributed.world import World
 
     torch.set_num_threads(1)
     world = World.join()

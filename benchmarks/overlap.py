@@ -43,7 +43,7 @@ def bytes_sent() -> int:
 
 def rank_main(rank: int, arguments: argparse.Namespace, engine: str, rate: str, output: Path) -> None:
     """Measure on one rank; rank 0 writes what it saw."""
-    from anemoi_dist.world import World
+    from anemoi_dist.distributed.world import World
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": "29555", "GLOO_SOCKET_IFNAME": "lo"}

@@ -26,14 +26,14 @@ import psutil
 
 from anemoi_dist.checkpoint.compare import differences
 from anemoi_dist.checkpoint.reader import Checkpoint
-from anemoi_dist.telemetry.events import read_events
+from anemoi_dist.run.events import read_events
 
 RESULTS = Path(__file__).parent / "results"
 JOB = ["model.hidden_channels=6", "model.dilations=[1]", "training.global_batch_size=4", "training.lr.warmup=4"]
 JOB += ["telemetry.interval_steps=1", "validation.interval_steps=null", "validation.lead_steps=[1]"]
 AGENT, RANK = (
     "import torch.distributed.run",
-    "import deepspeed, anemoi_dist.session, anemoi_dist.engines.deepspeed_zero",
+    "import deepspeed, anemoi_dist.training.setup, anemoi_dist.engines.zero",
 )
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from anemoi_dist import __version__
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 
-from . import checkpoint, logs, steer, submit, watch
-from .arguments import RUN_HELP, add_command, compose_arguments, locate_run
+from .commands import checkpoint, logs, status, stop, submit
+from .commands.arguments import RUN_HELP, add_command, compose_arguments, locate_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,9 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     submit.add_commands(commands)
-    watch.add_commands(commands)
+    status.add_commands(commands)
     logs.add_commands(commands)
-    steer.add_commands(commands)
+    stop.add_commands(commands)
 
     report = add_command(commands, "report", _report, "write a run's HTML report")
     report.add_argument("run", metavar="RUN", help=RUN_HELP)
@@ -95,18 +95,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from anemoi_dist.prepare import claim_run
-    from anemoi_dist.run_directory import RunDirectory
+    from anemoi_dist.run.directory import RunDirectory
+    from anemoi_dist.run.prepare import claim_run
 
-    from . import local, mpi
-    from .machine import look
-    from .plan import plan
+    from .launchers import local, mpi
+    from .launchers.base import plan
+    from .launchers.machine import look
 
     if options.strict:
         options.overrides.append("checkpoint.strict=true")
     config = compose_arguments(options).config
     if options.dry_run:
-        from .planning import show
+        from .commands.plan import show
 
         print(show(config))
         return ExitCode.FINISHED
@@ -130,13 +130,13 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from .doctor import run_doctor
+    from .commands.doctor import run_doctor
 
     return run_doctor(compose_arguments(options).config, nodes=options.nodes, as_json=options.json)
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from .planning import show
+    from .commands.plan import show
 
     print(
         show(
@@ -151,7 +151,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
-    from anemoi_dist.provenance import annotated_yaml
+    from anemoi_dist.config.provenance import annotated_yaml
 
     composed = compose_arguments(options)
     print(annotated_yaml(composed.container(), composed.provenance), end="")
@@ -159,7 +159,7 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from anemoi_dist.telemetry.report import write_report
+    from anemoi_dist.report.page import write_report
 
     print(write_report(locate_run(options.run, options.root)))
     return ExitCode.FINISHED

@@ -14,6 +14,9 @@ import pytest
 from hypothesis import settings
 from support.minislurm import MiniSlurm, missing_programs
 from support.ranks import RankPool
+from support.recorded import fill
+
+from anemoi_dist.run.directory import RunDirectory
 
 # How long an example takes says something about what else the machine does.
 settings.register_profile("untimed", deadline=None)
@@ -49,3 +52,16 @@ def cluster() -> Iterator[MiniSlurm]:
         cluster.stop()
         assert not cluster.processes(), "the cluster left processes behind"
         shutil.rmtree(folder)
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory(tmp_path / "runs" / "default-1")
+    run.create()
+    return run
+
+
+@pytest.fixture
+def finished_run(run):
+    fill(run)
+    return run

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from anemoi_dist.checkpoint.manifest import ITEM_BYTES
-from anemoi_dist.checkpoint.ranges import SavedCheckpoint
+from anemoi_dist.checkpoint.verified import SavedCheckpoint
 
 #: numpy knows no bf16: its bits travel as ``uint16``.
 NUMPY_DTYPES = {

@@ -9,7 +9,7 @@ import numpy as np
 
 from anemoi_dist.checkpoint.arrays import pieces, to_float
 from anemoi_dist.checkpoint.manifest import TensorRecord
-from anemoi_dist.checkpoint.ranges import SavedCheckpoint
+from anemoi_dist.checkpoint.verified import SavedCheckpoint
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 
 from anemoi_dist.checkpoint.arrays import FLOATS, pieces, to_dtype
 from anemoi_dist.checkpoint.manifest import ITEM_BYTES, TensorRecord
-from anemoi_dist.checkpoint.ranges import SavedCheckpoint
+from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.run_directory import fsync_directory
+from anemoi_dist.run.directory import fsync_directory
 
 SUFFIXES = (".safetensors", ".pt")
 EXPORT_DTYPES = ("F32", "BF16", "F16")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from anemoi_dist.checkpoint.store import LocalStore, Store
+from anemoi_dist.config.provenance import read_yaml
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.provenance import read_yaml
-from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.run.directory import RunDirectory
 
 
 def open_store(run: RunDirectory, url: str | None) -> Store:
@@ -25,7 +25,7 @@ def open_store(run: RunDirectory, url: str | None) -> Store:
     """
     if url is None:
         return LocalStore(run.checkpoints_dir)
-    from anemoi_dist.checkpoint.remote import FsspecStore
+    from anemoi_dist.checkpoint.fsspec_store import FsspecStore
 
     try:
         return FsspecStore(f"{url.rstrip('/')}/{run.run_id}")

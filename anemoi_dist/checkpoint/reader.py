@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from anemoi_dist.checkpoint.dtypes import DTYPES
-from anemoi_dist.checkpoint.ranges import SavedCheckpoint
-from anemoi_dist.engines.base import TensorInfo
+from anemoi_dist.checkpoint.shard import TensorInfo
+from anemoi_dist.checkpoint.verified import SavedCheckpoint
 
 
 class Checkpoint(SavedCheckpoint):

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
-from anemoi_dist.checkpoint.ranges import SavedCheckpoint
 from anemoi_dist.checkpoint.store import Store
-from anemoi_dist.config import SAVE_METRICS
+from anemoi_dist.checkpoint.verified import SavedCheckpoint
+from anemoi_dist.config.schema import SAVE_METRICS
 from anemoi_dist.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from anemoi_dist.validation import Score
+    from anemoi_dist.evaluation.validator import Score
 
 _MORE_IS_BETTER = {"rmse": False, "acc": True}
 assert tuple(_MORE_IS_BETTER) == SAVE_METRICS
@@ -22,7 +22,7 @@ assert tuple(_MORE_IS_BETTER) == SAVE_METRICS
 
 @dataclass(frozen=True)
 class Policy:
-    """What to keep; see ``checkpoint`` in :mod:`anemoi_dist.config`."""
+    """What to keep; see ``checkpoint`` in :mod:`anemoi_dist.config.schema`."""
 
     keep_last: int | None = None
     keep_every: int | None = None
@@ -110,7 +110,7 @@ def _has_manifest(store: Store, step: int) -> bool:
 
 
 def summarise(scores: Sequence[Score]) -> dict[str, float]:
-    """Reduce the scores of one validation to one number for each of :data:`~anemoi_dist.config.SAVE_METRICS`.
+    """Reduce the scores of one validation to one number for each of :data:`~anemoi_dist.config.schema.SAVE_METRICS`.
 
     ``rmse`` is the model's RMSE over that of persistence, ``acc`` its anomaly correlation; both averaged over variables
     and lead times, so that units cancel.

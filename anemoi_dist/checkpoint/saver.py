@@ -12,15 +12,15 @@ from functools import partial
 from typing import Any
 
 from anemoi_dist.checkpoint.retention import Policy, prune
+from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.staging import Staging, check_host_memory, required_bytes
 from anemoi_dist.checkpoint.store import Folder, Store
 from anemoi_dist.checkpoint.worker import Job, Worker
 from anemoi_dist.checkpoint.writer import SaveCancelledError, begin, commit, write_rank
-from anemoi_dist.config import CheckpointConfig
-from anemoi_dist.control import Word
-from anemoi_dist.engines.base import Shard
+from anemoi_dist.config.schema import CheckpointConfig
+from anemoi_dist.distributed.control_word import Word
+from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import CheckpointError
-from anemoi_dist.world import World
 
 
 @dataclass(frozen=True)

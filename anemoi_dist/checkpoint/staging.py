@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from anemoi_dist.engines.base import Shard
+from anemoi_dist.checkpoint.shard import Shard
+from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import PreflightError
-from anemoi_dist.world import World
 
 _ALIGNMENT_BYTES = 16
 _GIB = 1024**3

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE, Manifest
-from anemoi_dist.run_directory import fsync_directory, write_atomically
+from anemoi_dist.run.directory import fsync_directory, write_atomically
 
 _COMMITTED = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"step-\d{8,}\.[0-9a-f]{16}\.(tmp|broken)")

@@ -13,20 +13,13 @@ import torch
 import xxhash
 
 from anemoi_dist.checkpoint.dtypes import DTYPE_NAMES
-from anemoi_dist.checkpoint.manifest import (
-    BLOCK_BYTES,
-    TRAINER_FILE,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-    file_name,
-)
-from anemoi_dist.checkpoint.ranges import VerifiedFile
+from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, TRAINER_FILE, FileRecord, Manifest, TensorRecord, file_name
+from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import File, Folder, Store, make_durable
-from anemoi_dist.engines.base import Shard
+from anemoi_dist.checkpoint.verified import VerifiedFile
+from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import CheckpointError
 from anemoi_dist.telemetry.heartbeat import beat
-from anemoi_dist.world import World
 
 #: Smaller writes are collected: an optimizer's counters are 4 bytes each.
 _SMALL_BYTES = 256 * 1024

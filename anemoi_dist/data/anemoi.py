@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from anemoi_dist.config import DataConfig, SplitConfig
+from anemoi_dist.config.schema import DataConfig, SplitConfig
 from anemoi_dist.data.dataset import WeatherDataset
 from anemoi_dist.data.fields import Fields, empty_block
 from anemoi_dist.errors import ConfigError

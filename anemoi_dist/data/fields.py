@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from anemoi_dist.config import SplitConfig
+from anemoi_dist.config.schema import SplitConfig
 from anemoi_dist.errors import ConfigError
 
 DAY_S = 86400

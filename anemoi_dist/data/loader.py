@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from anemoi_dist.config import BatchPlan, DataConfig
+from anemoi_dist.config.schema import BatchPlan, DataConfig
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.data.sampler import GlobalSampleOrder, MicroBatchSampler
-from anemoi_dist.parent import die_with_parent
+from anemoi_dist.process.parent_death import die_with_parent
 from anemoi_dist.telemetry.heartbeat import beat
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)

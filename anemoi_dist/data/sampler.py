@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from anemoi_dist.config import BatchPlan
+from anemoi_dist.config.schema import BatchPlan
 
 
 class GlobalSampleOrder:

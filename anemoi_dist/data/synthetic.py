@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from anemoi_dist.config import DataConfig, SplitConfig
+from anemoi_dist.config.schema import DataConfig, SplitConfig
 from anemoi_dist.data.fields import empty_block
 from anemoi_dist.errors import ConfigError
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from anemoi_dist.data.batch import Batch
-from anemoi_dist.engines.regions import Region, RegionEngine, clipped, local, step_only
+from anemoi_dist.engines.sharded import Region, RegionEngine, clipped, local, step_only
 from anemoi_dist.optimizers.norm import squared_norms, sum_of_squares
 
 

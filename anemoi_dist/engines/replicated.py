@@ -10,7 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from anemoi_dist.data.batch import Batch
-from anemoi_dist.engines.regions import Region, RegionEngine, clipped
+from anemoi_dist.engines.sharded import Region, RegionEngine, clipped
 from anemoi_dist.optimizers.norm import squared_norms
 
 

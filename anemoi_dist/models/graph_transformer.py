@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anemoi_dist.config.targets import nested_targets, resolve_target
 from anemoi_dist.data.batch import DataSpec
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.targets import nested_targets, resolve_target
 
 #: What the nested ``_target_`` entries of a graph or a model may name.
 ALLOWED_TARGETS = ("anemoi.models", "anemoi.graphs", "torch.nn")

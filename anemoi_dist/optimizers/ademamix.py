@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from anemoi_dist.averages import AVERAGES
+from anemoi_dist.config.optimizer_states import AVERAGES
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import gpu, implementations
 from anemoi_dist.optimizers.options import checked_options, narrow_states

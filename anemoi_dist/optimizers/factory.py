@@ -9,10 +9,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from anemoi_dist.config.targets import resolve_target
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.ademamix import AdEMAMix
 from anemoi_dist.optimizers.schedules import unfinished_warmups
-from anemoi_dist.targets import resolve_target
 
 KEY = "training.optimizer"
 
@@ -34,7 +34,7 @@ def create_optimizer(
     params : Iterable[Any]
         Parameters, named parameters or parameter groups.
     lr : float
-        Learning rate, scaled already (:func:`anemoi_dist.schedulers.factory.scaled_rate`).
+        Learning rate, scaled already (:func:`anemoi_dist.optimizers.learning_rate.scaled_rate`).
     allowed : Iterable[str]
         ``security.allowed_targets``.
     max_steps : int | None

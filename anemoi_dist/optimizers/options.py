@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anemoi_dist.averages import checked_state_dtype
+from anemoi_dist.config.optimizer_states import checked_state_dtype
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import implementations, schedules
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.run.directory import RunDirectory
 
 #: What a rank says it is in. Reading data belongs to the step that waits for it.
 PHASES = ("startup", "step", "validation", "checkpoint", "end")

@@ -23,11 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from anemoi_dist.attempt import record_end
 from anemoi_dist.errors import AnemoiDistError, ExitCode
-from anemoi_dist.run_directory import RunDirectory
-from anemoi_dist.telemetry.deadman import Deadman
-from anemoi_dist.telemetry.events import EventLog
+from anemoi_dist.process.deadman import Deadman
+from anemoi_dist.run.attempt import record_end
+from anemoi_dist.run.directory import RunDirectory
+from anemoi_dist.run.events import EventLog
 from anemoi_dist.telemetry.heartbeat import Heartbeat, clear_beyond, read_heartbeat, read_heartbeats
 
 #: How much longer than the watchdog a rank waits for another in C code: who ends the run must still find it whole.

@@ -16,14 +16,14 @@ from support import toy
 from support.saving import FACTS, Alone, read_all, save_values, shard
 
 from anemoi_dist.checkpoint import store as store_module
-from anemoi_dist.checkpoint.choice import choose
 from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, Manifest
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.retention import Policy, prune
+from anemoi_dist.checkpoint.select import choose
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save, write_shards
+from anemoi_dist.distributed.world import World, seed_step
 from anemoi_dist.errors import CheckpointError
-from anemoi_dist.world import World, seed_step
 
 
 def save_one(folder: Path, *, step: int, fill: float = 1.0) -> Path:
@@ -274,7 +274,7 @@ def test_another_model_is_refused_by_name(ranks, tmp_path: Path) -> None:
 
 
 def _load_into_single(source: Checkpoint) -> None:
-    from anemoi_dist.engines.regions import RegionEngine
+    from anemoi_dist.engines.sharded import RegionEngine
 
     class Lone(RegionEngine):
         def _wrap(self) -> None:

@@ -12,7 +12,7 @@ from support.saved import example_tensors, save_tensors
 
 from anemoi_dist.checkpoint.arrays import PIECE_NUMEL, to_dtype, to_float
 from anemoi_dist.checkpoint.compare import Difference, differences
-from anemoi_dist.checkpoint.ranges import SavedCheckpoint
+from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import CheckpointError
 
 

@@ -16,11 +16,11 @@ import xxhash
 from support.saving import FACTS, Alone, read_all
 
 from anemoi_dist.checkpoint import writer
-from anemoi_dist.checkpoint.choice import choose
 from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, TRAINER_FILE
 from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.engines.base import Shard
 from anemoi_dist.errors import CheckpointError
 
 FILES = ("rank-00000.safetensors", "rank-00001.safetensors", TRAINER_FILE, MANIFEST_FILE)

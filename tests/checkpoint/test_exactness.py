@@ -10,10 +10,10 @@ import pytest
 from support import toy
 from support.saving import FACTS
 
-from anemoi_dist.checkpoint.choice import choose
+from anemoi_dist.checkpoint.select import choose
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save
-from anemoi_dist.world import World, seed_step
+from anemoi_dist.distributed.world import World, seed_step
 
 NUM_BEFORE, NUM_AFTER = 5, 50
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.saved import example_tensors, save_tensors
 
 from anemoi_dist.checkpoint.export import export
-from anemoi_dist.checkpoint.ranges import SavedCheckpoint
+from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import CheckpointError, ConfigError
 
 

@@ -9,10 +9,10 @@ import torch
 from support import reshard, toy
 from support.saving import FACTS
 
-from anemoi_dist.checkpoint.choice import choose
+from anemoi_dist.checkpoint.select import choose
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save
-from anemoi_dist.world import World
+from anemoi_dist.distributed.world import World
 
 SIZES = (1, 2, 3, 4)
 NUM_STEPS = 2

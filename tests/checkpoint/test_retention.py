@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from support.saving import Alone, save_values
 
 from anemoi_dist.checkpoint import store as store_module
-from anemoi_dist.checkpoint.choice import choose
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
 from anemoi_dist.checkpoint.retention import Candidate, Policy, prune, select, summarise
+from anemoi_dist.checkpoint.select import choose
 from anemoi_dist.checkpoint.store import LocalStore
 
 

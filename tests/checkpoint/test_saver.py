@@ -17,14 +17,14 @@ from support.saving import FACTS, Alone, read_all, save_values, shard
 
 from anemoi_dist.checkpoint import saver as saver_module
 from anemoi_dist.checkpoint import staging, worker, writer
-from anemoi_dist.checkpoint.choice import choose
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.saver import Outcome, Saver
+from anemoi_dist.checkpoint.select import choose
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.config import CheckpointConfig
-from anemoi_dist.control import ControlWord, Word
+from anemoi_dist.config.schema import CheckpointConfig
+from anemoi_dist.distributed.control_word import ControlWord, Word
+from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import CheckpointError, PreflightError
-from anemoi_dist.world import World
 
 
 def make(folder: Path, *, world: Any = None, **config: Any) -> tuple[Saver, list[Outcome]]:

@@ -21,11 +21,11 @@ from support.saving import FACTS, Alone
 
 from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint import writer
-from anemoi_dist.checkpoint.choice import choose
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
 from anemoi_dist.checkpoint.retention import Policy, prune
+from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.engines.base import Shard
 from anemoi_dist.errors import CheckpointError
 
 SHAPES = {"a": (7, 3), "b": (5,), "c": (1,), "d": (2, 2, 3)}

@@ -13,10 +13,10 @@ import pytest
 import torch
 from support.saving import Alone, read_all, save_values, shard
 
-from anemoi_dist.checkpoint.choice import choose
+from anemoi_dist.checkpoint.fsspec_store import FsspecStore
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
-from anemoi_dist.checkpoint.remote import FsspecStore
 from anemoi_dist.checkpoint.retention import Policy, prune
+from anemoi_dist.checkpoint.select import choose
 from anemoi_dist.checkpoint.store import LocalStore, Store
 from anemoi_dist.checkpoint.writer import write_rank
 from anemoi_dist.errors import CheckpointError

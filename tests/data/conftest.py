@@ -4,7 +4,7 @@ import pytest
 import zarr
 from omegaconf import OmegaConf
 
-from anemoi_dist.config import DataConfig
+from anemoi_dist.config.schema import DataConfig
 from anemoi_dist.data.anemoi import SAMPLE_DIRECTORY
 
 SAMPLE = "sample:era5-msl-2025-12-2p5"

@@ -7,7 +7,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
-from anemoi_dist.config import DataConfig, SplitConfig
+from anemoi_dist.config.schema import DataConfig, SplitConfig
 from anemoi_dist.data.anemoi import SAMPLE_DIRECTORY, open_anemoi, open_split
 from anemoi_dist.errors import ConfigError
 

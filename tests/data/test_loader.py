@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anemoi_dist.config import BatchPlan
+from anemoi_dist.config.schema import BatchPlan
 from anemoi_dist.data.anemoi import open_split
 from anemoi_dist.data.loader import build_loader, collate
 from anemoi_dist.data.sampler import GlobalSampleOrder
@@ -115,7 +115,7 @@ def test_an_error_in_a_worker_reaches_the_trainer(waves):
 
 SCRIPT = """
     import os, signal, sys, time
-    from anemoi_dist.config import BatchPlan, DataConfig
+    from anemoi_dist.config.schema import BatchPlan, DataConfig
     from anemoi_dist.data.anemoi import open_split
     from anemoi_dist.data.loader import build_loader
     from anemoi_dist.data.sampler import GlobalSampleOrder

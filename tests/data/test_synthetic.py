@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from anemoi_dist.config import DataConfig, SplitConfig
+from anemoi_dist.config.schema import DataConfig, SplitConfig
 from anemoi_dist.data.anemoi import open_split
 from anemoi_dist.data.synthetic import SyntheticFields
 from anemoi_dist.errors import ConfigError

@@ -7,10 +7,10 @@ import torch
 from support import toy
 from torch import nn
 
-from anemoi_dist.config import Config
-from anemoi_dist.engines.factory import _check_parameters
+from anemoi_dist.config.schema import Config
+from anemoi_dist.distributed.world import World
+from anemoi_dist.engines.registry import _check_parameters
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.world import World
 
 NUM_STEPS = 6
 

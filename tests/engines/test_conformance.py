@@ -18,9 +18,9 @@ from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.data.batch import Batch
+from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import Engine
 from anemoi_dist.optimizers.rounding import Range
-from anemoi_dist.world import World
 
 NUM_STEPS = 20
 EMAS = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
@@ -236,7 +236,7 @@ def saved_narrow(ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def narrow_alone() -> dict[str, torch.Tensor]:
     """Parameters and states after all steps of one process without an engine, and without a pause."""
-    from anemoi_dist.schedulers.factory import set_num_updates
+    from anemoi_dist.optimizers.learning_rate import set_num_updates
 
     config = narrow_config("ddp", ALL_NARROW)
     module = toy.make_module(config)

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from support import toy
 from torch.distributed.fsdp import FSDPModule
 
-from anemoi_dist.engines import deepspeed_zero
-from anemoi_dist.engines.base import TensorInfo
+from anemoi_dist.checkpoint.shard import TensorInfo
+from anemoi_dist.distributed.world import World
+from anemoi_dist.engines import zero
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.world import World
 
 NUM_STEPS = 6
 LIMIT = 0.05
@@ -37,11 +37,11 @@ def build(world: World, engine_name: str, *, overlap: bool, **training: Any) -> 
     """Return an engine whose partitions are cut into several buckets, small as the model is."""
     config = toy.make_config(engine_name, **training)
     config.engine.overlap = overlap
-    before, deepspeed_zero.BUCKET_NUMEL = deepspeed_zero.BUCKET_NUMEL, 16
+    before, zero.BUCKET_NUMEL = zero.BUCKET_NUMEL, 16
     try:
         return toy.build(world, config)
     finally:
-        deepspeed_zero.BUCKET_NUMEL = before
+        zero.BUCKET_NUMEL = before
 
 
 def train(

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from anemoi_dist.launch import cli, local, planning
 from omegaconf import OmegaConf
 
 from anemoi_dist import __version__
-from anemoi_dist.engines.expected import ModelSize, Parameter
+from anemoi_dist.config.overrides import available_groups
+from anemoi_dist.engines.memory_estimate import ModelSize, Parameter
 from anemoi_dist.errors import DivergedError, ExitCode
-from anemoi_dist.overrides import available_groups
+from anemoi_dist.launch import cli
+from anemoi_dist.launch.commands import plan
+from anemoi_dist.launch.launchers import local
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +134,7 @@ def test_overrides_may_stand_on_both_sides_of_an_option(tmp_path, capsys):
 
 
 def test_dry_run_prints_the_plan_and_touches_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(planning, "model_size", lambda config: ModelSize([Parameter((10,))]))
+    monkeypatch.setattr(plan, "model_size", lambda config: ModelSize([Parameter((10,))]))
     assert cli.main(["train", "--dry-run", "launcher.ranks=2", "run.id=x"]) == 0
     assert capsys.readouterr().out.endswith(f"-m anemoi_dist.train --run-directory {Path('runs/x').absolute()}\n")
     assert not Path("runs").exists()
@@ -178,10 +180,10 @@ def test_output_into_a_pipe_that_closes():
 
 
 def test_report_takes_an_id_or_a_path(monkeypatch, capsys):
-    from anemoi_dist.telemetry import report
+    from anemoi_dist.report import page
 
     seen = []
-    monkeypatch.setattr(report, "write_report", lambda run: seen.append(run.path) or run.report_dir / "index.html")
+    monkeypatch.setattr(page, "write_report", lambda run: seen.append(run.path) or run.report_dir / "index.html")
     for name in ("runs/one", "elsewhere/two"):
         Path(name).mkdir(parents=True)
         Path(name, "config.yaml").touch()
@@ -202,6 +204,6 @@ def test_strict_is_short_for_the_key(arguments, monkeypatch):
     monkeypatch.setattr(
         cli, "compose_arguments", lambda options: composed.append(options.overrides) or compose(options)
     )
-    monkeypatch.setattr(planning, "show", lambda config: "")
+    monkeypatch.setattr(plan, "show", lambda config: "")
     assert cli.main(["train", "--dry-run", *arguments]) == 0
     assert composed == [["run.id=x", "checkpoint.strict=true"]]

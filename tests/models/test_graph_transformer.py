@@ -9,12 +9,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from anemoi_dist.compose import compose
+from anemoi_dist.config.compose import compose
 from anemoi_dist.data.anemoi import open_split
 from anemoi_dist.data.batch import Batch, DataSpec
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.models.graph_transformer import AnemoiModel
-from anemoi_dist.module import BaseGraphModule
+from anemoi_dist.tasks.forecast.module import BaseGraphModule
 
 NODE = files("anemoi_dist.configs") / "model" / "anemoi_graph_transformer.yaml"
 

@@ -1,12 +1,12 @@
 import warnings
 from pathlib import Path
 
-import anemoi_dist.configs
 import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
 
+import anemoi_dist.configs
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import AdEMAMix, create_optimizer
 

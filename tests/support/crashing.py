@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from anemoi_dist.checkpoint.choice import choose
 from anemoi_dist.checkpoint.saver import Outcome, Saver
+from anemoi_dist.checkpoint.select import choose
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.config import CheckpointConfig
+from anemoi_dist.config.schema import CheckpointConfig
 from support.saving import FACTS, Alone, read_all, save_values, shard
 
 #: Those that this kernel knows; strace passes over the others.

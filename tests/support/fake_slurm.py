@@ -43,7 +43,7 @@ class FakeSlurm:
 
 
 def squeue_line(job_id: str, state: str, *, reason: str = "None", restarts: int = 0, nodes: str = "", **more) -> str:
-    """Return a line as squeue prints it for the fields of ``launch/queue.py``."""
+    """Return a line as squeue prints it for the fields of ``launch/status/slurm_queue.py``."""
     fields = {"array": job_id, "start": "N/A", "end": "N/A", "status": 0, **more}
     values = (job_id, fields["array"], state, reason, restarts, fields["start"], fields["end"], nodes, fields["status"])
     return "|".join(map(str, values)) + "|\n"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anemoi_dist.telemetry.events import read_events
+from anemoi_dist.run.events import read_events
 from support.minislurm import MiniSlurm, wait_until
 from support.runs import SMALL
 
@@ -234,7 +234,7 @@ FAULTS = {
     "kill -9 of a rank that srun started": Fault(
         _kill("anemoi_dist.train", SLURM_PROCID="3"), overrides=("launcher.ranks_by=srun",)
     ),
-    "kill -9 of a torchrun agent": Fault(_kill("anemoi_dist.launch.agent", SLURM_NODEID="1")),
+    "kill -9 of a torchrun agent": Fault(_kill("anemoi_dist.launch.job.agent", SLURM_NODEID="1")),
     "kill -9 of the first node's slurmd": Fault(_kill_slurmd(0), _start_slurmds, LONG),
     "kill -9 of the second node's slurmd": Fault(_kill_slurmd(1), _start_slurmds, LONG),
     "a node set down": Fault(_node_down, _nodes_up),

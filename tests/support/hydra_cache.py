@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from anemoi_dist import compose as module
+from anemoi_dist.config import compose as module
 
 _compose = module._hydra_compose
 _seen: dict[tuple[tuple[str, str], ...], Any] = {}

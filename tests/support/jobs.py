@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from anemoi_dist.control import ControlWord, Word
-from anemoi_dist.world import World
+from anemoi_dist.distributed.control_word import ControlWord, Word
+from anemoi_dist.distributed.world import World
 
 
 def exchange_text(world: World) -> tuple[str, list[str], str]:

@@ -26,12 +26,12 @@ import torch
 
 from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint import writer
-from anemoi_dist.checkpoint.choice import choose
 from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.checkpoint.select import choose
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.engines.deepspeed_zero import _import_deepspeed
-from anemoi_dist.trainer import Trainer
-from anemoi_dist.world import World
+from anemoi_dist.distributed.world import World
+from anemoi_dist.engines.zero import _import_deepspeed
+from anemoi_dist.training.trainer import Trainer
 from support import reshard, toy
 
 MAX_STEPS, INTERVAL = 12, 2

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.run.directory import RunDirectory
 
 #: A pid that no process can have: beyond the kernel's largest.
 NOBODY = 2**22 + 1

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from anemoi_dist.world import World
+from anemoi_dist.distributed.world import World
 
 TIMEOUT_S = 120
 

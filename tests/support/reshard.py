@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from anemoi_dist.config import Config
+from anemoi_dist.config.schema import Config
 from anemoi_dist.data.batch import DataSpec
+from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import Engine
-from anemoi_dist.engines.factory import create_engine
-from anemoi_dist.module import BaseGraphModule
-from anemoi_dist.world import World
+from anemoi_dist.engines.registry import create_engine
+from anemoi_dist.tasks.forecast.module import BaseGraphModule
 from support import toy
 
 #: Divides by 1, 2, 3 and 4 ranks; no tensor of the model does.

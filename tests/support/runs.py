@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from anemoi_dist.checkpoint.reader import Checkpoint
-from anemoi_dist.telemetry.events import read_events
+from anemoi_dist.run.events import read_events
 
 NUM_STEPS = 24
 SMALL = [

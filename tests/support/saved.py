@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from anemoi_dist.checkpoint.foreign import Alone
+from anemoi_dist.checkpoint.importers.run import Alone
+from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save
-from anemoi_dist.engines.base import Shard
 
 
 def save_tensors(folder: Path, tensors: Mapping[tuple[str, str], torch.Tensor], *, step: int = 10) -> Path:

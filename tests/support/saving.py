@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import Store
 from anemoi_dist.checkpoint.writer import save
-from anemoi_dist.engines.base import Shard
 
 FACTS: dict[str, Any] = {"engine": "toy", "config_hash": "0", "versions": {}}
 

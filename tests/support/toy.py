@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from anemoi_dist.config import Config, from_container, plan_batches
+from anemoi_dist.checkpoint.shard import Shard
+from anemoi_dist.config.schema import Config, from_container, plan_batches
 from anemoi_dist.data.batch import Batch, DataSpec
-from anemoi_dist.engines.base import Engine, Shard
-from anemoi_dist.engines.factory import create_engine
-from anemoi_dist.module import BaseGraphModule
-from anemoi_dist.world import World
+from anemoi_dist.distributed.world import World
+from anemoi_dist.engines.base import Engine
+from anemoi_dist.engines.registry import create_engine
+from anemoi_dist.tasks.forecast.module import BaseGraphModule
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
@@ -145,7 +146,7 @@ def micro_batches(config: Config, world: World, step: int) -> list[Batch]:
 
 def reference(config: Config, num_steps: int) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """Train in this process, without an engine. Return parameters and states, losses and gradient norms."""
-    from anemoi_dist.schedulers.factory import set_num_updates
+    from anemoi_dist.optimizers.learning_rate import set_num_updates
 
     module = make_module(config)
     created = module.configure_optimizers()

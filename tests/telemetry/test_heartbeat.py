@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from anemoi_dist.checkpoint.worker import Worker
-from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.telemetry import heartbeat
 from anemoi_dist.telemetry.heartbeat import Heartbeat, clear_beyond, read_heartbeat, read_heartbeats
 

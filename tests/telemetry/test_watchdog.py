@@ -1,4 +1,4 @@
-"""Who is to blame for a hang, and who may end a run; with real ranks in ``tests/test_hangs.py``."""
+"""Who is to blame for a hang, and who may end a run; with real ranks in ``tests/whole/test_hangs.py``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from anemoi_dist.attempt import Attempt
 from anemoi_dist.errors import ExitCode
-from anemoi_dist.run_directory import RunDirectory
+from anemoi_dist.run.attempt import Attempt
+from anemoi_dist.run.directory import RunDirectory
+from anemoi_dist.run.events import read_events
 from anemoi_dist.telemetry import watchdog
-from anemoi_dist.telemetry.events import read_events
 from anemoi_dist.telemetry.heartbeat import Heartbeat
 from anemoi_dist.telemetry.watchdog import Hang, Watchdog, find_hang, record_unsaid_hang
 
@@ -176,7 +176,7 @@ def test_who_started_a_lone_rank_records_its_hang(run: RunDirectory) -> None:
 
 DEADMAN = """
 import ctypes, sys, threading, time
-from anemoi_dist.telemetry.deadman import Deadman
+from anemoi_dist.process.deadman import Deadman
 log = open(sys.argv[1], "w")
 switch = Deadman(grace_s=3.0, code=6, log=log)
 for _ in range(8):

@@ -1,0 +1,1 @@
+"""Checkpoints of other programs, converted to ours."""

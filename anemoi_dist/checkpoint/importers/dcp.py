@@ -1,0 +1,101 @@
+"""Directories of ``torch.distributed.checkpoint``, read without its loader, which opens any pickle in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anemoi_dist.checkpoint.importers.pickles import load_dcp_metadata, load_tensor
+from anemoi_dist.checkpoint.importers.torch_file import kind_of, whole
+from anemoi_dist.checkpoint.shard import Shard
+from anemoi_dist.errors import ConfigError
+
+_MODEL_ROOTS = ("model", "state_dict", "module")
+
+
+def read_dcp(source: Path, *, trust: bool, weights_only: bool) -> tuple[str, int | None, list[Shard]]:
+    """Read a directory that ``torch.distributed.checkpoint.save`` wrote, from any number of ranks.
+
+    Returns
+    -------
+    tuple[str, int | None, list[Shard]]
+        ``dcp``, no step (the optimizer's counters say it), and whole tensors. What is not a tensor is not opened.
+    """
+    metadata = load_dcp_metadata(source / ".metadata", trust=trust)
+    paths = metadata.planner_data or {}
+    states: dict[str, tuple[str, str]] = {}
+    roots: dict[tuple[str, ...], dict[str, str]] = {}
+    for key, info in metadata.state_dict_metadata.items():
+        if not hasattr(info, "chunks"):
+            continue
+        path = tuple(map(str, paths.get(key, (key,))))
+        if len(path) >= 3 and path[-3] == "state":
+            states[key] = (path[-2], path[-1])
+        elif "param_groups" not in path:
+            roots.setdefault(path[:-1], {})[key] = path[-1]
+    weights = _model_of(source, roots)
+    trained = {fqn for fqn, _ in states.values()}
+    places = _places(metadata)
+    shards = []
+    for key, name in weights.items():
+        tensor = _read(source, metadata, key, places[key])
+        shards.append(whole(name, kind_of(name, tensor, trained=trained), tensor))
+    if not weights_only:
+        shards += [whole(fqn, kind, _read(source, metadata, key, places[key])) for key, (fqn, kind) in states.items()]
+    return "dcp", None, shards
+
+
+def _model_of(source: Path, roots: dict[tuple[str, ...], dict[str, str]]) -> dict[str, str]:
+    """Return key -> name of the model's tensors, of all dictionaries that were saved together."""
+    if len(roots) == 1:
+        return next(iter(roots.values()))
+    named = [keys for root, keys in roots.items() if root and root[-1] in _MODEL_ROOTS]
+    if len(named) != 1:
+        found = [".".join(root) or "(top)" for root in roots]
+        raise ConfigError("SOURCE", str(source), f"has no one model among {', '.join(found)}", valid=_MODEL_ROOTS)
+    return named[0]
+
+
+def _places(metadata: Any) -> dict[str, dict[tuple[int, ...], Any]]:
+    """Return where each chunk lies, by key and offset; a tensor that was not cut has the offset ()."""
+    places: dict[str, dict[tuple[int, ...], Any]] = {}
+    for index, place in metadata.storage_data.items():
+        places.setdefault(index.fqn, {})[tuple(index.offset or ())] = place
+    return places
+
+
+def _read(source: Path, metadata: Any, key: str, places: dict[tuple[int, ...], Any]) -> torch.Tensor:
+    """Join the chunks of one tensor."""
+    info = metadata.state_dict_metadata[key]
+    out = torch.empty(info.size, dtype=info.properties.dtype)
+    filled = 0
+    for chunk in info.chunks:
+        place = places.get(tuple(chunk.offsets)) or places.get(())
+        if place is None:
+            raise ConfigError("SOURCE", str(source), f"{key} has no data at {tuple(chunk.offsets)}")
+        piece = _load_chunk(source, place, key)
+        if piece.shape != chunk.sizes:
+            raise ConfigError("SOURCE", str(source), f"{key} has {tuple(piece.shape)}, saved was {tuple(chunk.sizes)}")
+        target = out
+        for dimension, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            target = target.narrow(dimension, offset, size)
+        target.copy_(piece)
+        filled += piece.numel()
+    if filled != out.numel():
+        raise ConfigError("SOURCE", str(source), f"{key} has {filled} of {out.numel()} elements")
+    return out
+
+
+def _load_chunk(source: Path, place: Any, key: str) -> torch.Tensor:
+    if place.transform_descriptors:
+        raise ConfigError(
+            "SOURCE", str(source), f"{key} is stored with {place.transform_descriptors}, which is not read"
+        )
+    file = source / place.relative_path
+    if file.resolve().parent != source.resolve():
+        raise ConfigError("SOURCE", str(source), f"{key} lies in {place.relative_path}, outside of the directory")
+    with file.open("rb") as stream:
+        stream.seek(place.offset)
+        return load_tensor(stream.read(place.length), path=file)

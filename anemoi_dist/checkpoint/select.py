@@ -1,0 +1,83 @@
+"""Choosing the checkpoint to go on from: the newest that verifies, each rank checking a share of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.checkpoint.store import Store
+from anemoi_dist.distributed.world import World
+from anemoi_dist.errors import CheckpointError
+
+
+@dataclass
+class Choice:
+    """What a run goes on from.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint or None
+        Open on every rank; None where the run has not saved anything.
+    passed_over : dict[int, str]
+        Steps whose checkpoints are not whole, and why.
+    """
+
+    checkpoint: Checkpoint | None = None
+    passed_over: dict[int, str] = field(default_factory=dict)
+
+
+def choose(store: Store, *, world: World, strict: bool = False) -> Choice:
+    """Return the newest checkpoint that verifies. Collective.
+
+    Parameters
+    ----------
+    store : Store
+        Where checkpoints live; every rank sees the same.
+    world : World
+        The ranks that go on. Every block of every file is read by one of them.
+    strict : bool, optional
+        Refuse where a newer one than the chosen does not verify.
+
+    Raises
+    ------
+    CheckpointError
+        There are checkpoints and none can be loaded, or ``strict``; on every rank, with what is wrong with each.
+    """
+    steps = json.loads(world.broadcast_text(json.dumps(store.steps()) if world.is_main else None))
+    choice = Choice()
+    for step in steps:
+        checkpoint, error = _verify_share(store, step, rank=world.rank, num_ranks=world.world_size)
+        errors = world.gather_text(error)
+        problem = world.broadcast_text(next(filter(None, errors), "") if world.is_main else None)
+        if not problem:
+            choice.checkpoint = checkpoint
+            return choice
+        if checkpoint is not None:
+            checkpoint.close()
+        choice.passed_over[step] = problem
+        if strict:
+            raise CheckpointError(
+                f"checkpoint {store.path(step).name} is damaged: {problem}\n"
+                "  fix: checkpoint.strict=false goes on from the newest one that is whole"
+            )
+    if steps:
+        listed = "\n".join(f"  {store.path(step).name}: {why}" for step, why in choice.passed_over.items())
+        raise CheckpointError(
+            f"none of this run's {len(steps)} checkpoints is whole:\n{listed}\n"
+            "  fix: restore one, or take another run.id to start anew"
+        )
+    return choice
+
+
+def _verify_share(store: Store, step: int, *, rank: int, num_ranks: int) -> tuple[Checkpoint | None, str]:
+    """Open a checkpoint and check this rank's share of its blocks; return it with what is wrong, or an empty text."""
+    checkpoint = None
+    try:
+        checkpoint = Checkpoint(store.path(step))
+        if checkpoint.manifest.step != step:
+            raise CheckpointError(f"its manifest is of step {checkpoint.manifest.step}")
+        checkpoint.verify(share=rank, num_shares=num_ranks)
+    except CheckpointError as error:
+        return checkpoint, str(error)
+    return checkpoint, ""

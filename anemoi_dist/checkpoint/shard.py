@@ -1,0 +1,52 @@
+"""The unit of saving and loading: a 1-D shard of a flattened tensor, whoever wrote it and whoever reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A contiguous range of one flattened parameter, optimizer state or buffer.
+
+    Attributes
+    ----------
+    fqn : str
+        Fully qualified name of the parameter or buffer in the module.
+    kind : str
+        ``param`` (the fp32 master), ``buffer``, or the name of the optimizer state.
+    global_shape : tuple[int, ...]
+        Shape of the whole tensor.
+    start : int
+        First element of the range in the flattened whole.
+    tensor : torch.Tensor
+        1-D and contiguous.
+    """
+
+    fqn: str
+    kind: str
+    global_shape: tuple[int, ...]
+    start: int
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and type of one whole tensor in a :class:`ShardSource`."""
+
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class ShardSource(Protocol):
+    """Where an engine loads from: a checkpoint, read by ranges, whoever wrote it."""
+
+    def tensors(self) -> Mapping[tuple[str, str], TensorInfo]:
+        """Return what there is, by ``(fqn, kind)``."""
+
+    def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
+        """Fill the 1-D ``out`` with the elements from ``start`` on."""

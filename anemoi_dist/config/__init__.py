@@ -1,0 +1,1 @@
+"""From ``key=value`` to a checked configuration. No torch."""

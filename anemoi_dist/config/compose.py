@@ -1,0 +1,317 @@
+"""From a command line to a typed configuration.
+
+Hydra composes the groups; a user's YAML file lies over them, single keys from the command line over that. Nothing is
+executed and no ``_target_`` is imported here. No torch: a login node composes too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anemoi_dist.config.overrides import (
+    CONFIGS_DIR,
+    KeyEdit,
+    available_groups,
+    check_edit,
+    find,
+    parse_overrides,
+    place,
+    remove,
+)
+from anemoi_dist.config.profiles import absolute_profile, read_profile
+from anemoi_dist.config.provenance import COMMAND_LINE, DERIVED, Provenance, leaves, read_yaml
+from anemoi_dist.config.schema import Config, from_container, refuse_missing, refuse_unknown, schema_keys, unknown_keys
+from anemoi_dist.errors import ConfigError
+from anemoi_dist.run.prepare import derive_run_id
+
+#: Nodes that are one choice, by the key that makes the choice: another one replaces the node instead of merging, or
+#: AdEMAMix's alpha would reach Adam.
+CHOICE_NODES = {
+    "model": "_target_",
+    "training.optimizer": "_target_",
+    "training.scheduler": "_target_",
+    "engine": "kind",
+}
+#: Sections that only an anemoi-training configuration has; its ``data`` and ``model`` hold other things than ours.
+_FOREIGN = ("hardware", "system", "dataloader", "datamodule", "diagnostics", "graph", "config_validation")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed configuration.
+
+    Parameters
+    ----------
+    config : Config
+        Typed and checked; ``run.id`` is set.
+    provenance : dict[str, str]
+        Dotted leaf -> the file, ``command line``, ``default (...)`` or ``derived``.
+    messages : list[str]
+        What the user should read: translated layouts, ignored sections.
+    choices : dict[str, str]
+        Group -> option.
+    """
+
+    config: Config
+    provenance: dict[str, str]
+    messages: list[str]
+    choices: dict[str, str]
+
+    def container(self) -> dict[str, Any]:
+        """Return the configuration as plain dictionaries."""
+        return dataclasses.asdict(self.config)
+
+
+def compose(overrides: Sequence[str], *, config_file: Path | None = None, config_dir: Path | None = None) -> Composed:
+    """Compose a configuration: defaults < group files < cluster profile < ``config_file`` < keys on the command line.
+
+    Parameters
+    ----------
+    overrides : Sequence[str]
+        ``group=option``, ``key=value``, ``+key=value``, ``++key=value``, ``~key``, in Hydra's grammar.
+    config_file : Path, optional
+        A YAML file with a part of the configuration, or one of anemoi-training, whose ``training`` is translated.
+    config_dir : Path, optional
+        A directory with further group files: ``data=mine`` finds ``<config_dir>/data/mine.yaml``.
+
+    Raises
+    ------
+    ConfigError
+        Anything that the user can mend.
+    """
+    groups = available_groups(config_dir)
+    parsed = parse_overrides(overrides, groups=groups)
+    builder = _Builder(config_dir)
+    builder.choose(parsed.choices)
+    over = {} if config_file is None else builder.read_overlay(config_file, chosen=parsed.choices, groups=groups)
+    builder.profile(over, parsed.edits)
+    if config_file is not None:
+        builder.overlay(over, config_file)
+    builder.edit(parsed.edits)
+    return builder.finish()
+
+
+class _Builder:
+    """The configuration while its layers are laid, in the order of the methods."""
+
+    def __init__(self, config_dir: Path | None) -> None:
+        self.config_dir = config_dir
+        self.container: dict[str, Any] = {}
+        self.choices: dict[str, str] = {}
+        self.messages: list[str] = []
+        self.provenance = Provenance()
+
+    def choose(self, chosen: dict[str, str]) -> None:
+        """Let Hydra compose the groups."""
+        self.container, files, self.choices = _hydra_compose(chosen, self.config_dir)
+        for file, package in files:
+            content = read_yaml(file)
+            content.pop("defaults", None)
+            keys = [".".join(filter(None, (package, key))) for key, _ in leaves(content)]
+            self.provenance.record(keys, _shown(file))
+        refuse_unknown(self.container, origin="the chosen group files")
+
+    def read_overlay(self, file: Path, *, chosen: dict[str, str], groups: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+        """Return the user's file in our layout."""
+        over, messages = _read_overlay(file, groups)
+        self.messages += messages
+        for node, choice in CHOICE_NODES.items():
+            group = node.replace(".", "/")
+            if group in chosen and find(over, f"{node}.{choice}")[0]:
+                raise ConfigError(
+                    group,
+                    chosen[group],
+                    f"has no effect: {file} says what {node} is",
+                    fix=f"leave out {group}={chosen[group]}, or {node} in the file",
+                )
+        return over
+
+    def profile(self, over: dict[str, Any], edits: Sequence[KeyEdit]) -> None:
+        """Lay the cluster's profile over the groups, whichever of the later layers names it."""
+        named = [edit.value for edit in edits if edit.key == "launcher.profile" and edit.action != "delete"]
+        if not named:
+            exists, value = find(over, "launcher.profile")
+            named = [value if exists else find(self.container, "launcher.profile")[1]]
+        if isinstance(named[-1], str):
+            content, origin = read_profile(named[-1])
+            self._merge({"launcher": content}, origin)
+
+    def overlay(self, over: dict[str, Any], file: Path) -> None:
+        """Lay the user's file over the groups."""
+        self._merge(over, str(file))
+
+    def edit(self, edits: Sequence[KeyEdit]) -> None:
+        """Apply the keys of the command line, those that replace a node first: the others are meant for the new one."""
+        replacing = {f"{node}.{choice}" for node, choice in CHOICE_NODES.items()}
+        known = schema_keys()
+        for edit in sorted(edits, key=lambda edit: edit.key not in replacing):
+            check_edit(edit, self.container, known=known)
+            if edit.action == "delete":
+                if find(self.container, edit.key)[0]:
+                    remove(self.container, edit.key)
+                self.provenance.forget(edit.key)
+                continue
+            if _crosses_list(self.container, edit.key):
+                place(self.container, edit.key, edit.value)
+                self.provenance.record([edit.key], COMMAND_LINE)
+                continue
+            patch: dict[str, Any] = {}
+            place(patch, edit.key, edit.value)
+            self._merge(patch, COMMAND_LINE)
+
+    def _merge(self, over: dict[str, Any], origin: str) -> None:
+        for node, choice in CHOICE_NODES.items():
+            exists, new = find(over, f"{node}.{choice}")
+            if not exists:
+                continue
+            was = find(self.container, f"{node}.{choice}")[1]
+            if (choice == "_target_" and origin != COMMAND_LINE) or new != was:
+                if origin == COMMAND_LINE and was is not None:
+                    self.messages.append(f"{node}.{choice}={new} replaces {was} with all its settings")
+                place(self.container, node, {})
+                self.provenance.forget(node)
+                self.choices[node.replace(".", "/")] = str(new).rpartition(".")[2]
+        _merge_into(self.container, over)
+        self.provenance.record([key for key, _ in leaves(over)], origin)
+
+    def finish(self) -> Composed:
+        """Resolve interpolations, give types, derive the run's name."""
+        refuse_missing(self.container)
+        container = _resolved(self.container)
+        config = from_container(container)
+        if config.launcher.profile is not None:
+            config.launcher.profile = absolute_profile(config.launcher.profile)
+        provenance = self.provenance.of(dataclasses.asdict(config))
+        if config.run.id is None:
+            config.run.id = derive_run_id(config, choices=self.choices)
+            provenance["run.id"] = DERIVED
+        return Composed(config, provenance, self.messages, self.choices)
+
+
+def _hydra_compose(
+    chosen: dict[str, str], config_dir: Path | None
+) -> tuple[dict[str, Any], list[tuple[Path, str]], dict[str, str]]:
+    """Return the container, its files with their packages in the order of merging, and the options taken."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    in_defaults = {str(group).removeprefix("override /") for group in _default_groups()}
+    overrides = [f"{'' if group in in_defaults else '+'}{group}={_quoted(option)}" for group, option in chosen.items()]
+    roots = [CONFIGS_DIR]
+    if config_dir is not None:
+        roots.append(config_dir.absolute())
+        overrides.append(f"hydra.searchpath=[{_quoted(f'file://{config_dir.absolute()}')}]")
+    try:
+        with initialize_config_dir(str(CONFIGS_DIR.absolute()), version_base="1.3"):
+            composed = hydra_compose("config", overrides, return_hydra_config=True)
+            loader = GlobalHydra.instance().config_loader()
+            defaults = loader.compute_defaults_list("config", overrides, RunMode.RUN).defaults
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        shown = config_dir if config_dir is not None else CONFIGS_DIR
+        raise ConfigError("configuration groups", str(shown), " ".join(str(error).split())) from error
+    choices = {str(group): str(option) for group, option in composed.hydra.runtime.choices.items()}
+    container = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(container, dict)
+    container.pop("hydra")
+    files = []
+    for default in defaults:
+        found = [root / f"{default.config_path}.yaml" for root in roots]
+        files += [(file, default.package or "") for file in found[::-1] if file.is_file()][:1]
+    return container, files, {key: value for key, value in choices.items() if not key.startswith("hydra/")}  # type: ignore[return-value]
+
+
+def _default_groups() -> list[str]:
+    return [
+        name
+        for entry in read_yaml(CONFIGS_DIR / "config.yaml")["defaults"]
+        if isinstance(entry, dict)
+        for name in entry
+    ]
+
+
+def _quoted(text: str) -> str:
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return f"'{escaped}'"
+
+
+def _shown(file: Path) -> str:
+    return f"configs/{file.relative_to(CONFIGS_DIR).as_posix()}" if file.is_relative_to(CONFIGS_DIR) else str(file)
+
+
+def _read_overlay(file: Path, groups: dict[str, tuple[str, ...]]) -> tuple[dict[str, Any], list[str]]:
+    """Return a user's file in our layout, and what was made of it in words."""
+    over, messages = read_yaml(file), []
+    foreign = [name for name in _FOREIGN if name in over]
+    if foreign:
+        dropped = [name for name in over if name in (*_FOREIGN, "defaults", "data", "model")]
+        for name in dropped:
+            del over[name]
+        messages.append(f"{file} is a configuration of anemoi-training; it has no effect here on: {', '.join(dropped)}")
+    if "defaults" in over:
+        raise ConfigError(
+            "defaults",
+            over["defaults"],
+            f"has no effect in {file}",
+            fix="choose groups as engine=zero1 on the command line",
+        )
+    if "optimizer" in over:
+        if find(over, "training.optimizer")[0]:
+            raise ConfigError("optimizer", over["optimizer"], f"stands in {file} twice", fix="keep training.optimizer")
+        place(over, "training.optimizer", over.pop("optimizer"))
+        messages.append("optimizer became training.optimizer")
+    for name, value in over.items():
+        if name in groups and isinstance(value, str):
+            fix = f"{name}={value} on the command line"
+            raise ConfigError(
+                name, value, f"is a group's option, not its settings (in {file})", fix=fix, valid=groups[name]
+            )
+    if isinstance(over.get("training"), dict):
+        from anemoi_dist.config.anemoi_training import translate_training
+
+        over["training"], translated = translate_training(over["training"])
+        messages += translated
+        if foreign and (unknown := [key for key, _ in unknown_keys({"training": over["training"]})]):
+            for key in unknown:
+                remove(over, key)
+            messages.append(f"ignored, without a counterpart here: {', '.join(unknown)}")
+    refuse_unknown(over, origin=str(file))
+    return over, messages
+
+
+def _merge_into(base: dict[str, Any], over: dict[str, Any]) -> None:
+    for name, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(name), dict):
+            _merge_into(base[name], value)
+        else:
+            base[name] = value
+
+
+def _crosses_list(container: dict[str, Any], key: str) -> bool:
+    parents = key.split(".")[:-1]
+    return any(isinstance(find(container, ".".join(parents[: end + 1]))[1], list) for end in range(len(parents)))
+
+
+def _resolved(container: dict[str, Any]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(container), resolve=True)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "configuration")
+        rule = " ".join(str(error).splitlines()[0].split())
+        raise ConfigError(key, find(container, key)[1], f"cannot be resolved: {rule}") from error
+    assert isinstance(resolved, dict)
+    return resolved  # type: ignore[return-value]

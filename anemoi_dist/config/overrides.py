@@ -1,0 +1,238 @@
+"""What a user types after the command: group choices (``engine=zero1``) and single keys (``training.lr.rate=1e-3``).
+
+The grammar is Hydra's. Choices go to Hydra; keys are applied here, because a configuration file given with ``--config``
+lies between the two. No torch, and Hydra only when something is parsed: ``--help`` needs the list of groups alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anemoi_dist.configs
+from anemoi_dist.errors import ConfigError
+
+#: The package's own groups.
+CONFIGS_DIR = Path(anemoi_dist.configs.__file__).parent
+
+
+@dataclass(frozen=True)
+class KeyEdit:
+    """One key set or deleted on the command line.
+
+    Parameters
+    ----------
+    action : str
+        ``set`` (the key must exist), ``add`` (it must not), ``force`` (either), ``delete``.
+    key : str
+        Dotted key.
+    value : Any
+        For ``delete``, None or the value that it must have.
+    text : str
+        As typed, for messages.
+    """
+
+    action: str
+    key: str
+    value: Any
+    text: str
+
+
+@dataclass(frozen=True)
+class ParsedOverrides:
+    """Command-line arguments, sorted by what they are."""
+
+    choices: dict[str, str] = field(default_factory=dict)
+    edits: list[KeyEdit] = field(default_factory=list)
+
+
+def available_groups(config_dir: Path | None = None) -> dict[str, tuple[str, ...]]:
+    """Return each configuration group with its options, the user's among them.
+
+    Raises
+    ------
+    ConfigError
+        ``config_dir`` is no directory, or one of its files has the name of a built-in option.
+    """
+    builtin = _groups_below(CONFIGS_DIR)
+    if config_dir is None:
+        return _sorted(builtin)
+    if not config_dir.is_dir():
+        raise ConfigError(
+            "--config-dir", str(config_dir), "is not a directory", fix="give the directory of your groups"
+        )
+    for group, options in _groups_below(config_dir).items():
+        # Hydra would take the built-in one without a word.
+        if hidden := options & builtin.get(group, set()):
+            name = f"{group}/{min(hidden)}.yaml"
+            raise ConfigError(
+                "--config-dir", str(config_dir / name), "has the name of a built-in option", fix="rename it"
+            )
+        builtin[group] = builtin.get(group, set()) | options
+    return _sorted(builtin)
+
+
+def _groups_below(root: Path) -> dict[str, set[str]]:
+    groups: dict[str, set[str]] = {}
+    for file in root.rglob("*.yaml"):
+        if file.parent != root:
+            groups.setdefault(file.parent.relative_to(root).as_posix(), set()).add(file.stem)
+    return groups
+
+
+def _sorted(groups: dict[str, set[str]]) -> dict[str, tuple[str, ...]]:
+    return {group: tuple(sorted(options)) for group, options in sorted(groups.items())}
+
+
+def parse_overrides(overrides: Sequence[str], *, groups: dict[str, tuple[str, ...]]) -> ParsedOverrides:
+    """Sort arguments into group choices and key edits.
+
+    Raises
+    ------
+    ConfigError
+        An argument is not in Hydra's grammar, is a sweep, or names an option that its group does not have.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    actions = {
+        OverrideType.CHANGE: "set",
+        OverrideType.ADD: "add",
+        OverrideType.FORCE_ADD: "force",
+        OverrideType.DEL: "delete",
+    }
+    parsed = ParsedOverrides()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise _not_an_override(text, str(error)) from error
+        key = override.key_or_group
+        if override.is_sweep_override():
+            raise ConfigError(
+                key,
+                text.partition("=")[2],
+                "is a sweep: one run takes one value",
+                fix=f"{key}=[a,b] is a list; anemoi-dist submit --multirun takes a sweep",
+            )
+        if not key or override.package is not None:
+            raise _not_an_override(text, "no key" if not key else "packages (@) cannot be moved")
+        edit = KeyEdit(actions[override.type], key, override.value(), text)
+        if _is_choice(edit, groups):
+            _choose(edit, groups, parsed.choices)
+        else:
+            parsed.edits.append(edit)
+    return parsed
+
+
+def _not_an_override(text: str, reason: str) -> ConfigError:
+    fix = "write key=value (no spaces around '='), group=option, +key=value or ~key; quote special characters"
+    if text.endswith((".yaml", ".yml")):
+        fix = f"--config {text}"
+    return ConfigError("argument", text, f"is not key=value: {reason.strip().splitlines()[0]}", fix=fix)
+
+
+def _is_choice(edit: KeyEdit, groups: dict[str, tuple[str, ...]]) -> bool:
+    if edit.key in groups:
+        return not isinstance(edit.value, dict)
+    slashed = edit.key.replace(".", "/")
+    if slashed in groups and isinstance(edit.value, str):
+        raise ConfigError(
+            edit.key, edit.value, "names a group with dots", fix=f"{slashed}={edit.value}", valid=groups[slashed]
+        )
+    if "/" in edit.key:
+        near = difflib.get_close_matches(edit.key, groups, n=2)
+        fix = f"did you mean {' or '.join(f'{group}=' for group in near)}?" if near else ""
+        raise ConfigError(edit.key, edit.value, "is not a group", fix=fix or f"the groups are {', '.join(groups)}")
+    return False
+
+
+def _choose(edit: KeyEdit, groups: dict[str, tuple[str, ...]], choices: dict[str, str]) -> None:
+    group, options = edit.key, groups[edit.key]
+    if edit.action == "delete" or edit.value is None:
+        raise ConfigError(group, edit.value, "a group needs an option", valid=options)
+    option = str(edit.value)
+    if option not in options:
+        raise ConfigError(group, option, "is not an option of this group", valid=options)
+    if group in choices:
+        raise ConfigError(group, option, f"the group was already set to {choices[group]!r}", fix="give one of the two")
+    choices[group] = option
+
+
+def find(container: Any, key: str) -> tuple[bool, Any]:
+    """Return whether the dotted ``key`` exists in nested mappings and lists, and its value."""
+    for name in key.split("."):
+        if isinstance(container, dict) and name in container:
+            container = container[name]
+        elif isinstance(container, list) and name.isdigit() and int(name) < len(container):
+            container = container[int(name)]
+        else:
+            return False, None
+    return True, container
+
+
+def place(container: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted ``key``; mappings on the way are created, a scalar on the way gives way to one."""
+    *parents, last = key.split(".")
+    node: Any = container
+    for name in parents:
+        if isinstance(node, list):
+            node = node[int(name)]
+            continue
+        if not isinstance(node.get(name), dict | list):
+            node[name] = {}
+        node = node[name]
+    if isinstance(node, list):
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def remove(container: dict[str, Any], key: str) -> None:
+    """Delete the dotted ``key``, which exists."""
+    parent, _, last = key.rpartition(".")
+    node: Any = find(container, parent)[1] if parent else container
+    del node[int(last) if isinstance(node, list) else last]
+
+
+def check_edit(edit: KeyEdit, container: dict[str, Any], *, known: Iterable[str]) -> None:
+    """Raise :class:`ConfigError` where Hydra forbids the edit: ``key=`` needs an existing key, ``+key=`` a new one.
+
+    Parameters
+    ----------
+    edit : KeyEdit
+        The edit.
+    container : dict[str, Any]
+        The configuration that it will be applied to.
+    known : Iterable[str]
+        Keys that exist by schema though the configuration does not mention them.
+    """
+    from anemoi_dist.config.provenance import leaves
+    from anemoi_dist.config.schema import unknown_key
+
+    exists, present = find(container, edit.key)
+    if edit.action == "add" and exists:
+        raise ConfigError(edit.key, edit.value, f"exists already ({present!r})", fix=f"{edit.text[1:]} changes it")
+    if edit.action == "delete" and exists and edit.value is not None and edit.value != present:
+        raise ConfigError(edit.key, edit.value, f"is {present!r}, so nothing was deleted", fix=f"~{edit.key}")
+    needs_key = edit.action == "delete" or (edit.action == "set" and edit.key not in set(known))
+    if needs_key and not exists:
+        hint = f"+{edit.text} adds it" if edit.action == "set" and edit.key.startswith(FREE_FORM) else ""
+        raise unknown_key(edit.key, edit.value, known=[key for key, _ in leaves(container)], hint=hint)
+
+
+#: Nodes whose keys belong to somebody else: a model's or an optimizer's arguments, open_dataset's options.
+FREE_FORM = (
+    "model.",
+    "training.optimizer.",
+    "training.scheduler.",
+    "engine.options.",
+    "data.options.",
+    "data.dataset.",
+    "launcher.slurm.options.",
+)

@@ -1,0 +1,100 @@
+"""Where every value of a configuration came from, and the configuration as YAML with that beside it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anemoi_dist.errors import ConfigError
+
+DEFAULT = "default (anemoi_dist/config/schema.py)"
+COMMAND_LINE = "command line"
+DERIVED = "derived"
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of everything that is not a mapping with entries; a list is one leaf."""
+    if isinstance(node, dict) and node:
+        for name, value in node.items():
+            yield from leaves(value, f"{prefix}.{name}" if prefix else str(name))
+    elif prefix:
+        yield prefix, node
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a YAML file as Hydra does (dates stay texts), interpolations left alone."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        container = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except OSError as error:
+        raise ConfigError("--config", str(file), f"cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError("--config", str(file), f"is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(container, dict):
+        raise ConfigError(
+            "--config", str(file), "must hold a mapping of keys to values", fix="training: {max_steps: 100}"
+        )
+    return container  # type: ignore[return-value]
+
+
+class Provenance:
+    """Records, layer by layer, who set a key last.
+
+    A key that is set again with everything below it (a replaced node, a mapping that became a scalar) forgets what was
+    recorded below it.
+    """
+
+    def __init__(self) -> None:
+        self._origins: dict[str, str] = {}
+
+    def record(self, keys: Iterable[str], origin: str) -> None:
+        """Note that ``origin`` set these dotted keys."""
+        for key in keys:
+            self.forget(key)
+            self._origins[key] = origin
+
+    def forget(self, key: str) -> None:
+        """Drop ``key`` and what is below it."""
+        for name in [name for name in self._origins if name == key or name.startswith(f"{key}.")]:
+            del self._origins[name]
+
+    def of(self, container: dict[str, Any]) -> dict[str, str]:
+        """Return dotted leaf -> origin for a final configuration."""
+        return {key: self._nearest(key) for key, _ in leaves(container)}
+
+    def _nearest(self, key: str) -> str:
+        while key:
+            if key in self._origins:
+                return self._origins[key]
+            key = key.rpartition(".")[0]
+        return DEFAULT
+
+
+def annotated_yaml(container: dict[str, Any], provenance: dict[str, str]) -> str:
+    """Return ``container`` as YAML, the origin of each value in an aligned comment; it loads as plain YAML."""
+    lines = list(_lines(container, provenance, "", 0))
+    # One very long value must not push every comment off the screen.
+    width = max((len(text) for text, _ in lines if len(text) <= 72), default=0)
+    return "".join(f"{text:<{width}}  # {origin}".rstrip() + "\n" if origin else f"{text}\n" for text, origin in lines)
+
+
+def _lines(node: dict[str, Any], provenance: dict[str, str], prefix: str, depth: int) -> Iterator[tuple[str, str]]:
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        label = "  " * depth + _inline(name) + ":"
+        if isinstance(value, dict) and value:
+            yield label, ""
+            yield from _lines(value, provenance, f"{key}.", depth + 1)
+        else:
+            origin = provenance.get(key, DEFAULT).removeprefix("configs/")
+            yield f"{label} {_inline(value)}", origin
+
+
+def _inline(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")

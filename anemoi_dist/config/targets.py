@@ -1,0 +1,170 @@
+"""From a ``_target_`` to the object it names, for names that the allow-list covers.
+
+A configuration may come from anywhere, and importing a name runs code. So a name is compared with the allow-list
+before anything is imported, each module that it leads through is compared again, and so is the canonical name of what
+it leads to: ``torch.optim.lr_scheduler.types.FunctionType`` starts well and ends in ``builtins``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from anemoi_dist.errors import ConfigError
+
+BUILT_IN_ALLOWED = ("torch.optim", "timm.scheduler", "anemoi_dist", "anemoi.models")
+
+#: Names of anemoi-training for what is ours here.
+ALIASES = {"anemoi.training.optimizers.AdEMAMix.AdEMAMix": "anemoi_dist.optimizers.ademamix.AdEMAMix"}
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def resolve_target(
+    name: str, *, key: str, allowed: Iterable[str] = (), base: type | tuple[type, ...] = object
+) -> Callable[..., Any]:
+    """Import what a ``_target_`` names.
+
+    Parameters
+    ----------
+    name : str
+        Import path of a class or function.
+    key : str
+        The configuration key that holds it, for error messages.
+    allowed : Iterable[str]
+        Import paths that the user allows (``security.allowed_targets``), beside :data:`BUILT_IN_ALLOWED`. Each
+        covers itself and whatever lies below it.
+    base : type or tuple[type, ...]
+        What a class must derive from. Whatever the user has not allowed must be such a class: a function of an allowed
+        package may do anything with its arguments, call what they name for one.
+
+    Raises
+    ------
+    ConfigError
+        The name is no import path, is not allowed (nothing of it has been imported then), does not exist, is not
+        callable, is no class of the right kind, or is another name for something that is not allowed.
+    """
+    trusted = _checked_prefixes(allowed)
+    prefixes = (*BUILT_IN_ALLOWED, *trusted)
+    if not isinstance(name, str) or not _DOTTED.fullmatch(name) or "__" in name:
+        raise ConfigError(key, name, "must be an import path such as torch.optim.AdamW", valid=prefixes)
+    name = ALIASES.get(name, name)
+    if not _covered(name, prefixes):
+        raise _refusal(key, name, name, prefixes)
+    target = _walk(name, key=key, prefixes=prefixes)
+    if not callable(target):
+        raise ConfigError(key, name, f"must name a class or function, not a {type(target).__name__}")
+    # An instance or a partial has no name of its own, so nothing says where it is from.
+    canonical = f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', None)}"
+    if not _covered(canonical, prefixes):
+        raise _refusal(key, name, canonical, prefixes)
+    is_kind = isinstance(target, type) and issubclass(target, base)
+    if not is_kind and (isinstance(target, type) or not _covered(canonical, trusted)):
+        kinds = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in _as_tuple(base))
+        raise ConfigError(
+            key,
+            name,
+            f"must be a kind of {kinds}" if base is not object else "must be a class",
+            fix=f"name such a class, or add the function {canonical} to security.allowed_targets if you trust it",
+        )
+    return target
+
+
+def nested_targets(node: Any, *, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the key and the value of every ``_target_`` below ``node``: Hydra would call them, whatever they are."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            if name == "_target_":
+                yield f"{key}._target_", value
+            else:
+                yield from nested_targets(value, key=f"{key}.{name}")
+    elif isinstance(node, Sequence) and not isinstance(node, str):
+        for index, value in enumerate(node):
+            yield from nested_targets(value, key=f"{key}[{index}]")
+
+
+def _as_tuple(base: type | tuple[type, ...]) -> tuple[type, ...]:
+    return base if isinstance(base, tuple) else (base,)
+
+
+def _walk(name: str, *, key: str, prefixes: tuple[str, ...]) -> Any:
+    """Go from the first module to the object, importing only modules that are allowed or lead to an allowed name."""
+    parts = name.split(".")
+    target: Any
+    target, done = _first_module(name, key=key, prefixes=prefixes)
+    for depth in range(done, len(parts)):
+        part, path = parts[depth], ".".join(parts[: depth + 1])
+        found = getattr(target, part, None)
+        if not hasattr(target, part):
+            found = _import_if_there(path, key=key, name=name) if isinstance(target, ModuleType) else None
+            if found is None:
+                near = difflib.get_close_matches(part, dir(target), n=5, cutoff=0.5)
+                raise ConfigError(key, name, f"{'.'.join(parts[:depth])} has no {part!r}", valid=near)
+        if isinstance(found, ModuleType) and found.__name__ != path and not _covered(found.__name__, prefixes):
+            raise _refusal(key, name, found.__name__, prefixes)
+        target = found
+    return target
+
+
+def _first_module(name: str, *, key: str, prefixes: tuple[str, ...]) -> tuple[ModuleType, int]:
+    """Import the longest part of ``name`` that a prefix spells out and that is a module."""
+    if _covered(name, ("timm.scheduler",)):
+        from anemoi_dist.config.timm_scheduler import load_timm_scheduler
+
+        return load_timm_scheduler(), 2
+    parts = name.split(".")
+    longest = max(len(prefix.split(".")) for prefix in prefixes if _covered(name, (prefix,)))
+    for depth in range(1, longest + 1):
+        path = ".".join(parts[:depth])
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            # A prefix may name a class: then the module is what lies above it.
+            if error.name != path or depth == 1:
+                raise ConfigError(
+                    key, name, f"cannot be imported: {error}", fix="install it, or correct the path"
+                ) from error
+            return module, depth - 1
+        except ImportError as error:
+            raise ConfigError(key, name, f"cannot be imported: {error}") from error
+    return module, longest
+
+
+def _import_if_there(path: str, *, key: str, name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name == path:
+            return None
+        raise ConfigError(key, name, f"cannot be imported: {error}", fix=f"install {error.name}") from error
+    except ImportError as error:
+        raise ConfigError(key, name, f"cannot be imported: {error}") from error
+
+
+def _covered(name: str, prefixes: Iterable[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _checked_prefixes(allowed: Iterable[str]) -> tuple[str, ...]:
+    allowed = tuple(allowed)
+    for prefix in allowed:
+        if not isinstance(prefix, str) or not _DOTTED.fullmatch(prefix):
+            raise ConfigError(
+                "security.allowed_targets", prefix, "must be an import path, without wildcards", fix="my_package.models"
+            )
+    return allowed
+
+
+def _refusal(key: str, name: str, canonical: str, prefixes: tuple[str, ...]) -> ConfigError:
+    what = "is not on the allow-list" if canonical == name else f"is {canonical}, which is not on the allow-list"
+    return ConfigError(
+        key,
+        name,
+        what,
+        valid=prefixes,
+        fix=f"add {canonical} or its package to security.allowed_targets if you trust it",
+    )

@@ -1,0 +1,129 @@
+"""How ranks agree on stopping and saving: one small all-reduce that overlaps the next step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from dataclasses import astuple, dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from anemoi_dist.distributed.world import World
+from anemoi_dist.run.directory import RunDirectory
+
+STOP_FILE = "the stop file"
+#: What asks for a stop, by the number that travels in the control word; the largest wins.
+REASONS = {1: STOP_FILE, 2: "SIGINT", 3: "SIGUSR1", 4: "SIGTERM"}
+_SIGNALS = {signal.SIGINT: 2, signal.SIGUSR1: 3, signal.SIGTERM: 4}
+
+
+class StopRequest:
+    """A rank's own wish to stop. The signal handlers only set a number; nothing is saved inside them.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        Its stop file counts as a request; only rank 0 looks for it, a file system does not like a poll by all.
+    is_main : bool
+        Whether this is rank 0.
+    """
+
+    def __init__(self, run: RunDirectory, *, is_main: bool) -> None:
+        self._run, self._is_main = run, is_main
+        self._signalled = 0
+
+    def listen(self) -> None:
+        """Install the signal handlers; a second SIGINT interrupts at once."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signalled == _SIGNALS[signal.SIGINT]:
+            raise KeyboardInterrupt
+        self._signalled = max(self._signalled, _SIGNALS[signal.Signals(number)])
+
+    def value(self) -> int:
+        """Return the number of the reason to stop, 0 for none."""
+        if self._is_main and not self._signalled and self._run.stop_file.exists():
+            return 1
+        return self._signalled
+
+    def reason(self, agreed: int) -> str:
+        """Say what asked for the stop that the ranks agreed on: its first line, where a stop file has one."""
+        if self._is_main and REASONS[agreed] == STOP_FILE:
+            try:
+                said = self._run.stop_file.read_text(encoding="utf-8", errors="replace").strip()
+            except OSError:  # gone in the meantime
+                said = ""
+            return said.partition("\n")[0] or STOP_FILE
+        return REASONS[agreed]
+
+    def clear(self) -> None:
+        """Forget a request that has been met, so that the next start goes on."""
+        if self._is_main:
+            self._run.stop_file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Word:
+    """What ranks tell each other once a step. Of each number all ranks learn the largest, of ``written`` the smallest.
+
+    Attributes
+    ----------
+    stop : int
+        A number of :data:`REASONS`, 0 for none.
+    save_due : int
+        1 where rank 0's clock asks for a checkpoint.
+    written : int
+        The latest save, counted from 1, whose file this rank has made durable.
+    failed : int
+        The latest save that this rank could not write or commit.
+    committed : int
+        The latest save that rank 0 has committed.
+    """
+
+    stop: int = 0
+    save_due: int = 0
+    written: int = 0
+    failed: int = 0
+    committed: int = 0
+
+
+_WRITTEN = 2  # place of the one number that is a minimum: it travels with its sign changed
+
+
+class ControlWord:
+    """The one place where ranks agree. Sent at the end of a step, read at the end of the next.
+
+    Parameters
+    ----------
+    world : World
+        The ranks; its control group is on the CPU, so the word never waits for a GPU.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._word = torch.zeros(len(astuple(Word())), dtype=torch.int64)
+        self._pending: dist.Work | None = None
+
+    def exchange(self, word: Word) -> Word:
+        """Send this rank's word and return what the ranks agreed on one step ago."""
+        agreed = self.finish()
+        self._word.copy_(torch.tensor(astuple(word)))
+        self._word[_WRITTEN].neg_()
+        self._pending = dist.all_reduce(
+            self._word, op=dist.ReduceOp.MAX, group=self._world.control_group, async_op=True
+        )
+        return agreed
+
+    def finish(self) -> Word:
+        """Wait for the word that is on its way and return it; an empty one where there is none."""
+        if self._pending is None:
+            return Word()
+        self._pending.wait()
+        self._pending = None
+        self._word[_WRITTEN].neg_()
+        return Word(*self._word.tolist())

@@ -1,0 +1,64 @@
+"""From ``engine.kind`` and ``engine.stage`` to an engine."""
+
+from __future__ import annotations
+
+import torch
+
+from anemoi_dist.config.schema import Config
+from anemoi_dist.distributed.world import World
+from anemoi_dist.engines.base import Engine
+from anemoi_dist.errors import ConfigError
+from anemoi_dist.tasks.forecast.module import BaseGraphModule
+
+
+def create_engine(module: BaseGraphModule, *, config: Config, world: World) -> Engine:
+    """Spread a module over the ranks. Collective.
+
+    Parameters
+    ----------
+    module : BaseGraphModule
+        Built from the same seed on every rank; moved to the rank's device here.
+    config : Config
+        The run's configuration; ``engine`` chooses.
+    world : World
+        This rank's place.
+
+    Raises
+    ------
+    ConfigError
+        A parameter is of a kind that cannot be cut into ranges.
+    """
+    _check_parameters(module)
+    module.to(world.device)
+    module.train()
+    # Imported where chosen: DeepSpeed alone costs every rank most of a second.
+    if config.engine.kind == "ddp":
+        from anemoi_dist.engines.replicated import DdpEngine
+
+        return DdpEngine(module, config=config, world=world)
+    if config.engine.kind == "fsdp2":
+        from anemoi_dist.engines.fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine(module, config=config, world=world)
+    from anemoi_dist.engines.zero import Zero0Engine, Zero3Engine, Zero12Engine
+
+    chosen = (Zero0Engine, Zero12Engine, Zero12Engine, Zero3Engine)[config.engine.stage]
+    return chosen(module, config=config, world=world)
+
+
+def _check_parameters(module: BaseGraphModule) -> None:
+    """Refuse by name what some engine or the checkpoint could not hold; lay out the rest row by row."""
+    parameters = dict(module.named_parameters())
+    for name, parameter in parameters.items():
+        rule = ""
+        if parameter.dim() == 0:
+            rule = "has no dimension to cut along"
+        elif parameter.numel() == 0:
+            rule = "has no element"
+        elif parameter.dtype != torch.float32:
+            rule = f"is {parameter.dtype}: parameters start as float32, and training.precision chooses what computes"
+        if rule:
+            raise ConfigError("model", name, rule, fix="torch.nn.Parameter(torch.zeros(1)), float32, for a scalar")
+        parameter.data = parameter.data.contiguous()  # ranges are of the flattened tensor, row by row
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ConfigError("model", module.config.model["_target_"], "has no parameter that takes a gradient")

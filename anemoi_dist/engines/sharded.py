@@ -1,0 +1,427 @@
+"""What every engine does alike: the optimizer step around its own collectives, and saving and loading by ranges.
+
+An engine says where each parameter's elements lie on this rank (:class:`Region`); from that follow the shards to save,
+the ranges to load and the bytes to report.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from anemoi_dist.checkpoint.matching import FROM_ADAMW, fit
+from anemoi_dist.checkpoint.shard import Shard, ShardSource, TensorInfo
+from anemoi_dist.config.schema import Config, engine_name
+from anemoi_dist.data.batch import Batch
+from anemoi_dist.distributed.world import World
+from anemoi_dist.engines.base import MemoryReport, StepReport
+from anemoi_dist.errors import CheckpointError, ConfigError
+from anemoi_dist.optimizers.ademamix import AdEMAMix, conversions, schedule_values
+from anemoi_dist.optimizers.learning_rate import set_num_updates
+from anemoi_dist.optimizers.rounding import Range
+from anemoi_dist.tasks.forecast.module import BaseGraphModule
+from anemoi_dist.telemetry.heartbeat import beat
+
+
+@dataclass(frozen=True)
+class Region:
+    """A contiguous range of one parameter, where it lies on this rank.
+
+    Attributes
+    ----------
+    fqn : str
+        Name of the parameter in the module.
+    global_shape : tuple[int, ...]
+        Shape of the whole parameter.
+    start, numel : int
+        The range in the flattened parameter.
+    owner : torch.Tensor
+        The tensor that the optimizer steps and keys its state by: the parameter, or the flat partition it lies in.
+    offset : int
+        Where the range begins in the flattened ``owner``.
+    replicated : bool
+        Every rank holds the whole parameter: each saves only its share.
+    """
+
+    fqn: str
+    global_shape: tuple[int, ...]
+    start: int
+    numel: int
+    owner: torch.Tensor
+    offset: int
+    replicated: bool = False
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the range as a 1-D view of ``tensor``, which is the owner or laid out like it."""
+        return local(tensor).view(-1)[self.offset : self.offset + self.numel]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a DTensor, any other tensor as it is; never with gradient."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class RegionEngine(ABC):
+    """Base of all engines.
+
+    Parameters
+    ----------
+    module : BaseGraphModule
+        Model and loss, on this rank's device, the same values on every rank.
+    config : Config
+        The run's configuration.
+    world : World
+        This rank's place.
+    """
+
+    optimizer: torch.optim.Optimizer
+    #: torch's optimizers that cannot be right here: LBFGS calls the model again from inside its step, SparseAdam wants
+    #: sparse gradients, and Adafactor's factored states are neither of the parameter's shape nor element-wise.
+    refused_optimizers: tuple[str, ...] = ("LBFGS", "SparseAdam", "Adafactor")
+
+    def __init__(self, module: BaseGraphModule, *, config: Config, world: World) -> None:
+        self.module, self.config, self.world = module, config, world
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._num_parameters = sum(parameter.numel() for parameter in module.parameters())
+        # As declared: engines change types and shapes, and no rank holds them all.
+        self._declared = {(n, "param"): TensorInfo(tuple(p.shape), p.dtype) for n, p in module.named_parameters()}
+        self._declared |= {(n, "buffer"): TensorInfo(tuple(b.shape), b.dtype) for n, b in self._persistent_buffers()}
+        self._trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._num_updates = 0
+        self._wrap()
+        self._place_elements()
+        self._create_states()
+        set_num_updates(self._scheduler, 0)
+
+    # What an engine fills in
+
+    @abstractmethod
+    def _wrap(self) -> None:
+        """Spread ``self.module`` over the ranks; set ``self.optimizer`` and ``self._scheduler``."""
+
+    @abstractmethod
+    def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
+        """Run the module; normalised forecast."""
+
+    @abstractmethod
+    def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        """Add the gradient of ``loss`` (already divided by the number of micro-batches)."""
+
+    @abstractmethod
+    def _update(self) -> tuple[float, bool]:
+        """Clip, step and clear the gradients. Return the global norm and whether the update was skipped."""
+
+    @abstractmethod
+    def regions(self) -> Iterator[Region]:
+        """Yield this rank's part of every parameter, trained or frozen, in the module's order."""
+
+    def _after_load(self) -> None:  # noqa: B027, most engines have nothing to do
+        """Rebuild what follows from the masters."""
+
+    def _working_bytes(self) -> tuple[int, int]:
+        """Return bytes of working parameters and of fp32 masters that are stored apart from them."""
+        return sum(local(parameter).nbytes for parameter in self.module.parameters()), 0
+
+    # What all engines do
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> StepReport:
+        """Do one optimizer step on this rank's micro-batches, then advance the learning rate. Collective."""
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        total = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(micro_batches):
+            beat()
+            prediction = self._forward(batch, rollout=self.config.training.rollout)
+            loss = self.module.loss(prediction, batch) / len(micro_batches)
+            total += loss.detach()
+            is_last = index == len(micro_batches) - 1
+            if is_last:
+                dist.all_reduce(total)
+                total /= self.world.world_size
+                # A loss that is not finite on one rank may leave finite gradients there and elsewhere. Poisoned, the
+                # global norm tells every rank, and all skip together without a further collective.
+                loss = loss * torch.where(total.isfinite(), 1.0, math.nan)
+            self._backward(loss, is_last=is_last)
+        grad_norm, skipped = self._update()
+        self._num_updates += 1
+        set_num_updates(self._scheduler, self._num_updates)
+        return StepReport(loss=float(total), grad_norm=grad_norm, lr=lr, skipped=skipped)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, *, rollout: int) -> torch.Tensor:
+        """Forecast without gradient, in physical units. Collective."""
+        self._agree_on_buffers()
+        self.module.eval()
+        prediction = self._forward(batch, rollout=rollout)
+        self.module.train()
+        return self.module.denormalise(prediction)
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield the ranges that this rank has to save; over all ranks each element comes once. Collective."""
+        self._agree_on_buffers()
+        for region in self.regions():
+            low, high = self._share(region)
+            for kind, tensor in self._tensors(region):
+                if tensor.dim() == 0 and region.owner.dim() > 0:  # a counter: saved by whoever holds element 0
+                    if region.start + low == 0 and high > low:
+                        yield Shard(region.fqn, kind, (), 0, tensor.view(1))
+                elif high > low:
+                    piece = region.view(tensor)[low:high]
+                    yield Shard(region.fqn, kind, region.global_shape, region.start + low, piece)
+        if self.world.is_main:
+            for name, buffer in self._persistent_buffers():
+                yield Shard(name, "buffer", tuple(buffer.shape), 0, buffer.detach().reshape(-1))
+
+    def load(self, source: ShardSource, *, num_updates: int) -> None:
+        """Take parameters, states and buffers from ``source`` and set the rate for update ``num_updates``.
+
+        Raises
+        ------
+        CheckpointError
+            The source does not fit the model; every rank gives the same report of all differences.
+        """
+        options = self.config.checkpoint
+        fitted = fit(source, self._declared, rename=options.rename, allow_missing=options.allow_missing)
+        if hasattr(self.optimizer, "init_state"):  # all its states are there
+            fitted.choose_states(self._held_states().keys(), FROM_ADAMW)
+        for note in [*fitted.notes(), *self._notes_on_states(fitted, num_updates)]:
+            warnings.warn(note, stacklevel=2)
+        self._take(fitted, num_updates=num_updates)
+
+    @torch.no_grad()
+    def _take(self, source: ShardSource, *, num_updates: int) -> None:
+        """Load what ``source`` has; the rest stays as it is."""
+        available = source.tensors()
+        kinds = sorted({kind for _, kind in available} - {"param", "buffer"})
+        counters = {kind for kind in kinds if all(not i.global_shape for (_, k), i in available.items() if k == kind)}
+        for region in self.regions():
+            if (region.fqn, "param") in available:
+                source.read(region.fqn, "param", start=region.start, out=region.view(region.owner))
+            begins = self._begins(region, available, kinds)
+            for kind in kinds:
+                if (region.fqn, kind) in available:
+                    self._load_state(source, region, kind, is_counter=kind in counters)
+                elif begins:
+                    self._begin_state(source, region, kind, is_counter=kind in counters)
+        for name, buffer in self._persistent_buffers():
+            if (name, "buffer") in available:
+                flat = torch.empty(buffer.numel(), dtype=buffer.dtype)
+                source.read(name, "buffer", start=0, out=flat)
+                buffer.copy_(flat.view(buffer.shape))
+        self._after_load()
+        self._num_updates = num_updates
+        set_num_updates(self._scheduler, num_updates)
+
+    def memory(self) -> MemoryReport:
+        """Count the bytes that this rank holds."""
+        states: dict[str, int] = {}
+        for state in self.optimizer.state.values():
+            for kind, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    states[kind] = states.get(kind, 0) + local(value).nbytes
+        parameters, master = self._working_bytes()
+        return MemoryReport(parameters=parameters, master=master, states=states)
+
+    def num_parameters(self) -> int:
+        """Count the elements of all parameters, over all ranks and frozen ones included."""
+        return self._num_parameters
+
+    def schedule_values(self) -> dict[str, Any]:
+        """Return step-dependent values of the optimizer worth showing, such as ``alpha`` and ``beta3``."""
+        return schedule_values(self.optimizer)
+
+    def close(self) -> None:  # noqa: B027
+        """Release what the engine started."""
+
+    # Helpers
+
+    def _create_optimizer(self) -> None:
+        created = self.module.configure_optimizers()
+        self.optimizer = created["optimizer"]
+        kind = type(self.optimizer)
+        if kind.__module__.startswith("torch.optim") and kind.__name__ in self.refused_optimizers:
+            raise ConfigError(
+                "training.optimizer._target_",
+                f"{kind.__module__}.{kind.__qualname__}",
+                f"does not work with engine={engine_name(self.config.engine)}",
+                fix="take an element-wise optimizer (AdEMAMix, AdamW, SGD, ...)",
+            )
+        if self.config.engine.overlap and not (issubclass(kind, AdEMAMix) or kind.__module__.startswith("torch.optim")):
+            raise ConfigError(
+                "engine.overlap",
+                True,
+                f"steps a part of the parameters at a time, and {kind.__module__}.{kind.__qualname__} may count the "
+                "steps of all together",
+                fix="engine.overlap=false, AdEMAMix or an optimizer of torch",
+            )
+        self._scheduler = created["lr_scheduler"]["scheduler"] if "lr_scheduler" in created else None
+
+    def _create_states(self) -> None:
+        """Let the optimizer allocate now: what does not fit fails here, and memory() is right from the start."""
+        if init_state := getattr(self.optimizer, "init_state", None):
+            for group in self.optimizer.param_groups:
+                for owner in group["params"]:
+                    init_state(owner)
+
+    def _place_elements(self) -> None:
+        """Tell the optimizer which parameters' elements it steps: what it rounds at random must not depend on ranks."""
+        if not isinstance(self.optimizer, AdEMAMix):
+            return
+        placed: dict[torch.Tensor, list[Range]] = {}
+        for region in self.regions():
+            if region.fqn in self._trained:
+                held = Range(region.fqn, region.offset, region.start, region.numel)
+                placed.setdefault(region.owner, []).append(held)
+        for owner, ranges in placed.items():
+            self.optimizer.place(owner, ranges, seed=self.config.run.seed)
+
+    def _held_states(self) -> dict[str, set[torch.dtype]]:
+        """Return the types of the optimizer's states that there are now, by their names."""
+        held: dict[str, set[torch.dtype]] = {}
+        for state in self.optimizer.state.values():
+            for kind, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    held.setdefault(kind, set()).add(value.dtype)
+        return held
+
+    def _share(self, region: Region) -> tuple[int, int]:
+        if not region.replicated:
+            return 0, region.numel
+        rank, size = self.world.rank, self.world.world_size
+        return region.numel * rank // size, region.numel * (rank + 1) // size
+
+    def _tensors(self, region: Region) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "param", region.owner
+        for kind, value in sorted(self.optimizer.state.get(region.owner, {}).items()):
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.dim() > 0 and local(value).numel() != local(region.owner).numel():
+                raise ConfigError(
+                    "training.optimizer",
+                    kind,
+                    f"this optimizer state has shape {tuple(value.shape)} for a parameter of shape "
+                    f"{region.global_shape}; only states of the parameter's shape and counters can be saved",
+                    fix="use an element-wise optimizer (AdEMAMix, AdamW, SGD, ...)",
+                )
+            yield kind, value
+
+    def _notes_on_states(self, source: ShardSource, num_updates: int) -> list[str]:
+        """Say which of the optimizer's states begin here though others go on, or are of another type now."""
+        saved: dict[str, set[torch.dtype]] = {}
+        for (_, kind), info in source.tensors().items():
+            if kind not in ("param", "buffer"):
+                saved.setdefault(kind, set()).add(info.dtype)
+        held = self._held_states()
+        absent = sorted(held.keys() - saved.keys())
+        notes = conversions(saved, held)
+        if not saved or not absent:
+            return notes
+        note = f"the checkpoint has no {', '.join(absent)}: they start at zero"
+        group = self.optimizer.param_groups[0]
+        warms_up = group.get("alpha_warmup") or group.get("beta3_warmup")
+        if "exp_avg_slow" in absent and warms_up and not group["schedule_start"]:
+            note += (
+                f"; this goes on at step {num_updates}, but the warm-ups of alpha and beta3 count from step 0: set "
+                f"++training.optimizer.schedule_start={num_updates}"
+            )
+        return [*notes, note]
+
+    def _begins(self, region: Region, available: Mapping[tuple[str, str], TensorInfo], kinds: Sequence[str]) -> bool:
+        """Whether the optimizer's state of a parameter begins here: it is new, or was frozen."""
+        if region.fqn not in self._trained or any((region.fqn, kind) in available for kind in kinds):
+            return False
+        # An optimizer that creates states at the first gradient has not met one: it still creates it then.
+        return (region.fqn, "param") not in available or hasattr(self.optimizer, "init_state")
+
+    def _begin_state(self, source: ShardSource, region: Region, kind: str, *, is_counter: bool) -> None:
+        """Start the state of a parameter that the checkpoint has none of: averages at zero, at the others' step.
+
+        Partitioned engines keep one counter for many parameters, so all do alike.
+        """
+        other = next(fqn for fqn, found in source.tensors() if found == kind)
+        if is_counter:
+            self._load_state(source, replace(region, fqn=other), kind, is_counter=True)
+        elif kind not in self.optimizer.state[region.owner]:
+            dtype = source.tensors()[other, kind].dtype
+            self.optimizer.state[region.owner][kind] = torch.zeros_like(region.owner, dtype=dtype, requires_grad=False)
+
+    def _load_state(self, source: ShardSource, region: Region, kind: str, *, is_counter: bool) -> None:
+        state = self.optimizer.state[region.owner]
+        info = source.tensors()[region.fqn, kind]
+        if is_counter:
+            value = torch.empty(1, dtype=info.dtype)
+            source.read(region.fqn, kind, start=0, out=value)
+            on_device = any(group.get("capturable") or group.get("fused") for group in self.optimizer.param_groups)
+            state[kind] = value.view(()).to(region.owner.device if on_device else "cpu")
+            return
+        self._check_shape(region, info.global_shape)
+        if kind not in state:
+            state[kind] = torch.zeros_like(region.owner, dtype=info.dtype, requires_grad=False)
+        source.read(region.fqn, kind, start=region.start, out=region.view(state[kind]))
+
+    def _check_shape(self, region: Region, shape: tuple[int, ...]) -> None:
+        if tuple(shape) != region.global_shape:
+            raise CheckpointError(
+                f"{region.fqn} has shape {tuple(shape)} in the checkpoint and {region.global_shape} in the model"
+            )
+
+    def _agree_on_buffers(self) -> None:
+        """Take rank 0's: what ranks gather from their own samples (running statistics) differs, and one is saved."""
+        for _, buffer in self._persistent_buffers():
+            dist.broadcast(buffer, src=0)
+
+    def _persistent_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        persistent = self.module.state_dict(keep_vars=True).keys()
+        for name, buffer in self.module.named_buffers():
+            if name in persistent:
+                yield name, buffer
+
+
+def clip_coefficient(norm: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """Return the factor that brings a gradient of L2 ``norm`` down to ``limit``; 1 where it is within."""
+    if limit is None:
+        return torch.ones_like(norm)
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+@contextmanager
+def clipped(
+    optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor], *, norm: torch.Tensor, limit: float | None
+) -> Iterator[None]:
+    """Let ``optimizer`` step in here with gradients clipped to ``limit``: inside its update, or in a pass before it."""
+    if limit is None or float(norm) <= limit:
+        yield
+    elif isinstance(optimizer, AdEMAMix):
+        optimizer.grad_scale = clip_coefficient(norm, limit).reciprocal()
+        try:
+            yield
+        finally:
+            del optimizer.grad_scale
+    else:
+        torch._foreach_mul_(list(gradients), clip_coefficient(norm, limit))
+        yield
+
+
+def step_only(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+    """Step some of the optimizer's parameters."""
+    wanted, groups = set(parameters), optimizer.param_groups
+    every = [group["params"] for group in groups]
+    try:
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter in wanted]
+        optimizer.param_groups = [group for group in groups if group["params"]]
+        if optimizer.param_groups:
+            optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+        for group, params in zip(groups, every, strict=True):
+            group["params"] = params

@@ -1,0 +1,466 @@
+"""``engine=zero0`` to ``zero3_offload``: DeepSpeed partitions; our optimizer steps its flat fp32 partitions.
+
+DeepSpeed replaces the parameters in the optimizer's groups by flat fp32 partitions (stages 1 to 3) and moves gradients
+and parameters. This file knows where in those partitions each parameter lies, and nothing else of DeepSpeed's inside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from anemoi_dist.checkpoint.shard import TensorInfo
+from anemoi_dist.data.batch import Batch
+from anemoi_dist.engines.memory_estimate import REDUCE_BUCKET
+from anemoi_dist.engines.replicated import replicated_regions, step_replicated
+from anemoi_dist.engines.sharded import Region, RegionEngine, clip_coefficient, clipped, step_only
+from anemoi_dist.engines.zero_gradients import GradientPartitions
+from anemoi_dist.errors import ConfigError
+from anemoi_dist.optimizers.ademamix import AdEMAMix
+from anemoi_dist.optimizers.norm import squared_norms
+
+#: With ``engine.overlap``, a partition is stepped in so many pieces at most, of so many elements at least.
+NUM_BUCKETS = 8
+BUCKET_NUMEL = 1 << 20
+
+
+class _ZeroEngine(RegionEngine):
+    """What all stages share: one DeepSpeed engine around the module and the optimizer of its configuration."""
+
+    def _initialize(self, config: dict[str, Any]) -> None:
+        deepspeed = _import_deepspeed()
+        self._create_optimizer()
+        initial = None
+        if self.config.training.precision == "bf16" and "bf16" in config:
+            self.module.compute_dtype = torch.bfloat16
+            initial = _InitialWeights(self.module)
+        self._engine, *_ = deepspeed.initialize(
+            model=self.module, optimizer=self.optimizer, config=config, dist_init_required=False
+        )
+        self._take_over()
+        if initial is not None:
+            # DeepSpeed takes its fp32 masters from the weights after it has rounded them to bf16.
+            self._take(initial, num_updates=0)
+
+    def _take_over(self) -> None:
+        """Put our own in the place of what DeepSpeed does with its partitions."""
+
+    def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
+        return self._engine(batch, rollout=rollout)
+
+    def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not is_last:
+            self._engine.step()  # counts the micro-batch; the last one is stepped by _update
+
+    def _base_config(self) -> dict[str, Any]:
+        per_rank = self.config.training.global_batch_size // self.world.world_size
+        micro = self.config.training.micro_batch_size or per_rank
+        return {
+            "train_batch_size": self.config.training.global_batch_size,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": per_rank // micro,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": None,
+            **self.config.engine.options,
+        }
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
+
+
+class Zero0Engine(_ZeroEngine):
+    """Stage 0: DeepSpeed averages the gradients of whole fp32 parameters; ``bf16`` computes under autocast.
+
+    DeepSpeed's own bf16 mode at stage 0 takes one optimizer step on zero gradients when it starts, which would shift
+    AdEMAMix's schedules by one.
+    """
+
+    def _wrap(self) -> None:
+        if self.config.training.precision == "bf16":
+            self.module.autocast_dtype = torch.bfloat16
+        self._initialize(self._base_config() | {"zero_optimization": {"stage": 0}})
+
+    def _update(self) -> tuple[float, bool]:
+        norm, skipped = step_replicated(self.optimizer, self.module, limit=self.config.training.clip_grad_norm)
+        self._engine.micro_steps += 1  # what engine.step() would have counted
+        return norm, skipped
+
+    def regions(self) -> Iterator[Region]:
+        """Yield every parameter whole."""
+        yield from replicated_regions(self.module)
+
+
+class _PartitionedEngine(_ZeroEngine):
+    """Stages 1 to 3: the optimizer steps flat fp32 partitions."""
+
+    # Muon needs matrices; Adagrad is rebuilt by DeepSpeed, which leaves ours and its schedule behind.
+    refused_optimizers = (*RegionEngine.refused_optimizers, "Muon", "Adagrad")
+
+    def _wrap(self) -> None:
+        zero: dict[str, Any] = {"stage": self.config.engine.stage, "contiguous_gradients": True, "overlap_comm": False}
+        if self.config.engine.offload:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.world.device.type == "cuda"}
+        config = self._base_config()
+        zero |= self._zero_options() | config.pop("zero_optimization", {})
+        config["zero_optimization"] = zero
+        config["gradient_clipping"] = self.config.training.clip_grad_norm or 0.0
+        if self.config.training.precision == "bf16":
+            config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32"}
+        self._initialize(config)
+
+    def _zero_options(self) -> dict[str, Any]:
+        """Return what this stage asks of DeepSpeed beside the above."""
+        return {}
+
+    @property
+    def _zero(self) -> Any:
+        return self._engine.optimizer
+
+    def _unite(self, masters: Sequence[torch.Tensor], working: Sequence[torch.Tensor]) -> None:
+        """Let fp32 working parameters be their own masters; DeepSpeed keeps a copy."""
+        for master, own in zip(masters, working, strict=True):
+            if own.dtype == master.dtype and own.device == master.device:
+                master.data = own.data
+
+    def _lend(self, partition: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Let the optimizer see ``gradient`` as that of ``partition``, as it is where it can read its type."""
+        if gradient.dtype != partition.dtype:
+            if isinstance(self.optimizer, AdEMAMix) and hasattr(partition, "grad_dtype"):
+                partition.grad_dtype = gradient.dtype
+            else:
+                gradient = gradient.to(partition.dtype)
+        partition.grad = gradient
+
+    def _frozen_regions(self) -> Iterator[Region]:
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                yield Region(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, replicated=True)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """A range of this rank's flat partition that is stepped at once.
+
+    Attributes
+    ----------
+    index : int
+        Number of the parameter group.
+    begin : int
+        First element of the range in the whole group laid end to end.
+    parameter : torch.nn.Parameter
+        The fp32 values.
+    gradient : torch.Tensor
+        Their averaged gradient.
+    working : list[torch.Tensor]
+        For each rank, the range at the same place of its partition, in the working parameters.
+    is_own : bool
+        Of this rank's there it is no copy, but the same memory.
+    """
+
+    index: int
+    begin: int
+    parameter: torch.nn.Parameter
+    gradient: torch.Tensor
+    working: list[torch.Tensor]
+    is_own: bool
+
+
+class Zero12Engine(_PartitionedEngine):
+    """Stages 1 and 2: whole working parameters; each rank steps one equal piece of every group's flat copy.
+
+    DeepSpeed averages the gradients and counts; norm, clipping, update and the gathering of parameters are done here.
+    Its own step makes an fp32 copy of the gradients in fresh memory, scales it, and copies the parameters twice.
+    """
+
+    def _zero_options(self) -> dict[str, Any]:
+        # Of the same bytes on the wire, the way with fewer copies: DeepSpeed's reduce_scatter is an all-reduce of a
+        # copy. Its default bucket of 5e8 elements is allocated anew in every backward pass, whatever the model's size.
+        return {"reduce_scatter": False, "reduce_bucket_size": REDUCE_BUCKET}
+
+    def _take_over(self) -> None:
+        zero = self._zero
+        key = "engine.options.zero_optimization"
+        if not zero.contiguous_gradients:
+            raise ConfigError(f"{key}.contiguous_gradients", False, "does not work with ZeRO 1 and 2", fix="remove it")
+        if zero.cpu_offload:
+            raise ConfigError(f"{key}.offload_optimizer", "cpu", "needs ZeRO stage 3", fix="engine=zero3_offload")
+        overlap = self.config.engine.overlap
+        gradients = [zero._build_compact_grad_partition_buffer(group) for group in range(len(zero.bit16_groups))]
+        pieces = [piece for group in gradients for piece in group if not getattr(piece, "_zero_padding", False)]
+        self._gradients = GradientPartitions(
+            pieces, is_last=lambda: bool(zero.is_gradient_accumulation_boundary()), eager=overlap
+        )
+        # What DeepSpeed does where gradients add up in another type than the parameters': each goes to its place.
+        zero._use_compact_grad_partition_buffer = lambda group: True
+        zero.averaged_gradients = dict(enumerate(gradients))
+        zero._add_to_grad_partition_buffer = self._gradients.receive
+        own = [partitions[self.world.rank] for partitions in zero.parallel_partitioned_bit16_groups]
+        self._unite(zero.single_partition_of_fp32_groups, own)
+        zero._link_all_hp_params()  # DeepSpeed's own accessors would show the partitions and gradients of before
+        self._buckets = list(self._cut(overlap=overlap))
+        for index, group in enumerate(self.optimizer.param_groups):
+            group["params"] = [bucket.parameter for bucket in self._buckets if bucket.index == index]
+        if isinstance(self.optimizer, AdEMAMix):
+            self.optimizer.copies = {b.parameter: b.working[self.world.rank] for b in self._buckets if not b.is_own}
+        zero.step = self._step
+
+    def _cut(self, *, overlap: bool) -> Iterator[_Bucket]:
+        """Yield the buckets: every partition whole or, where they are gathered while others are stepped, in pieces."""
+        zero = self._zero
+        for index, master in enumerate(zero.single_partition_of_fp32_groups):
+            numel = master.numel()
+            size = max(BUCKET_NUMEL, -(-numel // NUM_BUCKETS)) if overlap else numel
+            for low in range(0, numel, size):
+                here = slice(low, min(low + size, numel))
+                working = [partition.detach()[here] for partition in zero.parallel_partitioned_bit16_groups[index]]
+                yield _Bucket(
+                    index=index,
+                    begin=self.world.rank * numel + low,
+                    parameter=torch.nn.Parameter(master.detach()[here]),
+                    gradient=zero.averaged_gradients[index].flat_partition[here],
+                    working=working,
+                    is_own=working[self.world.rank].data_ptr() == master[here].data_ptr(),
+                )
+
+    def _update(self) -> tuple[float, bool]:
+        self._engine.step()  # counts, and calls _step
+        return self._norm, bool(self._zero.overflow)
+
+    @torch.no_grad()
+    def _step(self, closure: Any = None) -> None:
+        """Do what DeepSpeed's optimizer calls a step."""
+        zero = self._zero
+        square = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        own = self._gradients.sum_of_squares()
+        if own is not None:
+            square += own
+        dist.all_reduce(square)
+        norm = square.sqrt().float()
+        self._norm = zero._global_grad_norm = float(norm)
+        zero.overflow = not math.isfinite(self._norm)
+        if not zero.overflow:
+            self._step_buckets(norm)
+        self._gradients.begin()
+
+    def _step_buckets(self, norm: torch.Tensor) -> None:
+        """Step each bucket and gather its working parameters, meanwhile or at the end."""
+        for bucket in self._buckets:
+            self._lend(bucket.parameter, bucket.gradient)
+        gradients = [bucket.parameter.grad for bucket in self._buckets if bucket.parameter.grad is not None]
+        under_way: list[Any] = []
+        with clipped(self.optimizer, gradients, norm=norm, limit=self.config.training.clip_grad_norm):
+            for bucket in self._buckets:
+                step_only(self.optimizer, [bucket.parameter])
+                bucket.parameter.grad = None
+                own = bucket.working[self.world.rank]
+                if not (bucket.is_own or isinstance(self.optimizer, AdEMAMix)):
+                    own.copy_(bucket.parameter)
+                if self.world.world_size > 1:
+                    under_way += self._begin_gather(bucket)
+        for work in under_way:
+            work.wait()
+
+    def _begin_gather(self, bucket: _Bucket) -> list[Any]:
+        """Begin to take the other ranks' working parameters of a bucket; return what to wait for."""
+        own = bucket.working[self.world.rank]
+        if self.world.device.type == "cpu":
+            # Where they belong: gloo's all-gather copies in and out. The bytes on the wire are the same.
+            return [dist.broadcast(part, src=rank, async_op=True) for rank, part in enumerate(bucket.working)]
+        if self.config.engine.overlap:
+            return [dist.all_gather(bucket.working, own, async_op=True)]
+        return [dist.all_gather_into_tensor(self._zero.bit16_groups_flat[bucket.index], own, async_op=True)]
+
+    def regions(self) -> Iterator[Region]:
+        """Yield the pieces of parameters that lie in this rank's partitions, then what is frozen."""
+        zero = self._zero
+        for bucket in self._buckets:
+            parameters, offsets = zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets
+            end = bucket.begin + bucket.parameter.numel()
+            for parameter, offset in zip(parameters[bucket.index], offsets[bucket.index], strict=True):
+                low, high = max(offset, bucket.begin), min(offset + parameter.numel(), end)
+                if low < high:
+                    yield Region(
+                        self._names[id(parameter)],
+                        tuple(parameter.shape),
+                        low - offset,
+                        high - low,
+                        bucket.parameter,
+                        low - bucket.begin,
+                    )
+        yield from self._frozen_regions()
+
+    def _after_load(self) -> None:
+        self._zero.update_lp_params()
+
+    def _working_bytes(self) -> tuple[int, int]:
+        apart = sum(bucket.parameter.nbytes for bucket in self._buckets if not bucket.is_own)
+        return sum(parameter.nbytes for parameter in self.module.parameters()), apart
+
+
+class Zero3Engine(_PartitionedEngine):
+    """Stage 3: every parameter is cut into equal pieces, gathered when a submodule needs it.
+
+    DeepSpeed goes through the flat partitions; what it does to each of them in passes of its own is left out here, or
+    done in the update.
+    """
+
+    def _take_over(self) -> None:
+        zero = self._zero
+        self._rewrite = zero._reassign_or_swap_out_partitioned_parameters
+        if not zero.offload_optimizer:  # else gradients are squared, and brought to the CPU, as they arrive
+            self._unite(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
+            zero._prepare_fp32_grad_for_sub_group = self._lend_sub_group
+            zero._get_norm_groups = self._norms
+        if not isinstance(self.optimizer, AdEMAMix):
+            return
+        # DeepSpeed calls it for each partition right before it steps that one; its own is a pass over the gradient.
+        zero.unscale_and_clip_grads = self._scale_in_update
+        flat = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True)
+        if not zero.offload_optimizer:
+            self.optimizer.copies = {p: w for p, w in flat if w.data_ptr() != p.data_ptr()}
+            # They are views of what the update writes; DeepSpeed copies to it once more and makes the views anew.
+            zero._reassign_or_swap_out_partitioned_parameters = lambda sub_group: None
+
+    def _scale_in_update(self, _: Any, norm: torch.Tensor) -> None:
+        """Leave clipping to the update. There is no loss scale to undo: nothing runs in fp16."""
+        limit = self.config.training.clip_grad_norm
+        if limit is not None:
+            assert isinstance(self.optimizer, AdEMAMix)
+            self.optimizer.grad_scale = clip_coefficient(norm, limit).reciprocal()
+
+    def _lend_sub_group(self, sub_group: int) -> None:
+        """Let a partition's gradient be its part of DeepSpeed's buffer, not an fp32 copy of that."""
+        zero = self._zero
+        partition = zero.fp32_partitioned_groups_flat[sub_group]
+        self._lend(partition, self._gradients(sub_group))
+        zero.averaged_gradients[sub_group] = None
+
+    def _gradients(self, sub_group: int) -> torch.Tensor:
+        """Return the part of DeepSpeed's gradient buffer that belongs to a partition."""
+        sizes = [partition.numel() for partition in self._zero.fp32_partitioned_groups_flat]
+        begin = sum(sizes[:sub_group])
+        buffer: torch.Tensor = self._zero.grad_partitions_flat_buffer
+        return buffer[begin : begin + sizes[sub_group]]
+
+    def _norms(self) -> list[torch.Tensor]:
+        """Return the norm of all gradients, as DeepSpeed's one per partition."""
+        square = squared_norms([self._zero.grad_partitions_flat_buffer]).sum()
+        dist.all_reduce(square)
+        return [square.sqrt().float()]
+
+    def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        # Nothing arrived yet: DeepSpeed overwrites, in this pass, the gradients of what it uses. Those of the rest
+        # are an earlier step's, and would be stepped again or added to.
+        is_first = not self._zero._offload_boundary_param_ids
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if is_first:
+            self._forget_all_but(self._zero._offload_boundary_param_ids)
+        if not is_last:
+            self._engine.step()
+
+    def _forget_all_but(self, written: Collection[int]) -> None:
+        """Zero the gradients of all parameters but those, by DeepSpeed's numbers, that have just been written."""
+        for sub_group, parameters in enumerate(self._zero.fp16_groups):
+            gradients, offset = self._gradients(sub_group), 0
+            for parameter in parameters:
+                numel = parameter.partition_numel()
+                if parameter.ds_id not in written:
+                    gradients[offset : offset + numel].zero_()
+                offset += numel
+
+    def _update(self) -> tuple[float, bool]:
+        self._engine.step()
+        vars(self.optimizer).pop("grad_scale", None)
+        for partition in self._zero.fp32_partitioned_groups_flat:  # with offload they keep theirs on the CPU
+            if partition.grad is not None:
+                partition.grad.zero_()
+        return float(self._engine.get_global_grad_norm()), bool(self._zero.overflow)
+
+    def _create_states(self) -> None:
+        # Between steps the optimizer's groups are empty here; DeepSpeed puts one partition at a time into them.
+        for index, partition in enumerate(self._zero.fp32_partitioned_groups_flat):
+            group = self.optimizer.param_groups[self._zero.sub_group_to_group_id[index]]
+            group["params"] = [partition]
+            super()._create_states()
+            group["params"] = []
+
+    def regions(self) -> Iterator[Region]:
+        """Yield this rank's piece of every parameter, then its piece of what is frozen."""
+        zero = self._zero
+        for parameters, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for parameter in parameters:
+                if (region := self._piece(parameter, flat, offset)) is not None:
+                    yield region
+                offset += parameter.partition_numel()
+        for parameter in self._parameters():
+            if not parameter.requires_grad and (region := self._piece(parameter, parameter.ds_tensor, 0)) is not None:
+                yield region
+
+    def _parameters(self) -> list[Any]:
+        """Return the module's parameters, which DeepSpeed has given the attributes ``ds_*``."""
+        return list(self.module.parameters())
+
+    def _piece(self, parameter: Any, owner: torch.Tensor, offset: int) -> Region | None:
+        start = self.world.rank * parameter.partition_numel()
+        numel = min(parameter.partition_numel(), parameter.ds_numel - start)  # the last piece is padded
+        if numel <= 0:
+            return None
+        return Region(self._names[id(parameter)], tuple(parameter.ds_shape), start, numel, owner, offset)
+
+    def _after_load(self) -> None:
+        zero = self._zero
+        if persistent := zero.persistent_parameters:  # gathered copies of small parameters: drop, then gather anew
+            persistent[0].partition(persistent)
+        for group in range(len(zero.fp16_groups)):
+            self._rewrite(group)
+        zero.checkpoint_event_epilogue()
+
+    def _working_bytes(self) -> tuple[int, int]:
+        parameters = self._parameters()
+        working = sum(parameter.ds_tensor.nbytes for parameter in parameters)
+        # Small parameters stay gathered between steps (stage3_param_persistence_threshold), beside their piece.
+        working += sum(parameter.data.nbytes for parameter in parameters if parameter.ds_persist)
+        flat = zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_partitioned_groups_flat, strict=True)
+        return working, sum(master.nbytes for master, low in flat if master.data_ptr() != low.data_ptr())
+
+
+class _InitialWeights:
+    """The fp32 parameters and buffers of a module as they are now, as a source to load from."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._tensors = {(name, "param"): p.detach().clone() for name, p in module.named_parameters()}
+        self._tensors |= {(name, "buffer"): b.detach().clone() for name, b in module.named_buffers()}
+
+    def tensors(self) -> Mapping[tuple[str, str], TensorInfo]:
+        return {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in self._tensors.items()}
+
+    def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
+        out.copy_(self._tensors[fqn, kind].reshape(-1)[start : start + out.numel()])
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed quietly and without the parts that do harm on a CPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated.*")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")  # it warns of every optimizer that is not its own
+    # Its shared-memory collectives for CPUs need a compiler at run time and abort at exit now and then. By its full
+    # name: the attribute ``deepspeed.comm.torch`` is torch itself.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
+    return deepspeed

@@ -1,0 +1,1 @@
+"""Scores of the forecast on the validation and test splits, beside baselines."""

@@ -1,0 +1,237 @@
+"""Scores of a forecast beside those of the baselines: latitude-weighted RMSE and anomaly correlation."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anemoi_dist.data.batch import Batch, DataSpec
+from anemoi_dist.data.dataset import WeatherDataset
+from anemoi_dist.data.fields import evenly_spaced
+from anemoi_dist.data.loader import collate
+from anemoi_dist.errors import ConfigError
+from anemoi_dist.evaluation.baselines import BASELINES, PERSISTENCE, Baselines, all_reduce, latitude_weights
+from anemoi_dist.telemetry.heartbeat import beat
+
+MODEL = "model"
+#: ``predict(batch, rollout)`` returns physical units, shape (batch, rollout, ensemble, grid, prognostic).
+Predict = Callable[[Batch, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good one forecast of one variable is after one lead time.
+
+    Attributes
+    ----------
+    forecast : str
+        ``model`` or the name of a baseline.
+    variable : str
+        What is forecast.
+    lead_s : int
+        Seconds from the last input state.
+    rmse : float
+        Root of the squared error's mean over area, ensemble and samples, in the variable's unit.
+    acc : float or None
+        Mean over samples of the correlation of forecast and true anomaly, both from the training block's climatology
+        and weighted by area. None where there is no anomaly to correlate, as for the climatology itself.
+    """
+
+    forecast: str
+    variable: str
+    lead_s: int
+    rmse: float
+    acc: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the score as it stands in a ``validation`` event."""
+        return asdict(self)
+
+
+class Validator:
+    """Scores forecasts of one block, on all ranks together.
+
+    Parameters
+    ----------
+    dataset : WeatherDataset
+        The block, opened with a rollout of at least the longest lead.
+    baselines : Baselines
+        Fitted to the training block.
+    spec : DataSpec
+        Variables and grid.
+    lead_steps : Sequence[int]
+        Forecast steps to score, 1 is the first.
+    max_samples : int or None
+        Samples scored at most, evenly spaced over the block and over the times of day; None: all.
+    batch_size : int
+        Samples in one call of ``predict``.
+    rank, world_size : int
+        Which share of the samples is scored here.
+    group : ProcessGroup, optional
+        One for CPU tensors, where the default group has none.
+    """
+
+    def __init__(
+        self,
+        dataset: WeatherDataset,
+        *,
+        baselines: Baselines,
+        spec: DataSpec,
+        lead_steps: Sequence[int],
+        max_samples: int | None = None,
+        batch_size: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        group: Any = None,
+    ) -> None:
+        self.dataset, self.baselines, self.spec, self.group = dataset, baselines, spec, group
+        self.lead_steps = sorted(set(lead_steps))
+        self.rollout = self.lead_steps[-1]
+        if dataset.rollout < self.rollout:
+            raise ConfigError(
+                "validation.lead_steps", list(lead_steps), f"must not exceed the dataset's rollout of {dataset.rollout}"
+            )
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.samples = evenly_spaced(len(dataset), at_most=max_samples, frequency_s=spec.frequency_s)
+        self._weights = latitude_weights(spec.latitudes)
+        self._baseline_scores: list[Score] | None = None
+
+    @property
+    def num_calls(self) -> int:
+        """How often every rank calls ``predict`` in one run."""
+        return math.ceil(math.ceil(len(self.samples) / self.world_size) / self.batch_size)
+
+    def run(self, predict: Predict) -> list[Score]:
+        """Score ``predict`` and the baselines. Collective: every rank calls it, and ``predict`` equally often.
+
+        Returns
+        -------
+        list[Score]
+            The model's, then each baseline's; the same on every rank. Baselines are computed once.
+        """
+        names = [MODEL] if self._baseline_scores is not None else [MODEL, *BASELINES]
+        # Last axis: squared error, anomaly correlation, samples with an anomaly.
+        sums = torch.zeros(len(names), self.rollout, len(self.spec.prognostic), 3, dtype=torch.float64)
+        for call in range(self.num_calls):
+            beat()
+            batch, counts = self._batch(call)
+            truth = batch.fields[:, self.spec.multistep_input :][:, : self.rollout, ..., self.spec.prognostic_indices]
+            for row, name in enumerate(names):
+                if name == MODEL:
+                    forecast = predict(batch, self.rollout).detach().cpu()
+                else:
+                    forecast = self.baselines.forecast(name, batch, rollout=self.rollout)
+                sums[row] += torch.einsum("bkvs,b->kvs", self._terms(forecast, truth), counts)
+        all_reduce(sums, group=self.group)
+        scores = [score for name, row in zip(names, sums, strict=True) for score in self._scores(name, row)]
+        num_model = len(self.lead_steps) * len(self.spec.prognostic)
+        if self._baseline_scores is None:
+            self._baseline_scores = scores[num_model:]
+        return scores[:num_model] + self._baseline_scores
+
+    def forecast_maps(self, predict: Predict) -> dict[str, np.ndarray]:
+        """Forecast the middle sample, for :func:`save_forecast_maps`. Collective: every rank calls it.
+
+        Returns
+        -------
+        dict[str, np.ndarray]
+            ``truth``, ``forecast`` and ``persistence`` of the first prognostic variable and ensemble member, float32,
+            shape (lead, latitude, longitude) on a regular grid and (lead, grid) on others; ``lead_s``, ``latitudes``,
+            ``longitudes`` of each point or of each row and column, ``date`` (Unix seconds) and ``variable``.
+        """
+        batch = collate([self.dataset[len(self.dataset) // 2]])
+        leads = [lead - 1 for lead in self.lead_steps]
+        shape = (len(leads), *self.spec.field_shape)
+
+        def first_variable(fields: Tensor) -> np.ndarray:
+            return fields[0, leads, 0, :, 0].float().cpu().numpy().reshape(shape)
+
+        truth = batch.fields[:, self.spec.multistep_input :][..., self.spec.prognostic_indices]
+        latitudes, longitudes = self.spec.latitudes, self.spec.longitudes
+        if len(self.spec.field_shape) == 2:
+            latitudes = latitudes.reshape(self.spec.field_shape)[:, 0]
+            longitudes = longitudes.reshape(self.spec.field_shape)[0]
+        return {
+            "truth": first_variable(truth),
+            "forecast": first_variable(predict(batch, self.rollout).detach()),
+            "persistence": first_variable(self.baselines.forecast(PERSISTENCE, batch, rollout=self.rollout)),
+            "lead_s": np.array(self.lead_steps, dtype=np.int64) * self.spec.frequency_s,
+            "latitudes": latitudes,
+            "longitudes": longitudes,
+            "date": batch.dates[0].numpy(),
+            "variable": np.array(self.spec.prognostic[0]),
+        }
+
+    def _batch(self, call: int) -> tuple[Batch, Tensor]:
+        """Return this rank's batch and, per sample, 1 or the 0 of a repeat that only keeps ranks in step."""
+        mine = self.samples[self.rank :: self.world_size][call * self.batch_size :][: self.batch_size]
+        padding = self.batch_size - len(mine)
+        indices = [*mine, *[self.samples[0]] * padding]
+        counts = torch.tensor([1.0] * len(mine) + [0.0] * padding, dtype=torch.float64)
+        return collate([self.dataset[int(index)] for index in indices]), counts
+
+    def _terms(self, forecast: Tensor, truth: Tensor) -> Tensor:
+        """Return what is summed over samples, shape (batch, rollout, prognostic, 3)."""
+        forecast, truth = forecast.double(), truth.double()
+        climatology = self.baselines.climatology.double()
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.einsum("bkegv,g->bkv", values, self._weights) / values.shape[2]
+
+        anomaly, true_anomaly = forecast - climatology, truth - climatology
+        norm = (mean(anomaly.square()) * mean(true_anomaly.square())).sqrt()
+        correlation = torch.where(norm > 0, mean(anomaly * true_anomaly) / norm, torch.zeros_like(norm))
+        return torch.stack((mean((forecast - truth).square()), correlation, (norm > 0).double()), -1)
+
+    def _scores(self, name: str, sums: Tensor) -> list[Score]:
+        scores = []
+        for index, variable in enumerate(self.spec.prognostic):
+            for lead in self.lead_steps:
+                squared, correlation, num_correlated = sums[lead - 1, index].tolist()
+                rmse = math.sqrt(squared / len(self.samples))
+                acc = correlation / num_correlated if num_correlated else None
+                scores.append(Score(name, variable, lead * self.spec.frequency_s, rmse, acc))
+        return scores
+
+
+def format_table(scores: Sequence[Score]) -> str:
+    """Return a plain-text table: a row for each variable and lead time, RMSE and ACC of all forecasts side by side."""
+    names = list(dict.fromkeys(score.forecast for score in scores))
+    rows: dict[tuple[str, int], dict[str, Score]] = {}
+    for score in scores:
+        rows.setdefault((score.variable, score.lead_s), {})[score.forecast] = score
+    width = max(8, *(len(variable) for variable, _ in rows))
+    columns = [max(7, len(name)) for name in names]
+    block = sum(columns) + 2 * len(columns)
+    header = "".join(f"  {name:>{size}}" for name, size in zip(names, columns, strict=True))
+    lines = [
+        f"{'':{width}}  {'':>6} {'  RMSE':{block}} {'  ACC':{block}}".rstrip(),
+        f"{'variable':{width}}  {'lead':>6} {header} {header}",
+    ]
+    for (variable, lead_s), row in rows.items():
+        rmse = "".join(f"  {row[name].rmse:>{size}.4g}" for name, size in zip(names, columns, strict=True))
+        acc = "".join(f"  {_acc(row[name].acc):>{size}}" for name, size in zip(names, columns, strict=True))
+        lines.append(f"{variable:{width}}  {lead_s / 3600:>4g} h {rmse} {acc}")
+    return "\n".join(lines)
+
+
+def _acc(acc: float | None) -> str:
+    return "-" if acc is None else f"{acc:.3f}"
+
+
+def save_forecast_maps(path: Path, *, maps: dict[str, np.ndarray]) -> None:
+    """Write :meth:`Validator.forecast_maps` as one ``.npz``, whole or not at all. On one rank."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **maps)  # type: ignore[arg-type]
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(buffer.getvalue())
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""Checks before training: one machine, all ranks together, the size of the model."""

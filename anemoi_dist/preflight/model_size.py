@@ -1,0 +1,110 @@
+"""The size of a configuration's model, printed as JSON by ``python -m anemoi_dist.preflight.model_size < config.yaml``.
+
+A process of its own: building a model takes torch, and opening its dataset may take long. The control side has no
+torch; it starts this (:mod:`anemoi_dist.launch.launchers.model_size`) and goes on without an answer where it fails. The
+model is built without memory for its values (torch's ``meta`` device) where it can be.
+
+::
+
+    {"parameters": [[[401, 331], true], ...],  shape, takes a gradient
+     "buffer_bytes": 1024,
+     "largest_layer": ["model.wide", 133132]}  module, its own parameters
+    {"refused": {"key": "model.dilations", ...}}  the model cannot be built anywhere: what a ConfigError is made of
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from anemoi_dist.config.schema import Config, from_yaml
+from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
+
+
+def main() -> int:
+    """Read a configuration, print the size of its model; what went wrong here is the last line of the error output."""
+    # The answer alone belongs on the standard output, whatever a model or a library prints.
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        size = measure(from_yaml(sys.stdin.read()))
+    except ConfigError as error:
+        if not _is_about_here(error):
+            refused = {name: getattr(error, name) for name in ("key", "value", "rule", "fix", "valid")}
+            with answer:
+                json.dump({"refused": refused}, answer, default=str)
+            return int(error.exit_code)
+        print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201
+        return int(ExitCode.PREFLIGHT)
+    except AnemoiDistError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201
+        return int(error.exit_code)
+    except Exception as error:
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        return int(ExitCode.INTERNAL)
+    with answer:
+        json.dump(size, answer)
+    return int(ExitCode.FINISHED)
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Build the module of a configuration, its optimizer too, and return its sizes.
+
+    Parameters
+    ----------
+    config : Config
+        ``data`` says what the model sees.
+    """
+    from anemoi_dist.data.anemoi import open_split
+
+    module = _build(config, open_split(config.data, "train", rollout=config.training.rollout).spec())
+    _check_optimizer(module)
+    own = {
+        name: sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+        for name, layer in module.named_modules()
+    }
+    return {
+        "parameters": [[list(parameter.shape), parameter.requires_grad] for parameter in module.parameters()],
+        "buffer_bytes": sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
+        "largest_layer": max(own.items(), key=lambda layer: layer[1]),
+    }
+
+
+def _is_about_here(error: ConfigError) -> bool:
+    """Whether another machine may think otherwise: it may have the dataset, or a library that this one lacks."""
+    cause = error.__cause__
+    return isinstance(cause, ImportError) or (error.key == "data.dataset" and cause is not None)
+
+
+def _build(config: Config, spec: Any) -> Any:
+    import torch
+
+    from anemoi_dist.tasks.forecast.module import BaseGraphModule
+
+    try:
+        with torch.device("meta"):
+            return BaseGraphModule(config, spec=spec)
+    except AnemoiDistError:
+        raise
+    except Exception:  # a model that looks at values while it is built (a graph, a mesh) cannot do without them
+        return BaseGraphModule(config, spec=spec)
+
+
+def _check_optimizer(module: Any) -> None:
+    """Refuse arguments of the optimizer or the scheduler that every rank would refuse."""
+    try:
+        module.configure_optimizers()
+    except ConfigError as error:
+        # Our own rules hold everywhere. What a library says of this machine or of parameters without values, and what
+        # is not installed here, may be otherwise there: the ranks try it.
+        of_a_rule = error.__cause__ is None or isinstance(error.__cause__, ConfigError)
+        if of_a_rule and not error.key.endswith(".implementation"):
+            raise
+    except Exception:  # noqa: S110
+        pass  # likewise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""``anemoi-dist report``: one HTML page about a run."""

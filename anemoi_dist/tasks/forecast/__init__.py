@@ -1,0 +1,1 @@
+"""The weather forecast: the task that the package brings with it."""

@@ -1,0 +1,277 @@
+"""The training module: a model, its normalisation, its rollout, its loss, and its optimizer and learning rate.
+
+Plain PyTorch: engines wrap it, Lightning may drive it (``lightning_module.py``), and neither is imported here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anemoi_dist.config.schema import Config
+from anemoi_dist.config.targets import nested_targets, resolve_target
+from anemoi_dist.data.batch import Batch, DataSpec
+from anemoi_dist.errors import ConfigError
+from anemoi_dist.optimizers.factory import create_optimizer
+from anemoi_dist.optimizers.learning_rate import create_scheduler, scaled_rate
+
+
+class Float32Constants(nn.Module):
+    """Named constants that follow the module from device to device and stay float32.
+
+    ``module.bfloat16()`` would round a mean pressure of 101 325 Pa to a multiple of 512 Pa. They come from the data,
+    not from training, so they are not part of the state that is saved.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        One array for each name.
+    """
+
+    mean: Tensor
+    stdev: Tensor
+    tendency_scale: Tensor
+    area_weight: Tensor
+
+    def __init__(self, **values: np.ndarray) -> None:
+        super().__init__()
+        for name, value in values.items():
+            self.register_buffer(name, torch.as_tensor(np.asarray(value), dtype=torch.float32), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Constants:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype != torch.float32:
+                # From the original: a round trip through the narrow type would have lost the digits.
+                original = before[name]
+                assert original is not None
+                self._buffers[name] = original.to(buffer.device)
+        return self
+
+
+class BaseGraphModule(nn.Module):
+    """Model, loss, optimizer and scheduler of one configuration.
+
+    Parameters
+    ----------
+    config : Config
+        The whole configuration; ``model``, ``training`` and ``security`` are used.
+    spec : DataSpec
+        Variables, grid and statistics of the dataset.
+    world_size : int
+        Data-parallel ranks, for ``training.lr.scale_with: world_size``.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+        Normalised states (batch, time, ensemble, grid, variable) to the normalised tendency
+        (batch, ensemble, grid, prognostic variable).
+    compute_dtype : torch.dtype
+        What the model's input is cast to. An engine that casts the model's weights sets this too.
+    autocast_dtype : torch.dtype or None
+        What the model computes in under autocast. For an engine that keeps float32 weights.
+    """
+
+    def __init__(self, config: Config, *, spec: DataSpec, world_size: int = 1) -> None:
+        super().__init__()
+        self.config, self.spec, self.world_size = config, spec, world_size
+        self.allowed_targets = tuple(config.security.allowed_targets)
+        self.compute_dtype = torch.float32
+        self.autocast_dtype: torch.dtype | None = None
+        self.model = build_model(config.model, spec, self.allowed_targets)
+        self.constants = _constants(spec)
+        self._prognostic: Tensor
+        self.register_buffer("_prognostic", torch.tensor(spec.prognostic_indices), persistent=False)
+
+    def forward(self, batch: Batch, *, rollout: int) -> Tensor:
+        """Forecast ``rollout`` steps, each from the forecasts before it and the true forcings of its date.
+
+        Parameters
+        ----------
+        batch : Batch
+            Physical units. Only the forcings of the states after the input are read.
+        rollout : int
+            Steps to forecast; ``batch`` must hold the states that belong to all but the last.
+
+        Returns
+        -------
+        torch.Tensor
+            float32, normalised, shape (batch, rollout, ensemble, grid, prognostic variable).
+        """
+        num_input = self.spec.multistep_input
+        num_needed = num_input + rollout - 1
+        if rollout < 1 or batch.fields.shape[1] < num_needed:
+            raise ValueError(
+                f"rollout={rollout}: must be at least 1 and needs {num_needed} states (input and forcings), "
+                f"the batch has {batch.fields.shape[1]}"
+            )
+        states = self.normalise(batch.fields[:, :num_needed])
+        window, forecasts = states[:, :num_input], []
+        for step in range(rollout):
+            tendency = self._tendency(window)
+            last = window[:, -1].index_select(-1, self._prognostic)
+            forecasts.append(last + tendency * self.constants.tendency_scale)
+            if step + 1 < rollout:
+                given = states[:, num_input + step]
+                window = torch.cat((window[:, 1:], self._state(forecasts[-1], given).unsqueeze(1)), 1)
+        return torch.stack(forecasts, 1)
+
+    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
+        """Mean squared error of the tendency, weighted by area, in units of its own standard deviation.
+
+        Parameters
+        ----------
+        prediction : torch.Tensor
+            What :meth:`forward` returned.
+        batch : Batch
+            The same batch, with the true states of all forecast steps.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 scalar; about 1 for persistence over one step.
+        """
+        first = self.spec.multistep_input
+        truth = self.normalise(batch.fields[:, first : first + prediction.shape[1]]).index_select(-1, self._prognostic)
+        error = (prediction.float() - truth) / self.constants.tendency_scale
+        return (error.square() * self.constants.area_weight).mean()
+
+    def normalise(self, fields: Tensor) -> Tensor:
+        """Return (physical - mean) / stdev, float32, for shape (..., variable)."""
+        return (fields.float() - self.constants.mean) / self.constants.stdev
+
+    def denormalise(self, prediction: Tensor) -> Tensor:
+        """Return physical units, float32, for normalised shape (..., prognostic variable)."""
+        mean, stdev = self.constants.mean[self._prognostic], self.constants.stdev[self._prognostic]
+        return prediction.float() * stdev + mean
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Build optimizer and scheduler, in the form that Lightning expects.
+
+        Returns
+        -------
+        dict[str, Any]
+            ``optimizer``, and ``lr_scheduler`` with ``scheduler`` and ``interval: step`` unless
+            ``training.scheduler`` is null.
+        """
+        optimizer = self._create_optimizer_from_config(self.config.training.optimizer)
+        if self.config.training.scheduler is None:
+            return {"optimizer": optimizer}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._create_scheduler(optimizer), "interval": "step"},
+        }
+
+    def _create_optimizer_from_config(self, opt_cfg: dict[str, Any]) -> Optimizer:
+        """Build the optimizer that ``opt_cfg._target_`` names, over the parameters that take a gradient."""
+        params = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        training = self.config.training
+        return create_optimizer(
+            opt_cfg,
+            params,
+            lr=scaled_rate(training.lr, self.world_size),
+            allowed=self.allowed_targets,
+            max_steps=training.max_steps,
+        )
+
+    def _create_scheduler(self, optimizer: Optimizer) -> Any:
+        """Build the scheduler that ``training.scheduler._target_`` names."""
+        training = self.config.training
+        assert training.scheduler is not None
+        return create_scheduler(
+            training.scheduler, optimizer, lr=training.lr, max_steps=training.max_steps, allowed=self.allowed_targets
+        )
+
+    def _tendency(self, window: Tensor) -> Tensor:
+        """Run the model in the precision that the engine chose; float32 in, float32 out."""
+        with torch.autocast(window.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.model(window.to(self.compute_dtype)).float()
+
+    def _state(self, prognostic: Tensor, given: Tensor) -> Tensor:
+        """Join a forecast and the true forcings of its date into one state (..., variable)."""
+        return given.index_copy(-1, self._prognostic, prognostic)
+
+
+def build_model(node: dict[str, Any], spec: DataSpec, allowed: Iterable[str] = ()) -> nn.Module:
+    """Build the model that a configuration node names.
+
+    Parameters
+    ----------
+    node : dict[str, Any]
+        ``_target_`` and the constructor's keyword arguments.
+    spec : DataSpec
+        Passed as ``data`` to a constructor that takes it.
+    allowed : Iterable[str]
+        Import prefixes that the user allows beside the built-in ones.
+
+    Raises
+    ------
+    ConfigError
+        The target is not allowed or no ``torch.nn.Module``, or an argument is unknown or missing.
+    """
+    target = node["_target_"]
+    build = resolve_target(target, key="model._target_", allowed=allowed, base=nn.Module)
+    arguments = {name: value for name, value in node.items() if name != "_target_"}
+    if not target.startswith("anemoi_dist."):  # ours look at their own
+        for key, nested in nested_targets(arguments, key="model"):
+            resolve_target(nested, key=key, allowed=allowed)
+    parameters = inspect.signature(build).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in arguments:
+        if name not in parameters and not takes_any:
+            valid = [known for known in parameters if known != "data"]
+            raise ConfigError("model", name, f"is no argument of {target} (given {arguments[name]!r})", valid=valid)
+    if "data" in parameters:
+        if "data" in arguments:
+            raise ConfigError("model.data", arguments["data"], "is filled in from the dataset", fix="remove it")
+        arguments["data"] = spec
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in arguments
+    ]
+    if missing:
+        raise ConfigError(f"model.{missing[0]}", None, f"is needed by {target}", fix=f"set model.{missing[0]}=...")
+    model = build(**arguments)
+    if not isinstance(model, nn.Module):
+        raise ConfigError("model._target_", target, f"must build a torch.nn.Module, not {type(model).__name__}")
+    return model
+
+
+def _constants(spec: DataSpec) -> Float32Constants:
+    """Return what forward and loss multiply with.
+
+    ``area_weight`` is the cosine of latitude with mean 1, shape (grid, 1); ``tendency_scale`` turns a normalised
+    tendency into a change of the normalised state, shape (prognostic variable,).
+    """
+    prognostic = spec.prognostic_indices
+    stdev = _positive(spec, spec.stdev, range(len(spec.variables)), "stdev")
+    tendency_stdev = _positive(spec, spec.tendency_stdev, prognostic, "tendency_stdev")
+    # A pole row has no area; rounding must not give it a negative one.
+    area = np.clip(np.cos(np.deg2rad(spec.latitudes)), 0.0, None)
+    return Float32Constants(
+        mean=spec.mean,
+        stdev=stdev,
+        tendency_scale=tendency_stdev[prognostic] / stdev[prognostic],
+        area_weight=(area / area.mean())[:, None],
+    )
+
+
+def _positive(spec: DataSpec, values: np.ndarray, used: Iterable[int], name: str) -> np.ndarray:
+    """Return ``values`` after checking those that are divided by."""
+    for index in used:
+        if not 0 < values[index] < np.inf:
+            raise ConfigError(
+                f"data: {name} of {spec.variables[index]}",
+                float(values[index]),
+                "must be positive and finite to normalise with",
+                fix="leave a constant variable out (data.options.drop) or correct the dataset's statistics",
+            )
+    return values

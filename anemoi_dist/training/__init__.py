@@ -1,0 +1,1 @@
+"""Setup, loop and record of one attempt on one rank."""

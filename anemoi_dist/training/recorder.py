@@ -1,0 +1,187 @@
+"""The one object through which the training loop shows and records what happens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anemoi_dist.config.schema import Config
+from anemoi_dist.engines.base import StepReport
+from anemoi_dist.run.directory import RunDirectory
+from anemoi_dist.run.events import EventLog
+from anemoi_dist.telemetry import heartbeat
+from anemoi_dist.telemetry.metrics import TensorBoardMetrics
+from anemoi_dist.telemetry.phases import PhaseTimer
+from anemoi_dist.telemetry.progress import SpeedMeter, StepLine, open_progress
+
+#: What a phase is called in a heartbeat, where it has another name there.
+_PHASES_OF_HEARTBEAT = {"data": "step"}
+
+
+class Telemetry:
+    """Progress, event log and metrics of one attempt at a run.
+
+    Every rank has one. Only the main rank's writes and shows anything; the others' measure phases and nothing else.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        It exists already.
+    config : Config
+        ``config.telemetry`` is read.
+    is_main : bool
+        Whether this is rank 0.
+    total_steps : int
+        Optimizer steps of the whole run.
+    first_step : int
+        Optimizer steps done before this attempt: 0 for a new run.
+
+    Raises
+    ------
+    PreflightError
+        TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, run: RunDirectory, config: Config, *, is_main: bool, total_steps: int, first_step: int) -> None:
+        self._timer = PhaseTimer()
+        self._is_main = is_main
+        self._metrics: TensorBoardMetrics | None = None
+        heartbeat.beat(step=first_step)
+        if not is_main:
+            return
+        heartbeat.note(total_steps=total_steps)
+        self._interval_steps = config.telemetry.interval_steps
+        self._total_steps = total_steps
+        self._speed = SpeedMeter(total_steps=total_steps)
+        if config.telemetry.tensorboard:
+            self._metrics = TensorBoardMetrics(run.metrics_dir, first_step=first_step)
+        self._log = EventLog(run.events_file)
+        # Last: from here on a bar owns the terminal, and only close() gives it back.
+        self._progress = open_progress(
+            total_steps=total_steps, first_step=first_step, interval_steps=self._interval_steps
+        )
+
+    def event(self, name: str, *, step: int, **fields: Any) -> None:
+        """Append an event to the run's log; nothing is shown."""
+        if self._is_main:
+            self._log.write(name, step=step, **fields)
+
+    def step(self, step: int, report: StepReport, *, num_samples: int, schedule_values: Mapping[str, Any]) -> None:
+        """Show one optimizer step; record it every ``telemetry.interval_steps``, and whenever its update was skipped.
+
+        Parameters
+        ----------
+        step : int
+            Optimizer steps done, this one included.
+        report : StepReport
+            What the step did.
+        num_samples : int
+            Samples of this step, over all ranks.
+        schedule_values : Mapping[str, Any]
+            Step-dependent values of the optimizer, such as ``alpha`` and ``beta3``.
+        """
+        heartbeat.beat(step=step)
+        if not self._is_main:
+            return
+        seconds = self._timer.seconds()
+        self._speed.add(step, num_samples=num_samples, paused_s=seconds["validation"] + seconds["checkpoint"])
+        line = StepLine(
+            step=step,
+            loss=report.loss,
+            lr=report.lr,
+            grad_norm=report.grad_norm,
+            samples_per_s=self._speed.samples_per_s,
+            eta_s=self._speed.eta_s,
+            memory_bytes=memory_bytes(),
+            skipped=report.skipped,
+        )
+        self._progress.update(line)
+        heartbeat.note(loss=line.loss, samples_per_s=line.samples_per_s, eta_s=line.eta_s)
+        if report.skipped:
+            self._log.write("skipped_update", step=step, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr)
+        if step % self._interval_steps == 0 or step in (1, self._total_steps):
+            self._record(line, schedule_values)
+
+    def _record(self, line: StepLine, schedule_values: Mapping[str, Any]) -> None:
+        values = {
+            "loss": line.loss,
+            "lr": line.lr,
+            "grad_norm": line.grad_norm,
+            **schedule_values,
+            "samples_per_s": line.samples_per_s,
+            "eta_s": line.eta_s,
+            "memory_bytes": line.memory_bytes,
+        }
+        self._log.write("step", step=line.step, **values)
+        if self._metrics is not None:
+            scalars = {f"training/{key}": float(value) for key, value in values.items() if value is not None}
+            self._metrics.write(scalars, step=line.step)
+
+    def validation(self, step: int, split: str, scores: Sequence[Mapping[str, Any]], table_text: str) -> None:
+        """Record the scores of one validation and show their table.
+
+        Parameters
+        ----------
+        step : int
+            Optimizer steps done.
+        split : str
+            ``validation`` or ``test``.
+        scores : Sequence[Mapping[str, Any]]
+            One for each forecast, variable and lead time: ``forecast``, ``variable``, ``lead_s``, ``rmse`` (physical
+            units), ``acc``.
+        table_text : str
+            The same for a reader.
+        """
+        if not self._is_main:
+            return
+        self._log.write("validation", step=step, split=split, scores=list(scores))
+        self._progress.message(table_text)
+        if self._metrics is not None:
+            self._metrics.write(
+                {
+                    f"{split}/{kind}/{score['variable']}/{score['forecast']}/{score['lead_s'] / 3600:g}h": score[kind]
+                    for score in scores
+                    for kind in ("rmse", "acc")
+                    if score.get(kind) is not None
+                },
+                step=step,
+            )
+
+    def message(self, text: str) -> None:
+        """Show a text that stays, above the bar where there is one."""
+        if self._is_main:
+            self._progress.message(text)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside the ``with`` block as ``name``; see :data:`anemoi_dist.telemetry.phases.PHASES`."""
+        with self._timer.phase(name), heartbeat.during(_PHASES_OF_HEARTBEAT.get(name, name)):
+            yield
+
+    def seconds(self) -> dict[str, float]:
+        """Return this rank's seconds in each phase so far."""
+        return self._timer.seconds()
+
+    def close(self) -> None:
+        """Close what is open. The terminal is given back even where the rest fails."""
+        if not self._is_main:
+            return
+        try:
+            self._log.close()
+            if self._metrics is not None:
+                self._metrics.close()
+        finally:
+            self._progress.close()
+
+
+def memory_bytes() -> int:
+    """Return the most memory this rank has used on its GPU, or without one what its process holds now."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    resident_pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return resident_pages * os.sysconf("SC_PAGE_SIZE")

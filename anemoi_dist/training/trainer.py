@@ -1,0 +1,216 @@
+"""The loop of a rank: fetch, step, report, validate, agree, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.checkpoint.retention import summarise
+from anemoi_dist.checkpoint.saver import Outcome, Saver
+from anemoi_dist.checkpoint.store import Store
+from anemoi_dist.config.schema import Config
+from anemoi_dist.data.batch import Batch
+from anemoi_dist.distributed.control_word import ControlWord, StopRequest
+from anemoi_dist.distributed.world import World, seed_step
+from anemoi_dist.engines.base import Engine, StepReport
+from anemoi_dist.errors import CheckpointError, DivergedError, StopRequestedError
+from anemoi_dist.evaluation.validator import Score
+from anemoi_dist.training.recorder import Telemetry
+
+
+@dataclass
+class Progress:
+    """What the trainer itself must remember from one process to the next."""
+
+    step: int = 0
+    num_skipped_in_row: int = 0
+
+
+class SaveClock:
+    """Says once that ``checkpoint.interval_minutes`` have passed since the last save. Rank 0's counts."""
+
+    def __init__(self, interval_minutes: float | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval_s = None if interval_minutes is None else 60 * interval_minutes
+        self._clock = clock
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now."""
+        self._since, self._has_rung = self._clock(), False
+
+    def is_due(self) -> bool:
+        """Whether it is time; True only once until the next restart."""
+        if self._interval_s is None or self._has_rung:
+            return False
+        self._has_rung = self._clock() - self._since >= self._interval_s
+        return self._has_rung
+
+
+class Trainer:
+    """Trains until ``training.max_steps``, a stop request or divergence.
+
+    Parameters
+    ----------
+    config : Config
+        The run's configuration.
+    world : World
+        This rank's place.
+    engine : Engine
+        Model, optimizer and schedule, spread over the ranks.
+    store : Store
+        Where checkpoints go.
+    telemetry : Telemetry
+        What is shown and recorded.
+    stop : StopRequest
+        This rank's own wish to stop.
+    validate : Callable[[str, int], Sequence[Score]]
+        Scores the forecast on a block of the data (``validation`` or ``test``) at a step. Collective.
+    facts : dict[str, Any]
+        ``engine``, ``config_hash`` and ``versions``, recorded in every checkpoint.
+    broken : Collection[int], optional
+        Steps whose checkpoints failed verification at the start.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        world: World,
+        engine: Engine,
+        store: Store,
+        telemetry: Telemetry,
+        stop: StopRequest,
+        validate: Callable[[str, int], Sequence[Score]],
+        facts: dict[str, Any],
+        broken: Collection[int] = (),
+    ) -> None:
+        self.config, self.world, self.engine = config, world, engine
+        self.telemetry, self.stop, self.validate, self.facts = telemetry, stop, validate, facts
+        self.progress = Progress()
+        self.saver = Saver(
+            store, world=world, config=config.checkpoint, facts=facts, report=self._record_save, broken=broken
+        )
+        self._clock = SaveClock(config.checkpoint.interval_minutes if world.is_main else None)
+        self._saved_step: int | None = None
+        self._scores: tuple[int, dict[str, float]] = (0, {})
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        self.progress = Progress(**checkpoint.trainer()["progress"])
+        self.engine.load(checkpoint, num_updates=self.progress.step)
+        self._saved_step = self.progress.step
+
+    def fit(self, batches: Iterator[list[Batch]]) -> None:
+        """Train to the end on ``batches``, one list of micro-batches for each optimizer step.
+
+        Raises
+        ------
+        StopRequestedError
+            Saved, on request, before the end.
+        DivergedError
+            More than ``training.max_skipped`` updates in a row were not finite.
+        """
+        word = ControlWord(self.world)
+        self.saver.prepare(self.engine.shards())
+        while self.progress.step < self.config.training.max_steps:
+            with self.telemetry.phase("data"):
+                micro_batches = [batch.to(self.world.device) for batch in next(batches)]
+            with self.telemetry.phase("step"):
+                seed_step(self.config.run.seed, step=self.progress.step, rank=self.world.rank)
+                report = self.engine.train_step(micro_batches)
+            self.progress.step += 1
+            self._record(report)
+            if self._is_due(self.config.validation.interval_steps):
+                self._validate("validation")
+            agreed = word.exchange(self.saver.word(stop=self.stop.value(), save_due=self._clock.is_due()))
+            with self.telemetry.phase("checkpoint"):
+                self.saver.advance(agreed)
+                if agreed.save_due or self._is_due(self.config.checkpoint.interval_steps):
+                    self._save()
+            if agreed.stop:
+                word.finish()
+                self._leave(self.stop.reason(agreed.stop))
+        word.finish()
+        self._validate("validation")
+        self._save_and_wait()
+        self._validate("test")
+        self.stop.clear()  # a request that came too late must not stop a continuation with more steps
+
+    def _record(self, report: StepReport) -> None:
+        self.telemetry.step(
+            self.progress.step,
+            report,
+            num_samples=self.config.training.global_batch_size,
+            schedule_values=self.engine.schedule_values(),
+        )
+        self.progress.num_skipped_in_row = self.progress.num_skipped_in_row + 1 if report.skipped else 0
+        if self.progress.num_skipped_in_row > self.config.training.max_skipped:
+            self.saver.wait()  # the same on every rank: what is under way may still be had
+            raise DivergedError(self.progress.num_skipped_in_row, self.progress.step)
+
+    def _is_due(self, interval_steps: int | None) -> bool:
+        """Whether this step ends an interval; the last step is validated and saved anyway."""
+        step = self.progress.step
+        return interval_steps is not None and step % interval_steps == 0 and step < self.config.training.max_steps
+
+    def _validate(self, split: str) -> None:
+        with self.telemetry.phase("validation"):
+            scores = self.validate(split, self.progress.step)
+        if split == "validation":
+            self._scores = (self.progress.step, summarise(scores))
+
+    def _save(self) -> None:
+        """Begin to save, unless this step is saved already."""
+        if self._saved_step == self.progress.step:
+            return
+        self._saved_step = self.progress.step
+        self._clock.restart()
+        scored_step, scores = self._scores
+        self.saver.save(
+            self.progress.step,
+            self.engine.shards,
+            samples_seen=self.progress.step * self.config.training.global_batch_size,
+            trainer={
+                "progress": dict(vars(self.progress)),
+                "scores": scores if scored_step == self.progress.step else {},
+            },
+        )
+
+    def _save_and_wait(self) -> None:
+        """Save and be sure of it: nothing comes after that could make up for a failure."""
+        with self.telemetry.phase("checkpoint"):
+            self.saver.wait()
+            self._save()
+            self.saver.wait()
+        if self._saved_step != self.progress.step:
+            raise CheckpointError(f"step {self.progress.step}, the last, was not saved; older checkpoints are intact")
+
+    def _record_save(self, outcome: Outcome) -> None:
+        """Record how a save ended, which may have begun some steps ago."""
+        if outcome.error or outcome.skipped:
+            if self._saved_step == outcome.step:
+                self._saved_step = None
+            reason = outcome.error or f"step {outcome.step} is not saved: the save before is not done"
+            self.telemetry.event("save_failed", step=outcome.step, reason=reason, skipped=outcome.skipped)
+            self.telemetry.message(reason)
+            return
+        self.telemetry.event(
+            "checkpoint",
+            step=outcome.step,
+            path=outcome.name,
+            deleted_steps=outcome.deleted_steps,
+            seconds=round(outcome.seconds, 3),
+            stalled_s=round(outcome.stalled_s, 4),
+        )
+        if outcome.note:
+            self.telemetry.message(f"warning: {outcome.note}")
+            self.telemetry.event("prune_failed", step=outcome.step, error=outcome.note)
+
+    def _leave(self, reason: str) -> None:
+        self.telemetry.event("stop_requested", step=self.progress.step, reason=reason)
+        self._save_and_wait()
+        self.stop.clear()
+        raise StopRequestedError(self.progress.step, reason)

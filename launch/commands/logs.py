@@ -1,0 +1,168 @@
+"""``anemoi-dist logs``: what a rank has printed, in this attempt and the next ones. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from anemoi_dist.errors import ConfigError, ExitCode
+from anemoi_dist.run.directory import RunDirectory
+
+from .arguments import add_command, locate_run
+from .status import add_run_argument, look_at
+
+#: Seconds between two looks at a file, and between two looks at whether the run goes on.
+_LOOK_S, _STATE_S = 0.5, 5.0
+_CHUNK_BYTES = 1 << 20
+
+
+def add_commands(commands: Any) -> None:
+    """Add ``logs``."""
+    logs = add_command(commands, "logs", _logs, "print what a rank has printed")
+    add_run_argument(logs)
+    logs.add_argument("--rank", type=int, help="default: 0")
+    logs.add_argument("--attempt", type=int, help="counted from 1 (default: the newest)")
+    logs.add_argument("--follow", action="store_true", help="go on printing, also what later attempts print")
+
+
+def _logs(options: argparse.Namespace) -> int:
+    run = locate_run(options.run, options.root)
+    found = find(run, rank=options.rank, attempt=options.attempt)
+    if found is None and options.follow and look_at(run).may_go_on:
+        found = _wait(run, rank=options.rank, attempt=options.attempt)
+    if found is None:
+        raise ConfigError("RUN", options.run, _missing(run, options.rank, options.attempt), fix=_existing(run))
+    if options.follow:
+        _follow(run, found, rank=options.rank or 0, later=options.attempt is None)
+    else:
+        _print(found, offset=0)
+    return ExitCode.FINISHED
+
+
+def find(run: RunDirectory, *, rank: int | None = None, attempt: int | None = None) -> Path | None:
+    """Return the log that is asked for; None where there is none.
+
+    Without a rank and an attempt it is rank 0's of the newest attempt, and what the batch script printed where no rank
+    has printed yet: a job that fails before its ranks start says why there.
+    """
+    for number in _attempts(run)[-1:] if attempt is None else [attempt]:
+        file = run.log_file(number, rank or 0)
+        if file.is_file():
+            return file
+    if rank is None and attempt is None:
+        return max(_batch_logs(run), key=lambda file: file.stat().st_mtime, default=None)
+    return None
+
+
+def _attempts(run: RunDirectory) -> list[int]:
+    """Return the attempts that have logs, in their order."""
+    folders = run.logs_dir(1).parent.glob("attempt-*")
+    return sorted(int(name) for folder in folders if (name := folder.name.removeprefix("attempt-")).isdecimal())
+
+
+def _batch_logs(run: RunDirectory) -> list[Path]:
+    return list(run.slurm_logs_dir.glob("slurm-*.log"))
+
+
+def _ranks(run: RunDirectory, attempt: int) -> list[int]:
+    names = (file.stem.removeprefix("rank-") for file in run.logs_dir(attempt).glob("rank-*.log"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _missing(run: RunDirectory, rank: int | None, attempt: int | None) -> str:
+    attempts = _attempts(run)
+    if not attempts:
+        return "has no logs: no rank of it has started"
+    return f"has no log of rank {rank or 0} in attempt {attempts[-1] if attempt is None else attempt}"
+
+
+def _existing(run: RunDirectory) -> str:
+    """Say which logs there are."""
+    parts = []
+    for attempt in _attempts(run):
+        ranks = _ranks(run, attempt)
+        if ranks:
+            parts.append(f"--attempt {attempt} has ranks {_spans(ranks)}")
+    parts += [f"{file} is of the batch script" for file in _batch_logs(run)]
+    return "; ".join(parts) or f"`anemoi-dist status {run.run_id}` says what it is doing"
+
+
+def _spans(numbers: list[int]) -> str:
+    """Return ``0-3, 7`` for the sorted numbers 0, 1, 2, 3, 7."""
+    spans: list[list[int]] = []
+    for value in numbers:
+        if spans and value == spans[-1][-1] + 1:
+            spans[-1][1:] = [value]
+        else:
+            spans.append([value])
+    return ", ".join("-".join(map(str, span)) for span in spans)
+
+
+# Following
+
+
+def _wait(run: RunDirectory, *, rank: int | None, attempt: int | None) -> Path | None:
+    """Wait for the first log of a run that is on its way."""
+    print(f"{_missing(run, rank, attempt)} yet; waiting", file=sys.stderr, flush=True)
+    ended = _rarely(lambda: not look_at(run).may_go_on)
+    while (found := find(run, rank=rank, attempt=attempt)) is None and not ended():
+        time.sleep(_LOOK_S)
+    return found
+
+
+def _follow(run: RunDirectory, file: Path, *, rank: int, later: bool) -> None:
+    """Print a log as it grows, and where ``later`` those of the attempts after it, until the run has ended."""
+    ended = _rarely(lambda: not look_at(run).may_go_on)
+    offset = 0
+    while True:
+        # Asked before the look at the file, so that what was written last is printed too.
+        following, over = _following(run, file, rank=rank), ended()
+        offset = _print(file, offset=offset)
+        if following is not None and later:
+            print(f"==> {following.parent.name} <==", file=sys.stderr, flush=True)
+            file, offset = following, 0
+        elif following is not None or over:
+            return
+        else:
+            time.sleep(_LOOK_S)
+
+
+def _following(run: RunDirectory, file: Path, *, rank: int) -> Path | None:
+    """Return the same rank's log of the next attempt that has one."""
+    match = re.fullmatch(r"attempt-(\d+)", file.parent.name)
+    now = int(match[1]) if match else 0  # the batch script's log comes before all
+    later = (run.log_file(number, rank) for number in _attempts(run) if number > now)
+    return next((log for log in later if log.is_file()), None)
+
+
+def _rarely(question: Callable[[], bool]) -> Callable[[], bool]:
+    """Ask a costly question once in a while; the answer stands until then."""
+    answer, asked_at = False, -math.inf
+
+    def ask() -> bool:
+        nonlocal answer, asked_at
+        if time.monotonic() - asked_at >= _STATE_S:
+            answer, asked_at = question(), time.monotonic()
+        return answer
+
+    return ask
+
+
+def _print(file: Path, *, offset: int) -> int:
+    """Print a file from ``offset``, as the bytes that it holds; return where it ends now."""
+    sys.stdout.flush()
+    with file.open("rb") as stream:
+        stream.seek(0, 2)
+        if stream.tell() < offset:  # begun anew
+            offset = 0
+        stream.seek(offset)
+        while chunk := stream.read(_CHUNK_BYTES):
+            sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+        return stream.tell()

@@ -1,0 +1,6 @@
+"""``python -m anemoi_dist.launch.job``, as written in every batch script."""
+
+from .batch import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""torchrun as our launchers start it: it dies with its launcher, meets at a reserved port and says which rank failed.
+
+Started as a process on every node; with ``rendezvous.py`` the only part of this package that imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anemoi_dist.errors import AnemoiDistError, ExitCode
+from anemoi_dist.process.parent_death import PARENT_PID, die_with_parent, parent_in_environment
+from anemoi_dist.run.attempt import record_killed
+from anemoi_dist.run.directory import RunDirectory
+from anemoi_dist.telemetry.watchdog import record_unsaid_hang
+
+#: What ends a rank from outside, or by a crash. The rest is how processes are asked to leave, by us too.
+_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+#: Ranks that fail within this time fail together. Those that torchrun kills it asks to leave first, for far longer.
+_AT_ONCE_S = 5
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+
+def main() -> int:
+    """Run torchrun with this process's arguments; return the code of the first rank that failed, where it is ours."""
+    die_with_parent(parent_pid=parent_in_environment(), number=signal.SIGTERM)
+    os.environ[PARENT_PID] = str(os.getpid())  # for the ranks
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    from .agent_rendezvous import register
+
+    register()
+    # It logs every rank that ends with a code, also those that mean "saved" or "your configuration is wrong". What goes
+    # wrong in torchrun itself is an exception.
+    logging.disable(logging.ERROR)
+    run = _run_directory(sys.argv)
+    try:
+        attempts_before = len(run.read_state()["attempts"]) if run else 0  # no rank is there yet to add one
+        torchrun(sys.argv[1:])
+    except ChildFailedError as error:
+        rank, failure = _cause(error)
+        if run and failure.exitcode == ExitCode.HANG:
+            record_unsaid_hang(run)
+        if run and failure.exitcode < 0 and -failure.exitcode not in _ASKING:
+            number = signal.Signals(-failure.exitcode)
+            record_killed(run, rank=rank, pid=failure.pid, number=number, attempts_before=attempts_before)
+        if failure.exitcode in set(ExitCode):
+            return failure.exitcode
+        how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"code {failure.exitcode}"
+        where = f"rank {rank} (pid {failure.pid} on {socket.gethostname()})"
+        print(f"{where} ended with {how}", file=sys.stderr)  # noqa: T201
+        return 1
+    except AnemoiDistError as error:  # agents that do not find each other
+        print(f"anemoi-dist: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def _run_directory(arguments: list[str]) -> RunDirectory | None:
+    """Return the run that the ranks are told to train, where they are."""
+    if "--run-directory" not in arguments[:-1]:
+        return None
+    return RunDirectory(Path(arguments[arguments.index("--run-directory") + 1]))
+
+
+def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """Return the rank that began it: one that was killed, else the first that left by itself.
+
+    The others notice within milliseconds that a rank is gone, and torchrun looks at all of them at once. Then it asks
+    the rest to leave, and those that could not answer, or were killed for that, are among the failures too.
+    """
+    began = min(failure.timestamp for failure in error.failures.values())
+    asked = {-int(number) for number in _ASKING}
+    told = {
+        rank: failure
+        for rank, failure in error.failures.items()
+        if failure.exitcode not in asked and failure.timestamp - began <= _AT_ONCE_S
+    }
+    killed = [(rank, failure) for rank, failure in told.items() if failure.exitcode < 0]
+    if killed or not told:
+        return killed[0] if killed else error.get_first_failure()
+    return min(told.items(), key=lambda failed: failed[1].timestamp)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Any command in the place of our ranks: started, asked to stop, and its end recorded as that of a run.
+
+    python -m anemoi_dist.launch.job.command RUN_DIRECTORY [--srun RANKS_PER_NODE] -- COMMAND ...
+
+It stands where rank 0 stands for a run of ours: it holds the run and writes ``run.json``. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from anemoi_dist.errors import AnemoiDistError, ExitCode
+from anemoi_dist.process.parent_death import PARENT_PID, die_with_parent, parent_in_environment
+from anemoi_dist.run.attempt import Attempt
+from anemoi_dist.run.directory import LAUNCHED, RunDirectory
+
+from ..status import slurm_queue
+from .allocation import Allocation, srun
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, 75 where it shall run again, 70 for any other end."""
+    die_with_parent(parent_pid=parent_in_environment(), number=signal.SIGTERM)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    place = list(arguments).index("--")
+    own, words = list(arguments[:place]), list(arguments[place + 1 :])
+    run, by_srun = RunDirectory(Path(own[0])), own[1:2] == ["--srun"]
+    try:
+        allocation = Allocation.here(os.environ)
+        ranks_per_node = int(own[2]) if by_srun else 1
+        world_size = len(allocation.nodes) * ranks_per_node if by_srun else 1
+        attempt = Attempt(run, world_size=world_size, max_steps=0)
+        command = [*srun(allocation, tasks_per_node=ranks_per_node), *words] if by_srun else words
+        code = _Command(command, allocation, by_srun=by_srun).run()
+    except AnemoiDistError as error:
+        print(f"anemoi-dist: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        return int(error.exit_code)
+    ended = _as_ours(code)
+    said = f"{shlex.join(words)[:200]} returned {code}"
+    print(f"run {run.run_id}: {said}", file=sys.stderr, flush=True)  # noqa: T201
+    attempt.end(ended, failure=None if ended != ExitCode.INTERNAL else {"returned": code, "error": said})
+    return int(ended)
+
+
+def _as_ours(code: int) -> ExitCode:
+    """Return what a command's code means: its own numbers mean nothing here, but those for success and "again"."""
+    known = (ExitCode.FINISHED, ExitCode.SAVED_RUN_AGAIN)
+    return ExitCode(code) if code in known else ExitCode.INTERNAL
+
+
+class _Command:
+    """The command while it runs."""
+
+    def __init__(self, command: Sequence[str], allocation: Allocation, *, by_srun: bool) -> None:
+        self._command, self._allocation, self._by_srun = command, allocation, by_srun
+        self._process: subprocess.Popen[bytes] | None = None
+        self._asked = self._is_told = False
+
+    def run(self) -> int:
+        """Run it to its end; 75 where it was asked to stop, whatever it says then: it has not come to its end."""
+        signal.signal(signal.SIGTERM, self._stop)
+        environment = {name: value for name, value in os.environ.items() if name not in (PARENT_PID, LAUNCHED)}
+        try:
+            self._process = subprocess.Popen(self._command, env=environment, process_group=0)
+        except OSError as error:
+            print(f"cannot start {self._command[0]}: {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201
+            return 127
+        if self._asked:  # before there was anything to ask
+            self._pass_on()
+        code = self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # what it has left in the background would outlive the job
+            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._asked:
+            return int(ExitCode.SAVED_RUN_AGAIN)
+        return code if code >= 0 else 128 - code
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            return
+        self._asked = True
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._process is None or self._is_told:
+            return
+        self._is_told = True
+        if self._by_srun:
+            # srun kills its tasks where it is told to end; this signal reaches the tasks and not the batch script.
+            slurm_queue.call(["scancel", "--signal=TERM", self._allocation.job_id], timeout_s=60)
+        else:
+            self._process.send_signal(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What a launcher is going to do, before it does it: the seam between a configuration and what starts ranks. No torch.
+
+Each kind of launcher (``launcher.kind``) is the module of that name beside this one. It gives
+``plan(config, run, machine) -> Plan``, which is pure: what it has to know about this machine is in its arguments, and
+:func:`anemoi_dist.launch.launchers.machine.look` finds that out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
+
+from anemoi_dist.config.schema import LAUNCHER_KINDS, BatchPlan, Config
+from anemoi_dist.engines.memory_estimate import ExpectedMemory, ModelSize, expected_memory
+from anemoi_dist.run.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Mpirun:
+    """An mpirun of this machine.
+
+    Attributes
+    ----------
+    path : str
+        The program.
+    family : str
+        ``openmpi``, or ``hydra`` (MPICH, Intel MPI, MVAPICH): they take other options.
+    """
+
+    path: str
+    family: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan has to know about the machine that it is made on.
+
+    Attributes
+    ----------
+    num_gpus : int
+        GPUs that ranks started here could see.
+    environ : Mapping[str, str]
+        The caller's environment.
+    python : str
+        The interpreter that starts ranks.
+    mpirun : Mpirun, optional
+        What ``launcher=mpi`` starts ranks with; looked for where that is asked for.
+    """
+
+    num_gpus: int
+    environ: Mapping[str, str]
+    python: str
+    mpirun: Mpirun | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is started, where, and with what.
+
+    Attributes
+    ----------
+    kind : str
+        ``launcher.kind``.
+    nodes, ranks_per_node : int
+        How many ranks, and where.
+    batches : BatchPlan
+        How the global batch is cut over them.
+    environment : Mapping[str, str]
+        Variables that the ranks get beside those of the environment they are started in.
+    rendezvous : str
+        Where ranks find each other, in words or as an address.
+    command : tuple[str, ...]
+        What is started on this machine: torchrun, mpirun, sbatch.
+    script : str, optional
+        Text of the batch script, where there is one.
+    notes : tuple[str, ...]
+        What this machine lacks for it, in words.
+    memory : ExpectedMemory, optional
+        What the fullest rank holds, where the size of the model is known.
+    device_bytes : int, optional
+        Memory of the device that it has to fit into, where that is known.
+    """
+
+    kind: str
+    nodes: int
+    ranks_per_node: int
+    batches: BatchPlan
+    environment: Mapping[str, str]
+    rendezvous: str
+    command: tuple[str, ...]
+    script: str | None = None
+    notes: tuple[str, ...] = ()
+    memory: ExpectedMemory | None = None
+    device_bytes: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all nodes."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def share(self) -> float | None:
+        """What the fullest rank takes of its device, activations aside; 1 is all of it."""
+        if self.memory is None or self.device_bytes is None:
+            return None
+        return self.memory.device / self.device_bytes
+
+    def shell(self) -> str:
+        """Return the command with the variables it needs, to paste into a shell."""
+        added = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*added, shlex.join(self.command)])
+
+
+class Launcher(Protocol):
+    """What the module of each kind gives."""
+
+    def plan(self, config: Config, run: RunDirectory, machine: Machine) -> Plan:
+        """Say what would be started. Pure.
+
+        Raises
+        ------
+        ConfigError
+            The configuration cannot be launched: its batch does not divide, a value has no meaning for this kind.
+        """
+
+
+def launcher(kind: str) -> Launcher:
+    """Return the module that launches runs of this kind, imported now."""
+    assert kind in LAUNCHER_KINDS, kind
+    return cast(Launcher, importlib.import_module(f".{kind}", __package__))
+
+
+def plan(
+    config: Config,
+    run: RunDirectory,
+    machine: Machine,
+    *,
+    model: ModelSize | None = None,
+    device_bytes: int | None = None,
+) -> Plan:
+    """Say what ``config.launcher`` would start for a run. Pure.
+
+    Parameters
+    ----------
+    config : Config
+        The run's configuration.
+    run : RunDirectory
+        Its directory, which need not exist.
+    machine : Machine
+        Where the launcher runs.
+    model : ModelSize, optional
+        What memory follows from; without it the plan has none.
+    device_bytes : int, optional
+        Memory of each rank's device.
+
+    Raises
+    ------
+    ConfigError
+        The configuration cannot be launched.
+    """
+    launched = launcher(config.launcher.kind).plan(config, run, machine)
+    memory = None if model is None else expected_memory(config, model, world_size=launched.world_size)
+    return replace(launched, memory=memory, device_bytes=device_bytes)

@@ -1,0 +1,95 @@
+"""Memory of a rank for every engine and many numbers of ranks, before anyone queues. Pure, and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from anemoi_dist.config.schema import Config, EngineConfig, plan_batches
+from anemoi_dist.engines.memory_estimate import ExpectedMemory, ModelSize, expected_memory
+from anemoi_dist.errors import ConfigError
+
+WORLD_SIZES = tuple(2**power for power in range(11))
+#: By the name that ``engine=`` gives them.
+ENGINES = {
+    "ddp": EngineConfig(kind="ddp"),
+    **{f"zero{stage}": EngineConfig(kind="deepspeed", stage=stage) for stage in range(4)},
+    "zero3_offload": EngineConfig(kind="deepspeed", stage=3, offload=True),
+    "fsdp2": EngineConfig(kind="fsdp2"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One engine on one number of ranks.
+
+    Attributes
+    ----------
+    engine : str
+        Its name for ``engine=``.
+    world_size : int
+        Ranks.
+    memory : ExpectedMemory
+        Of the fullest rank.
+    fits : bool, optional
+        Whether the device holds it, activations aside; None: its memory is not known.
+    """
+
+    engine: str
+    world_size: int
+    memory: ExpectedMemory
+    fits: bool | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of ranks.
+
+    Attributes
+    ----------
+    world_size : int
+        Ranks.
+    batch_problem : str
+        Why the batch cannot be cut over so many; empty where it can.
+    cells : Sequence[Cell]
+        In the order of :data:`ENGINES`.
+    """
+
+    world_size: int
+    batch_problem: str
+    cells: Sequence[Cell]
+
+
+def memory_table(config: Config, model: ModelSize, *, device_bytes: int | None) -> list[Row]:
+    """Return what every engine would hold on 1 to 1024 ranks; everything else as configured.
+
+    Parameters
+    ----------
+    config : Config
+        ``engine.options`` go to all stages of ZeRO if the configured engine is one.
+    model : ModelSize
+        The model.
+    device_bytes : int, optional
+        Memory of each rank's device.
+    """
+    variants = {
+        name: replace(config, engine=replace(engine, options=config.engine.options if "zero" in name else {}))
+        for name, engine in ENGINES.items()
+    }
+    rows = []
+    for world_size in WORLD_SIZES:
+        cells = []
+        for name, variant in variants.items():
+            memory = expected_memory(variant, model, world_size=world_size)
+            fits = None if device_bytes is None else memory.device <= device_bytes
+            cells.append(Cell(name, world_size, memory, fits))
+        rows.append(Row(world_size, _batch_problem(config, world_size), cells))
+    return rows
+
+
+def _batch_problem(config: Config, world_size: int) -> str:
+    try:
+        plan_batches(config.training, world_size=world_size)
+    except ConfigError as error:
+        return f"{error.key}={error.value} {error.rule}"
+    return ""

@@ -1,0 +1,282 @@
+"""The life of a run's ranks, the same under every launcher: start, pass on a stop, start again, say how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from anemoi_dist.config.schema import LauncherConfig
+from anemoi_dist.errors import ExitCode
+from anemoi_dist.process.parent_death import PARENT_PID
+from anemoi_dist.run.directory import LAUNCHED, RunDirectory
+
+from ..status import journal
+from ..status.files import failure_line
+
+#: Ends that another start may mend: a crash, and a hang. What a rank said on purpose comes again.
+RESTARTED = (ExitCode.INTERNAL, ExitCode.HANG)
+_LONGEST_WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one start of the ranks ended.
+
+    Attributes
+    ----------
+    code : int
+        The exit code of the run.
+    message : str
+        What to tell the user; empty where the ranks have said it.
+    reason : str
+        The same in one line, for ``launch.jsonl``.
+    """
+
+    code: int
+    message: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is supervised.
+
+    Attributes
+    ----------
+    run : RunDirectory
+        A prepared run, owned by this process.
+    kind : str
+        ``local``, ``slurm`` or ``mpi``.
+    command : Callable[[int], list[str]]
+        Number of restarts so far -> the command that starts the ranks and ends with them.
+    environment : Mapping[str, str]
+        That of the command.
+    ask_to_stop : Callable[[subprocess.Popen[bytes], int], None]
+        Passes a stop signal on, so that the ranks save and leave.
+    facts : Mapping[str, Any]
+        What ``launch.jsonl`` shall say of this job: ``job_id``, ``life``.
+    returns_codes : bool
+        Whether the command returns a rank's exit code as that is. Hydra's mpirun also returns the bare number of a
+        signal, and 6 is an abort there, no hang.
+    hear : Callable[[int], None]
+        Is told of every signal as it comes, also between two starts.
+    early : Sequence[int]
+        Signals that came before this.
+    """
+
+    run: RunDirectory
+    kind: str
+    command: Callable[[int], list[str]]
+    environment: Mapping[str, str]
+    ask_to_stop: Callable[[subprocess.Popen[bytes], int], None]
+    facts: Mapping[str, Any]
+    returns_codes: bool = True
+    hear: Callable[[int], None] = lambda number: None
+    early: Sequence[int] = ()
+
+
+def supervise(job: Job, options: LauncherConfig) -> int:
+    """Run the job until it ends for good and return the exit code of the run.
+
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the ranks to save and leave; a second one but SIGUSR1 kills them. A crash or
+    a hang is followed by another start, ``launcher.max_restarts`` times, each after a longer wait.
+
+    Parameters
+    ----------
+    job : Job
+        What to run.
+    options : LauncherConfig
+        How often to start again, and after which wait.
+    """
+    journal.note_if_possible(job.run, "launch", kind=job.kind, **job.facts)
+    with _Stopper(job.ask_to_stop, job.hear) as stopper:
+        for number in list(job.early)[:1]:
+            stopper.request(number)
+        for restarts in range(options.max_restarts + 1):
+            ending = _run_once(job, stopper, restarts)
+            if ending.message:
+                _say(ending.message)
+            if ending.code not in RESTARTED or stopper.requested or restarts == options.max_restarts:
+                break
+            wait_s = min(options.backoff_s * 2**restarts, _LONGEST_WAIT_S)
+            _say(f"run {job.run.run_id}: restart {restarts + 1} of {options.max_restarts} in {wait_s:g} s")
+            note = {"code": int(ending.code), "reason": ending.reason, "wait_s": wait_s}
+            journal.note_if_possible(job.run, "restart", **note, **job.facts)
+            if stopper.wait(wait_s):
+                break
+    if ending.code in RESTARTED and job.kind != "slurm":  # a job in SLURM may go back into the queue by itself
+        _say("the same command continues from the last checkpoint")
+    journal.note_if_possible(job.run, "end", code=int(ending.code), reason=ending.reason, **job.facts)
+    return ending.code
+
+
+def _run_once(job: Job, stopper: _Stopper, restarts: int) -> Ending:
+    attempts_before = len(job.run.read_state()["attempts"])
+    environment = {**job.environment, LAUNCHED: job.kind, PARENT_PID: str(os.getpid())}
+    # A session of its own: Ctrl-C in a terminal reaches this process alone, and the ranks hear of it once.
+    process = subprocess.Popen(job.command(restarts), env=environment, start_new_session=True)
+    agent_code = stopper.attend(process)
+    return read_ending(
+        job.run,
+        agent_code,
+        attempts_before=attempts_before,
+        interrupted=stopper.requested,
+        returns_codes=job.returns_codes,
+    )
+
+
+class _Stopper:
+    """Passes stop signals on to the ranks while they run."""
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+    def __init__(
+        self, ask_to_stop: Callable[[subprocess.Popen[bytes], int], None], hear: Callable[[int], None]
+    ) -> None:
+        self._ask_to_stop, self._hear = ask_to_stop, hear
+        self._process: subprocess.Popen[bytes] | None = None
+        self._former: dict[int, Any] = {}
+        self._asked: threading.Event = threading.Event()
+        self._number = 0
+        self._passed_on = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody has asked for a stop."""
+        return self._number != 0
+
+    def wait(self, seconds: float) -> bool:
+        """Wait, or return True as soon as a stop is asked for."""
+        return self._asked.wait(seconds)
+
+    def attend(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for the process, and return its code."""
+        self._process = process
+        self._pass_on()  # asked for between two starts, or before the first
+        code = process.wait()
+        self._process = None
+        return code
+
+    def _pass_on(self) -> None:
+        """Tell the ranks of a stop, once."""
+        if self.requested and self._process is not None and not self._passed_on:
+            self._passed_on = True
+            self._ask_to_stop(self._process, self._number)
+
+    def __enter__(self) -> _Stopper:
+        self._former = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._hear(number)
+        # os.write: print may not be entered again from a handler that interrupted it.
+        if self.requested:
+            if number == signal.SIGUSR1:
+                return  # a scheduler may remind; it does not kill by this one
+            if self._process is not None:
+                os.write(2, b"killed; what was saved last is intact\n")
+                os.killpg(self._process.pid, signal.SIGKILL)
+            return
+        self.request(number)
+
+    def request(self, number: int) -> None:
+        """Ask for a stop, now and of whatever is started later."""
+        self._number = number
+        os.write(2, f"{signal.Signals(number).name}: saving and stopping; once more kills\n".encode())
+        self._pass_on()
+        self._asked.set()
+
+
+def signal_process(process: subprocess.Popen[bytes], number: int) -> None:
+    """Ask for a stop by a signal to the process, which passes it to the ranks of this machine."""
+    process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+def read_ending(
+    run: RunDirectory, agent_code: int, *, attempts_before: int, interrupted: bool, returns_codes: bool = True
+) -> Ending:
+    """Return how the ranks ended, and what to tell the user (nothing where rank 0 has said it).
+
+    What started them answers for any failure with a code of its own, so what counts is what a rank wrote into
+    ``run.json``.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        The run.
+    agent_code : int
+        What the command returned; a code of ours where the first rank that failed left with one.
+    attempts_before : int
+        Attempts recorded before this start.
+    interrupted : bool
+        Whether a stop was asked for through this process.
+    returns_codes : bool
+        As in :class:`Job`.
+    """
+    attempts = run.read_state()["attempts"]
+    last = attempts[-1] if len(attempts) > attempts_before else None
+    if last is not None and last.get("exit_code") is not None:
+        return Ending(int(last["exit_code"]), _describe_failure(run, last), failure_line(last.get("failure")))
+    if interrupted:
+        told = f"stopped before anything new was saved; the same command starts {run.run_id} again"
+        return Ending(ExitCode.INTERRUPTED, told, "stopped before anything new was saved")
+    ours = agent_code in set(ExitCode)
+    if last is None:
+        if agent_code == ExitCode.HANG and returns_codes:
+            reason = "the ranks have not met in time"
+            return Ending(agent_code, f"run {run.run_id}: {reason}; where they stood is above", reason)
+        # Nothing to do for a finished run, or refused before the attempt began: rank 0 has said so.
+        if ours and agent_code != ExitCode.HANG:
+            return Ending(agent_code)
+        return Ending(
+            ExitCode.INTERNAL,
+            f"run {run.run_id}: no rank got as far as recording its start (the command returned {agent_code}); what "
+            "they printed is above",
+            "no rank got as far as recording its start",
+        )
+    if ours and returns_codes and agent_code != ExitCode.FINISHED:
+        return Ending(agent_code, f"run {run.run_id}: attempt {last['attempt']} ended with {_name(agent_code)}")
+    return Ending(
+        ExitCode.INTERNAL,
+        f"run {run.run_id}: attempt {last['attempt']} ended without a word: a rank was killed or crashed (out of "
+        f"memory?); logs: {run.logs_dir(last['attempt'])}",
+        "a rank was killed or crashed without a word (out of memory?)",
+    )
+
+
+def _describe_failure(run: RunDirectory, attempt: Mapping[str, Any]) -> str:
+    """Say which rank failed first and how; rank 0 has told its own story."""
+    code, failure = attempt["exit_code"], attempt.get("failure")
+    if failure is None:
+        logs = run.logs_dir(attempt["attempt"])
+        return "" if code not in RESTARTED else f"run {run.run_id}: {_name(code)}; logs: {logs}"
+    if "returned" in failure:
+        return f"run {run.run_id}: {failure_line(failure)}; `anemoi-dist logs {run.run_id}` has what it printed"
+    place = f"rank {failure['rank']} on {failure['host']} (pid {failure['pid']})"
+    if "signal" in failure:
+        return f"run {run.run_id}: {place} was {failure['error']}; its log: {failure['log']}"
+    if failure["rank"] == 0 and code not in RESTARTED:
+        return ""
+    first = f"run {run.run_id}: {place} failed first: {_name(code)}; its log: {failure['log']}"
+    has_said = failure["rank"] == 0 and "hang" not in failure
+    return "\n".join([first] if has_said else [first, *(f"  {line}" for line in failure["error"].splitlines())])
+
+
+def _name(code: int) -> str:
+    known = {int(each): each.name.lower().replace("_", " ") for each in ExitCode}
+    return f"code {code} ({known[code]})" if code in known else f"code {code}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201

@@ -1,0 +1,1 @@
+"""What a run is doing, derived from its files and from SLURM."""

@@ -1,0 +1,338 @@
+"""What the files of a run say, read once, quickly, and without trust: any of them may be missing, torn or damaged."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anemoi_dist.errors import PreflightError
+from anemoi_dist.process.parent_death import process_started
+from anemoi_dist.run.directory import RunDirectory
+from anemoi_dist.run.events import Event
+
+from . import journal
+
+#: Of an events.jsonl of any size only so much is read, from its end.
+TAIL_BYTES = 64 * 1024
+#: Heartbeat files younger than this need not be opened to know that their ranks are well.
+FRESH_S = 60.0
+#: A recorded attempt begins a moment after its process; clocks are not finer than this.
+_CLOCK_SLACK_S = 2.0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt as ``run.json`` records it; what it does not say is None."""
+
+    number: int
+    started: float | None = None
+    ended: float | None = None
+    exit_code: int | None = None
+    world_size: int | None = None
+    max_steps: int | None = None
+    job_id: str | None = None
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The last sign of life of one rank.
+
+    Attributes
+    ----------
+    seen : float
+        When; of the rank's own clock and the file's time the earlier, so that a clock ahead does not hide a silence.
+    written : float
+        Time of the file.
+    collectives : int or None
+        Collective operations begun: of ranks that wait for each other, all wait for the one with the fewest.
+    """
+
+    rank: int
+    attempt: int
+    seen: float
+    written: float
+    step: int | None = None
+    phase: str = ""
+    host: str = ""
+    pid: int | None = None
+    collectives: int | None = None
+    total_steps: int | None = None
+    loss: float | None = None
+    samples_per_s: float | None = None
+    eta_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that is known of a run without asking a scheduler.
+
+    Attributes
+    ----------
+    has_config : bool
+        A configuration is frozen in it.
+    damage : str
+        Why ``run.json`` is passed over; empty where it is sound.
+    attempts : tuple[Attempt, ...]
+        In their order.
+    launch : tuple[Event, ...]
+        ``launch.jsonl``.
+    beats : tuple[Beat, ...]
+        Of the newest attempt: rank 0's, and all others or those that are not fresh.
+    step_event : Event or None
+        The newest ``step`` event within reach.
+    events_written : float or None
+        When ``events.jsonl`` was last written to.
+    stop_requested : bool
+        The stop file is there.
+    launcher_alive, owner_alive : bool or None
+        Whether the process that launched, or rank 0, lives; None on another host.
+    owner_host : str
+        Where rank 0 holds the run; empty where nobody does.
+    """
+
+    run_id: str
+    has_config: bool = True
+    damage: str = ""
+    attempts: tuple[Attempt, ...] = ()
+    launch: tuple[Event, ...] = ()
+    beats: tuple[Beat, ...] = ()
+    step_event: Mapping[str, Any] | None = None
+    events_written: float | None = None
+    stop_requested: bool = False
+    launcher_alive: bool | None = None
+    owner_alive: bool | None = None
+    owner_host: str = ""
+
+    @property
+    def job_id(self) -> str | None:
+        """The scheduler's job that the run was last given to, if it was one."""
+        begun = journal.last(self.launch, "submit", "launch")
+        if begun is None:
+            return self.attempts[-1].job_id if self.attempts else None
+        return str(begun["job_id"]) if begun.get("job_id") else None
+
+    @property
+    def is_command(self) -> bool:
+        """It is another program: it records no attempts, and knows no stop request."""
+        submitted = journal.last(self.launch, "submit")
+        return submitted is not None and bool(submitted.get("command"))
+
+    @property
+    def kind(self) -> str | None:
+        """What launched it last: ``local``, ``slurm``, ``mpi``."""
+        begun = journal.last(self.launch, "submit", "launch")
+        return None if begun is None else str(begun.get("kind") or "") or None
+
+
+def gather(run: RunDirectory, *, every_rank: bool = True) -> Facts:
+    """Read what the files of a run say.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        It exists.
+    every_rank : bool, optional
+        Whether to open the heartbeat files of ranks that were written to a moment ago; rank 0's always is.
+    """
+    state, damage = _state(run)
+    attempts = _attempts(state)
+    launch = _launch(run)
+    owner = state.get("owner")
+    owner = owner if isinstance(owner, dict) else {}
+    step_event, written = _newest_step(run.events_file)
+    return Facts(
+        run_id=run.run_id,
+        has_config=run.config_file.is_file(),
+        damage=damage,
+        attempts=attempts,
+        launch=launch,
+        beats=_beats(run, attempts, every_rank=every_rank),
+        step_event=step_event,
+        events_written=written,
+        stop_requested=run.stop_file.exists(),
+        launcher_alive=launcher_alive(launch),
+        owner_alive=_owner_alive(owner, attempts),
+        owner_host=str(owner.get("host", "")),
+    )
+
+
+def number(value: Any) -> float | None:
+    """Return ``value`` where it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond all floats
+        return None
+
+
+def whole(value: Any) -> int | None:
+    """Return ``value`` where it is a whole number."""
+    return int(value) if (found := number(value)) is not None and found == int(found) else None
+
+
+def _state(run: RunDirectory) -> tuple[Mapping[str, Any], str]:
+    try:
+        return run.read_state(), ""
+    except (PreflightError, OSError, RecursionError) as error:
+        return {}, " ".join(str(error).split())
+
+
+def _launch(run: RunDirectory) -> tuple[Event, ...]:
+    try:
+        events = journal.read(run)
+    except (OSError, RecursionError):
+        return ()
+    return tuple(event for event in events if event["event"] in journal.EVENTS and number(event.get("time")))
+
+
+def _attempts(state: Mapping[str, Any]) -> tuple[Attempt, ...]:
+    found = []
+    for index, record in enumerate(state.get("attempts", []), start=1):
+        if not isinstance(record, dict):
+            record = {}
+        found.append(
+            Attempt(
+                number=index,
+                started=number(record.get("started")),
+                ended=number(record.get("ended")),
+                exit_code=whole(record.get("exit_code")),
+                world_size=whole(record.get("world_size")),
+                max_steps=whole(record.get("max_steps")),
+                job_id=str(record["job_id"]) if record.get("job_id") else None,
+                failure=failure_line(record.get("failure")),
+            )
+        )
+    return tuple(found)
+
+
+def failure_line(failure: Any) -> str:
+    """Return who failed and how in one line, of what ``run.json`` says of a failure."""
+    if not isinstance(failure, dict):
+        return ""
+    if "returned" in failure:  # another program: its code says nothing but that it has failed
+        return f"the command returned {failure['returned']}"
+    if not isinstance(failure.get("error"), str):
+        return ""
+    lines = [line.strip() for line in failure["error"].splitlines() if line.strip()] or ["no word"]
+    # A traceback says at its end what happened, all else at its beginning.
+    said = lines[-1] if lines[0].startswith("Traceback") else lines[0].rstrip(":")
+    place = f"rank {failure.get('rank')} on {failure.get('host')} (pid {failure.get('pid')})"
+    return f"{place} was {said}" if "signal" in failure else f"{place}: {said}"
+
+
+# Who lives
+
+
+def launcher_alive(launch: tuple[Event, ...]) -> bool | None:
+    """Whether the process that launched last lives; None where it is on another host, or nobody launched.
+
+    A pid alone proves nothing: it may have been given to another process since.
+    """
+    event = journal.last(launch, "launch")
+    if event is None or event.get("host") != socket.gethostname() or whole(event.get("pid")) is None:
+        return None
+    started = process_started(event["pid"])
+    return started is not None and started == event.get("started", started)
+
+
+def _owner_alive(owner: Mapping[str, Any], attempts: tuple[Attempt, ...]) -> bool | None:
+    if not attempts or owner.get("host") != socket.gethostname():
+        return None
+    pid, noted = whole(owner.get("pid")), whole(owner.get("started"))
+    ticks = None if pid is None else process_started(pid)
+    if ticks is None or noted is not None:
+        return ticks is not None and ticks == noted
+    # Rank 0 recorded the attempt after it began; a process that began later has only inherited its number.
+    began, recorded = _boot_time() + ticks / os.sysconf("SC_CLK_TCK"), attempts[-1].started
+    return recorded is None or began <= recorded + _CLOCK_SLACK_S
+
+
+def _boot_time() -> float:
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+# Heartbeats
+
+
+def _beats(run: RunDirectory, attempts: tuple[Attempt, ...], *, every_rank: bool) -> tuple[Beat, ...]:
+    """Return the heartbeats of the newest attempt; files that others left behind are passed over."""
+    fresh = math.inf if every_rank else time.time() - FRESH_S
+    found = []
+    try:
+        entries = list(os.scandir(run.heartbeats_dir))
+    except OSError:
+        return ()
+    for entry in entries:
+        if not (entry.name.startswith("rank-") and entry.name.endswith(".json")):
+            continue
+        try:
+            written = entry.stat().st_mtime
+            if written < fresh or entry.name == "rank-00000.json":
+                beat = _beat(Path(entry.path).read_bytes(), written)
+                found += [beat] if beat is not None else []
+        except OSError:  # replaced or deleted at this moment
+            continue
+    newest = attempts[-1].number if attempts else max((beat.attempt for beat in found), default=0)
+    size = attempts[-1].world_size if attempts else None
+    here = [beat for beat in found if beat.attempt == newest and (size is None or beat.rank < size)]
+    return tuple(sorted(here, key=lambda beat: beat.rank))
+
+
+def _beat(text: bytes, written: float) -> Beat | None:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    rank, attempt, seen = whole(content.get("rank")), whole(content.get("attempt")), number(content.get("time"))
+    if rank is None or attempt is None or seen is None:
+        return None
+    return Beat(
+        rank=rank,
+        attempt=attempt,
+        seen=min(seen, written),
+        written=written,
+        step=whole(content.get("step")),
+        phase=str(content.get("phase", "")),
+        host=str(content.get("host", "")),
+        pid=whole(content.get("pid")),
+        collectives=whole(content.get("collectives")),
+        total_steps=whole(content.get("total_steps")),
+        loss=number(content.get("loss")),
+        samples_per_s=number(content.get("samples_per_s")),
+        eta_s=number(content.get("eta_s")),
+    )
+
+
+# Events
+
+
+def _newest_step(path: Path) -> tuple[Mapping[str, Any] | None, float | None]:
+    """Return the newest ``step`` event in the tail of the event log, and when the log was written to."""
+    try:
+        with path.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            stream.seek(max(0, status.st_size - TAIL_BYTES))
+            tail = stream.read()
+    except OSError:
+        return None, None
+    for line in reversed(tail.split(b"\n")):
+        if b'"step"' not in line:
+            continue
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):  # torn, or the first line of the tail
+            continue
+        if isinstance(event, dict) and event.get("event") == "step" and whole(event.get("step")) is not None:
+            return event, status.st_mtime
+    return None, status.st_mtime

@@ -1,0 +1,342 @@
+"""A changed model: one report of everything, renames and permitted gaps, the same under every engine."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from support import changed, toy
+
+from anemoi_dist.checkpoint.matching import FROM_ADAMW, fit, renamed
+from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.shard import TensorInfo
+from anemoi_dist.checkpoint.store import LocalStore
+from anemoi_dist.checkpoint.writer import save
+from anemoi_dist.config.schema import from_yaml, to_yaml
+from anemoi_dist.distributed.world import World
+from anemoi_dist.errors import CheckpointError, ConfigError
+
+ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+FACTS = {"engine": "toy", "config_hash": "0", "versions": {}}
+
+
+class Source:
+    """Tensors in memory, as a checkpoint."""
+
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        self._held = {(name.replace("__", "."), "param"): tensor for name, tensor in tensors.items()}
+
+    def tensors(self) -> Mapping[tuple[str, str], TensorInfo]:
+        return {key: TensorInfo(tuple(t.shape), t.dtype) for key, t in self._held.items()}
+
+    def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
+        out.copy_(self._held[fqn, kind].reshape(-1)[start : start + out.numel()])
+
+
+def wanted(**shapes: tuple[int, ...]) -> dict[tuple[str, str], TensorInfo]:
+    return {(name.replace("__", "."), "param"): TensorInfo(shape, torch.float32) for name, shape in shapes.items()}
+
+
+def fitted(source: Source, want: dict, rename: dict | None = None, allow: list | None = None):
+    return fit(source, want, rename=rename or {}, allow_missing=allow or [])
+
+
+@pytest.mark.parametrize(
+    ("rename", "name", "expected"),
+    [
+        ({"a": "b"}, "a.w", "b.w"),
+        ({"a": "b"}, "ab.w", "ab.w"),
+        ({"a.w": "c"}, "a.w", "c"),
+        ({"a": "b", "a.c": "d"}, "a.c.w", "d.w"),
+        ({"": "model"}, "a.w", "model.a.w"),
+        ({"module": ""}, "module.a.w", "a.w"),
+        ({"a.b": "c.d.e"}, "a.b.w", "c.d.e.w"),
+    ],
+)
+def test_a_rename_takes_whole_names_the_longest_first(rename: dict, name: str, expected: str) -> None:
+    assert renamed(name, rename) == expected
+
+
+def test_nothing_is_matched_by_position() -> None:
+    source = Source(first=torch.ones(3), second=torch.zeros(3))
+    out = torch.empty(3)
+    fitted(source, wanted(second=(3,), first=(3,))).read("second", "param", start=0, out=out)
+    assert torch.equal(out, torch.zeros(3))
+    with pytest.raises(CheckpointError) as raised:
+        fitted(source, wanted(other=(3,), second=(3,)))
+    assert "other: parameter (3,) float32" in str(raised.value) and "first: parameter (3,)" in str(raised.value)
+
+
+def test_another_model_of_thousands_of_names_is_reported_whole_and_soon() -> None:
+    source = Source(**{f"encoder__{i}__weight": torch.ones(1) for i in range(2000)})
+    begin = time.monotonic()
+    with pytest.raises(CheckpointError) as raised:
+        fitted(source, wanted(**{f"decoder__{i}__weight": (1,) for i in range(2000)}))
+    assert len(str(raised.value).splitlines()) == 4000 + 4
+    assert time.monotonic() - begin < 20
+
+
+def test_a_renamed_checkpoint_is_resumed_with_the_same_configuration() -> None:
+    want = wanted(new__w=(2,))
+    rename = {"old": "new"}
+    for source in (Source(old__w=torch.ones(2)), Source(new__w=torch.ones(2))):
+        out = torch.empty(2)
+        fitted(source, want, rename).read("new.w", "param", start=0, out=out)
+        assert torch.equal(out, torch.ones(2))
+
+
+def test_a_rename_that_cannot_be_meant_is_in_the_report() -> None:
+    with pytest.raises(CheckpointError, match=r"odl: not in the checkpoint; nearest: old"):
+        fitted(Source(old=torch.ones(2)), wanted(old=(2,)), {"odl": "other"})
+    with pytest.raises(CheckpointError, match=r"would both be new \(param\)"):
+        fitted(Source(old=torch.ones(2), new=torch.ones(2)), wanted(new=(2,)), {"old": "new"})
+
+
+def test_a_parameter_that_became_a_buffer_has_its_name_still() -> None:
+    out = torch.empty(2)
+    fitted(Source(w=torch.ones(2)), {("w", "buffer"): TensorInfo((2,), torch.float32)}).read(
+        "w", "buffer", start=0, out=out
+    )
+    assert torch.equal(out, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("saved", "declared", "same"),
+    [
+        (torch.float32, torch.float64, False),
+        (torch.float64, torch.float32, False),
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, torch.float32, True),  # frozen under an engine that computes in bf16
+        (torch.int64, torch.float32, False),
+    ],
+)
+def test_a_retyped_parameter(saved: torch.dtype, declared: torch.dtype, same: bool) -> None:
+    source, want = Source(w=torch.ones(2).to(saved)), {("w", "param"): TensorInfo((2,), declared)}
+    if same:
+        assert fitted(source, want).missing == []
+        return
+    with pytest.raises(
+        CheckpointError, match=rf"w: type {saved} in the checkpoint, .* in the model".replace("torch.", "")
+    ):
+        fitted(source, want)
+    assert fitted(source, want, allow=["w"]).missing == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        ({"a": "b", "b": "c"}, "would be renamed again by b"),
+        ({"a": "a.b"}, "would be renamed again by a"),
+        ({"a.": "b"}, "without a dot at the end"),
+        ({"a": ""}, "must name what it becomes"),
+    ],
+)
+def test_a_rename_that_would_not_survive_a_resume_is_refused(rename: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        changed.make_config("ddp", {"rename": rename})
+
+
+def test_renames_survive_the_frozen_configuration() -> None:
+    config = changed.make_config("ddp", {"rename": changed.RENAME, "allow_missing": changed.ALLOW_MISSING})
+    assert from_yaml(to_yaml(config)).checkpoint == config.checkpoint
+    assert config.checkpoint.rename == {"model.head": "model.output"}
+
+
+# Engines
+
+
+def train_and_save(world: World, engine: str, folder: Path) -> list:
+    config = toy.make_config(engine)
+    built = toy.build(world, config)
+    for step in range(3):
+        built.train_step(toy.micro_batches(config, world, step))
+    save(LocalStore(folder), built.shards(), world=world, step=3, samples_seen=0, trainer={}, facts=FACTS)
+    shards = toy.clone_shards(built)
+    built.close()
+    return shards
+
+
+def refused(world: World, engine: str, folder: Path) -> str:
+    built = toy.build(world, changed.make_config(engine, {}))
+    try:
+        built.load(Checkpoint(folder / "step-00000003"), num_updates=3)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        built.close()
+    return ""
+
+
+def load_changed(world: World, engine: str, folder: Path, precision: str) -> dict:
+    """Load what fits, train one step, save, and load that with the same configuration."""
+    config = changed.make_config(
+        engine, {"rename": changed.RENAME, "allow_missing": changed.ALLOW_MISSING}, precision=precision
+    )
+    built = toy.build(world, config)
+    initial = toy.clone_shards(built)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        built.load(Checkpoint(folder / "step-00000003"), num_updates=3)
+    loaded = toy.clone_shards(built)
+    report = built.train_step(toy.micro_batches(config, world, 3))
+    store = LocalStore(folder)
+    save(store, built.shards(), world=world, step=4, samples_seen=0, trainer={}, facts=FACTS)
+    trained = toy.clone_shards(built)
+    built.close()
+    again = toy.build(world, config)
+    found = choose(store, world=world).checkpoint
+    assert found is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again.load(found, num_updates=4)
+    result = {
+        "initial": initial,
+        "loaded": loaded,
+        "trained": trained,
+        "again": toy.clone_shards(again),
+        "loss": report.loss,
+        "notes": [str(w.message) for w in caught if "checkpoint" in str(w.message)],
+    }
+    again.close()
+    return result
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_differences_are_in_one_report_on_every_rank(ranks, tmp_path: Path, engine: str) -> None:
+    ranks(2).run(train_and_save, "ddp", tmp_path)
+    reports = ranks(2).run(refused, engine, tmp_path)
+    assert reports[0] == reports[1]
+    assert reports[0].splitlines()[:-1] == [
+        "the checkpoint does not fit the model:",
+        " only in the model:",
+        "  model.output.weight: parameter (2, 5) float32; nearest in the checkpoint: model.head.weight (2, 5) float32",
+        "  model.output.bias: parameter (2,) float32; nearest in the checkpoint: model.head.bias (2,) float32",
+        "  model.extra.weight: parameter (5, 5) float32; nearest in the checkpoint: model.head.weight (2, 5) float32",
+        "  model.extra.bias: parameter (5,) float32; nearest in the checkpoint: model.head.bias (2,) float32",
+        " only in the checkpoint:",
+        "  model.gain: parameter (1,) float32",
+        "  model.head.bias: parameter (2,) float32",
+        "  model.head.weight: parameter (2, 5) float32",
+        " changed:",
+        "  model.frozen: shape (3,) in the checkpoint, (4,) in the model",
+        "  model.num_calls: type int64 in the checkpoint, float32 in the model",
+    ]
+    assert "checkpoint.rename" in reports[0] and "checkpoint.allow_missing" in reports[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_fits_is_taken_and_the_rest_begins(ranks, tmp_path: Path, engine: str, precision: str) -> None:
+    written = toy.whole_tensors(ranks(2).run(train_and_save, "zero2", tmp_path))
+    results = ranks(2).run(load_changed, engine, tmp_path, precision)
+    initial, loaded, trained, again = (
+        toy.whole_tensors([result[name] for result in results]) for name in ("initial", "loaded", "trained", "again")
+    )
+    for key, value in written.items():
+        ours = key.replace("model.head", "model.output")
+        if not ours.startswith(("model.gain", "model.frozen", "model.num_calls")):
+            assert torch.equal(loaded[ours], value), ours
+    for key in ("model.extra.weight:param", "model.extra.bias:param", "model.frozen:param", "model.num_calls:buffer"):
+        assert torch.equal(loaded[key], initial[key]), key
+    for kind in ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"):
+        assert not loaded[f"model.extra.weight:{kind}"].any()
+    assert {float(value) for key, value in loaded.items() if key.endswith(":step")} == {3.0}
+    assert torch.isfinite(torch.tensor(results[0]["loss"]))
+    assert not torch.equal(trained["model.extra.weight:param"], initial["model.extra.weight:param"])
+    assert trained.keys() == again.keys()
+    for key, value in trained.items():
+        assert torch.equal(again[key], value), key
+    missing, unused = results[1]["notes"]
+    assert "nothing that fits model.frozen, model.extra.weight, model.extra.bias, model.num_calls" in missing
+    assert unused.startswith("model.gain of the checkpoint")
+
+
+def load_lazily(world: World, folder: Path) -> dict[str, list[float]]:
+    """AdamW creates states at the first gradient: those of a new parameter must be whole, or it would fail."""
+    config = changed.make_config(
+        "ddp",
+        {"rename": changed.RENAME, "allow_missing": changed.ALLOW_MISSING},
+        optimizer={"_target_": "torch.optim.AdamW"},
+    )
+    built = toy.build(world, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built.load(Checkpoint(folder / "step-00000003"), num_updates=3)
+    built.train_step(toy.micro_batches(config, world, 3))
+    steps = {s.fqn: float(s.tensor) for s in built.shards() if s.kind == "step"}
+    built.close()
+    return steps
+
+
+def save_adamw(world: World, folder: Path) -> None:
+    config = toy.make_config("ddp", optimizer={"_target_": "torch.optim.AdamW"})
+    built = toy.build(world, config)
+    for step in range(3):
+        built.train_step(toy.micro_batches(config, world, step))
+    save(LocalStore(folder), built.shards(), world=world, step=3, samples_seen=0, trainer={}, facts=FACTS)
+    built.close()
+
+
+def test_states_that_appear_at_the_first_gradient(ranks, tmp_path: Path) -> None:
+    ranks(1).run(save_adamw, tmp_path)
+    (steps,) = ranks(1).run(load_lazily, tmp_path)
+    assert steps["model.extra.weight"] == steps["model.blocks.0.weight"] == 4.0
+
+
+# Another optimizer
+
+
+def go_on_with(world: World, engine: str, folder: Path, optimizer: dict | None) -> dict:
+    """Load what :func:`save_adamw` has saved into a run with AdEMAMix, and take a step."""
+    config = toy.make_config(engine, **({"optimizer": optimizer} if optimizer else {}))
+    built = toy.build(world, config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        built.load(Checkpoint(folder / "step-00000003"), num_updates=3)
+    loaded = toy.clone_shards(built)
+    report = built.train_step(toy.micro_batches(config, world, 3))
+    kinds = {shard.kind for shard in built.shards()} | built.memory().states.keys()
+    built.close()
+    return {"loaded": loaded, "kinds": kinds, "notes": [str(w.message) for w in caught], "loss": report.loss}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_from_adamw_to_ademamix(ranks, tmp_path: Path, engine: str) -> None:
+    ranks(1).run(save_adamw, tmp_path)
+    results = ranks(2).run(go_on_with, engine, tmp_path, None)
+    loaded = toy.whole_tensors([result["loaded"] for result in results])
+    saved = Checkpoint(tmp_path / "step-00000003")
+    for (fqn, kind), info in saved.tensors().items():
+        ours = f"{fqn}:{'exp_avg_fast' if kind == 'exp_avg' else kind}"
+        out = torch.empty(math.prod(info.global_shape), dtype=info.dtype)
+        saved.read(fqn, kind, start=0, out=out)
+        assert torch.equal(loaded[ours].flatten().double(), out.double()), ours
+    assert not any(value.any() for key, value in loaded.items() if key.endswith("exp_avg_slow"))
+    for result in results:
+        assert result["kinds"] - {"buffer"} == {"param", "step", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq"}
+        assert "exp_avg of the checkpoint goes on as exp_avg_fast" in result["notes"]
+        assert any("no exp_avg_slow" in note and "schedule_start=3" in note for note in result["notes"])
+
+
+def test_states_that_the_optimizer_does_not_know_are_left(ranks, tmp_path: Path) -> None:
+    ranks(2).run(train_and_save, "zero2", tmp_path)
+    optimizer = {**toy.make_config("ddp").training.optimizer, "betas": [0.0, 0.999, 0.9999]}
+    (result,) = ranks(1).run(go_on_with, "ddp", tmp_path, optimizer)
+    assert "the optimizer has no exp_avg_fast: not taken from the checkpoint" in result["notes"]
+    assert result["kinds"] == {"param", "buffer", "step", "exp_avg_slow", "exp_avg_sq"}
+
+
+def test_renaming_states_needs_a_checkpoint_with_no_others() -> None:
+    held = {("w", kind): torch.zeros(2) for kind in ("param", "exp_avg", "exp_avg_sq", "something")}
+    source = Source()
+    source._held = held
+    fitted = fit(source, {("w", "param"): TensorInfo((2,), torch.float32)}, rename={}, allow_missing=[])
+    fitted.choose_states(["exp_avg_fast", "exp_avg_sq"], FROM_ADAMW)
+    assert fitted.tensors().keys() == {("w", "param"), ("w", "exp_avg_sq")}
+    assert fitted.notes() == ["the optimizer has no exp_avg, something: not taken from the checkpoint"]

@@ -1,0 +1,72 @@
+"""What a session says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support import toy
+
+from anemoi_dist.training.setup import _facts, _note_scaled_rate
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.messages: list[str] = []
+
+    def event(self, name: str, *, step: int, **fields: Any) -> None:
+        self.events.append({"event": name, "step": step, **fields})
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.mark.parametrize(("scale_with", "was", "now"), [("none", 2, 4), ("world_size", 2, 2)])
+def test_an_unchanged_rate_is_not_worth_a_word(scale_with: str, was: int, now: int) -> None:
+    config = toy.make_config("ddp", lr={"rate": 0.02, "scale_with": scale_with})
+    recorder = Recorder()
+    _note_scaled_rate(config, recorder, step=5, was=was, now=now)  # type: ignore[arg-type]
+    assert not recorder.events and not recorder.messages
+
+
+def test_a_rate_that_changes_with_the_ranks_is_shown_and_recorded() -> None:
+    config = toy.make_config("ddp", lr={"rate": 0.02, "scale_with": "world_size"})
+    recorder = Recorder()
+    _note_scaled_rate(config, recorder, step=5, was=2, now=4)  # type: ignore[arg-type]
+    (event,) = recorder.events
+    assert (event["event"], event["step"], event["rate_was"], event["rate"]) == ("rescaled_rate", 5, 0.04, 0.08)
+    assert "4 ranks instead of 2" in recorder.messages[0] and "scale_with=none" in recorder.messages[0]
+
+
+def test_facts_name_the_engine_and_follow_the_configuration() -> None:
+    names = {engine: _facts(toy.make_config(engine))["engine"] for engine in toy.ENGINES}
+    assert names == {engine: engine for engine in toy.ENGINES}
+    first, second = _facts(toy.make_config("ddp")), _facts(toy.make_config("ddp", rollout=2))
+    assert first["config_hash"] == _facts(toy.make_config("ddp"))["config_hash"] != second["config_hash"]
+    assert first["versions"]["torch"]
+
+
+def test_blocks_that_overlap_are_named(tmp_path) -> None:
+    from anemoi_dist.config.compose import compose
+    from anemoi_dist.data.anemoi import open_split
+    from anemoi_dist.run.directory import RunDirectory
+    from anemoi_dist.training.setup import Evaluation
+
+    def messages(*overrides: str) -> list[str]:
+        config = compose(list(overrides)).config
+        recorder = Recorder()
+        train = open_split(config.data, "train", rollout=1)
+        Evaluation(
+            config=config,
+            world=None,  # type: ignore[arg-type]
+            engine=None,  # type: ignore[arg-type]
+            run=RunDirectory(tmp_path),
+            telemetry=recorder,  # type: ignore[arg-type]
+            train=train,
+        )
+        return recorder.messages
+
+    assert messages() == []
+    (message,) = messages("data.train.end=2025-12-23")
+    assert "8 of the 16 dates of the validation block are in the training block" in message

@@ -1,0 +1,257 @@
+"""The loop, with an engine that only counts: when it validates, saves, stops and gives up."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import toy
+
+from anemoi_dist.checkpoint import saver as saver_module
+from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.checkpoint.shard import Shard
+from anemoi_dist.checkpoint.store import LocalStore
+from anemoi_dist.distributed.control_word import REASONS
+from anemoi_dist.engines.base import StepReport
+from anemoi_dist.errors import CheckpointError, DivergedError, StopRequestedError
+from anemoi_dist.evaluation.validator import Score
+from anemoi_dist.training.trainer import SaveClock, Trainer
+
+
+class CountingEngine:
+    def __init__(self, *, bad_steps: set[int]) -> None:
+        self.bad_steps, self.count, self.draws = bad_steps, torch.zeros(1), []
+
+    def train_step(self, micro_batches: Any) -> StepReport:
+        self.count += 1
+        self.draws.append(torch.rand(()).item())
+        bad = int(self.count) in self.bad_steps
+        return StepReport(loss=math.nan if bad else 1.0, grad_norm=1.0, lr=0.1, skipped=bad)
+
+    def shards(self) -> Iterator[Shard]:
+        yield Shard("count", "param", (1,), 0, self.count)
+
+    def load(self, source: Checkpoint, *, num_updates: int) -> None:
+        source.read("count", "param", start=0, out=self.count)
+        assert int(self.count) == num_updates
+
+    def schedule_values(self) -> dict[str, Any]:
+        return {}
+
+
+class Recorder:
+    """Telemetry that remembers."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.steps: list[int] = []
+        self.messages: list[str] = []
+
+    def event(self, name: str, *, step: int, **fields: Any) -> None:
+        self.events.append((name, step))
+
+    def step(self, step: int, report: StepReport, **_: Any) -> None:
+        self.steps.append(step)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def phase(self, name: str) -> Any:
+        return nullcontext()
+
+
+class Wish:
+    """A stop request that comes at a given step."""
+
+    def __init__(self, recorder: Recorder, *, at_step: int | None) -> None:
+        self.recorder, self.at_step, self.cleared = recorder, at_step, False
+
+    def value(self) -> int:
+        return 4 if self.at_step is not None and len(self.recorder.steps) >= self.at_step else 0
+
+    def reason(self, agreed: int) -> str:
+        return REASONS[agreed]
+
+    def clear(self) -> None:
+        self.cleared = True
+
+
+def make(
+    world: Any,
+    folder: Path,
+    *,
+    bad_steps: set[int] = frozenset(),
+    stop_at: int | None = None,
+    checkpoint: dict[str, Any] | None = None,
+    **training: Any,
+):
+    config = toy.make_config("ddp", max_steps=10, max_skipped=2, **training)
+    config.checkpoint.interval_steps, config.checkpoint.keep_last = 4, None
+    for key, value in (checkpoint or {}).items():
+        setattr(config.checkpoint, key, value)
+    config.validation.interval_steps = 3
+    recorder = Recorder()
+    scored: list[tuple[str, int]] = []
+    trainer = Trainer(
+        config=config,
+        world=world,
+        engine=CountingEngine(bad_steps=set(bad_steps)),  # type: ignore[arg-type]
+        store=LocalStore(folder),
+        telemetry=recorder,  # type: ignore[arg-type]
+        stop=Wish(recorder, at_step=stop_at),  # type: ignore[arg-type]
+        validate=lambda split, step: scored.append((split, step)) or [],
+        facts={"engine": "toy", "config_hash": "0", "versions": {}},
+    )
+    return trainer, recorder, scored
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Any]:
+    """A real process group of one: the control word is a real collective."""
+    import torch.distributed as dist
+
+    from anemoi_dist.distributed.world import World
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.setenv(name, "0")
+            patch.delenv(name)
+        joined = World.join()
+        yield joined
+        joined.leave()
+
+
+def batches() -> Iterator[list]:
+    return iter(itertools.repeat([]))
+
+
+def test_validates_and_saves_at_intervals_and_at_the_end(world, tmp_path: Path) -> None:
+    trainer, recorder, scored = make(world, tmp_path)
+    trainer.fit(batches())
+    assert recorder.steps == list(range(1, 11))
+    assert [step for name, step in recorder.events if name == "checkpoint"] == [4, 8, 10]
+    assert scored == [("validation", 3), ("validation", 6), ("validation", 9), ("validation", 10), ("test", 10)]
+    assert LocalStore(tmp_path).steps() == [10, 8, 4]
+    assert trainer.stop.cleared
+
+
+def test_resumes_where_it_was_saved_with_the_same_random_draws(world, tmp_path: Path) -> None:
+    straight, _, _ = make(world, tmp_path)
+    straight.fit(batches())
+    again, recorder, _ = make(world, tmp_path)
+    again.resume(Checkpoint(tmp_path / "step-00000004"))
+    again.fit(batches())
+    assert recorder.steps == list(range(5, 11))
+    assert again.engine.draws == straight.engine.draws[4:]
+
+
+def test_a_stop_is_saved_one_step_after_the_wish(world, tmp_path: Path) -> None:
+    trainer, recorder, scored = make(world, tmp_path, stop_at=5)
+    with pytest.raises(StopRequestedError) as raised:
+        trainer.fit(batches())
+    assert raised.value.step == 6 and raised.value.reason == "SIGTERM" and raised.value.exit_code == 75
+    assert ("stop_requested", 6) in recorder.events and recorder.events[-1] == ("checkpoint", 6)
+    assert LocalStore(tmp_path).steps()[0] == 6 and trainer.stop.cleared
+    assert ("test", 6) not in scored
+
+
+def test_the_clock_asks_for_a_save_once_until_there_was_one() -> None:
+    now = [0.0]
+    clock = SaveClock(2.0, clock=lambda: now[0])
+    now[0] = 119.0
+    assert not clock.is_due()
+    now[0] = 120.0
+    assert [clock.is_due(), clock.is_due()] == [True, False]
+    clock.restart()
+    now[0] = 240.0
+    assert clock.is_due() and not SaveClock(None).is_due()
+
+
+def test_minutes_save_a_step_after_rank_0_has_asked(world, tmp_path: Path) -> None:
+    trainer, recorder, _ = make(world, tmp_path)
+    trainer.config.checkpoint.interval_steps = None
+    trainer._clock = SaveClock(1.0, clock=lambda: 60.0 if len(recorder.steps) == 5 else 0.0)
+    trainer.fit(batches())
+    assert [step for name, step in recorder.events if name == "checkpoint"] == [6, 10]
+
+
+def test_the_best_by_its_score_is_kept(world, tmp_path: Path) -> None:
+    rmse = {2: 0.9, 4: 0.3, 6: 0.8, 8: 0.7, 10: 0.6}
+    checkpoint = {"interval_steps": 2, "keep_last": 1, "keep_best": "rmse"}
+    trainer, _, _ = make(world, tmp_path, checkpoint=checkpoint)
+    trainer.config.validation.interval_steps = 2
+
+    def validate(split: str, step: int) -> list[Score]:
+        return [Score("model", "msl", 1, rmse[step], 0.5), Score("persistence", "msl", 1, 1.0, 0.5)]
+
+    trainer.validate = validate
+    trainer.fit(batches())
+    assert LocalStore(tmp_path).steps() == [10, 4]
+    assert Checkpoint(tmp_path / "step-00000004").trainer()["scores"] == {"rmse": 0.3, "acc": 0.5}
+
+
+def fail_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = saver_module.commit
+
+    def failing(*args: Any, **kwargs: Any) -> str:
+        if kwargs["facts"]["step"] in steps:
+            raise OSError(28, "No space left on device")
+        return commit(*args, **kwargs)
+
+    monkeypatch.setattr(saver_module, "commit", failing)
+
+
+def test_a_save_that_fails_is_told_and_training_goes_on(world, tmp_path: Path, monkeypatch) -> None:
+    fail_at({4}, monkeypatch)
+    trainer, recorder, _ = make(world, tmp_path)
+    trainer.fit(batches())
+    assert [event for event in recorder.events if event[0] != "validation"] == [
+        ("save_failed", 4),
+        ("checkpoint", 8),
+        ("checkpoint", 10),
+    ]
+    assert "No space left" in recorder.messages[0] and LocalStore(tmp_path).steps() == [10, 8]
+
+
+def test_or_ends_the_run(world, tmp_path: Path, monkeypatch) -> None:
+    fail_at({4}, monkeypatch)
+    trainer, recorder, _ = make(world, tmp_path, checkpoint={"on_error": "stop"})
+    with pytest.raises(CheckpointError, match=r"step 4 was not saved.*No space left"):
+        trainer.fit(batches())
+    assert recorder.steps[-1] < 10
+
+
+@pytest.mark.parametrize("stop_at", [None, 5])
+def test_a_last_save_that_fails_is_no_good_end(world, tmp_path: Path, monkeypatch, stop_at: int | None) -> None:
+    fail_at({10, 6}, monkeypatch)
+    trainer, _, _ = make(world, tmp_path, stop_at=stop_at)
+    with pytest.raises(CheckpointError, match="the last, was not saved"):
+        trainer.fit(batches())
+    assert LocalStore(tmp_path).steps() == ([8, 4] if stop_at is None else [4])
+    assert not trainer.stop.cleared
+
+
+def test_too_many_skipped_in_a_row_is_divergence_and_the_count_survives_a_resume(world, tmp_path: Path) -> None:
+    trainer, _recorder, _ = make(world, tmp_path, bad_steps={3, 4, 5})
+    with pytest.raises(DivergedError) as raised:
+        trainer.fit(batches())
+    assert (raised.value.num_skipped, raised.value.step) == (3, 5) and raised.value.exit_code == 5
+    resumed, _, _ = make(world, tmp_path, bad_steps={5})
+    resumed.resume(Checkpoint(tmp_path / "step-00000004"))
+    with pytest.raises(DivergedError) as raised:
+        resumed.fit(batches())
+    assert raised.value.num_skipped == 3
+
+
+def test_skipped_updates_that_are_not_in_a_row_are_borne(world, tmp_path: Path) -> None:
+    trainer, recorder, _ = make(world, tmp_path, bad_steps={1, 2, 4, 5, 7, 8})
+    trainer.fit(batches())
+    assert recorder.steps[-1] == 10

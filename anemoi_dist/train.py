@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from anemoi_dist.config.batch import plan_batches
 from anemoi_dist.config.compose import compose
-from anemoi_dist.config.schema import from_yaml, plan_batches
+from anemoi_dist.config.identity import Change, changes_table
+from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.distributed.rendezvous import Meeting, meet
 from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
 from anemoi_dist.process.parent_death import die_with_parent, parent_in_environment
 from anemoi_dist.run.attempt import Attempt, is_finished, record_end
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
 from anemoi_dist.run.lock import Hold, hold_launch
-from anemoi_dist.run.prepare import Change, changes_table, claim_run
+from anemoi_dist.run.prepare import claim_run
 
 if TYPE_CHECKING:
     from anemoi_dist.distributed.world import World

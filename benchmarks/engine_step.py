@@ -93,7 +93,7 @@ class Model(nn.Module):
 
 def make_module(engine: dict[str, Any], *, numel: int, precision: str) -> Any:
     """Return the training module around the model."""
-    from anemoi_dist.config.schema import from_container
+    from anemoi_dist.config.parse import from_container
     from anemoi_dist.data.batch import DataSpec
     from anemoi_dist.tasks.forecast.module import BaseGraphModule
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anemoi_dist.checkpoint.store import LocalStore, Store
-from anemoi_dist.config.provenance import read_yaml
+from anemoi_dist.config.tree import read_yaml
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.run.directory import RunDirectory
 

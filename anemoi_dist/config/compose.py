@@ -15,21 +15,14 @@ from typing import Any
 
 import yaml
 
-from anemoi_dist.config.overrides import (
-    CONFIGS_DIR,
-    KeyEdit,
-    available_groups,
-    check_edit,
-    find,
-    parse_overrides,
-    place,
-    remove,
-)
+from anemoi_dist.config.identity import derive_run_id
+from anemoi_dist.config.overrides import CONFIGS_DIR, KeyEdit, available_groups, check_edit, parse_overrides
+from anemoi_dist.config.parse import from_container, refuse_missing, refuse_unknown, schema_keys, unknown_keys
 from anemoi_dist.config.profiles import absolute_profile, read_profile
-from anemoi_dist.config.provenance import COMMAND_LINE, DERIVED, Provenance, leaves, read_yaml
-from anemoi_dist.config.schema import Config, from_container, refuse_missing, refuse_unknown, schema_keys, unknown_keys
+from anemoi_dist.config.provenance import COMMAND_LINE, DERIVED, Provenance
+from anemoi_dist.config.schema import Config
+from anemoi_dist.config.tree import find, leaves, place, read_yaml, remove
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.run.prepare import derive_run_id
 
 #: Nodes that are one choice, by the key that makes the choice: another one replaces the node instead of merging, or
 #: AdEMAMix's alpha would reach Adam.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anemoi_dist.configs
+from anemoi_dist.config.tree import find
 from anemoi_dist.errors import ConfigError
 
 #: The package's own groups.
@@ -164,42 +165,6 @@ def _choose(edit: KeyEdit, groups: dict[str, tuple[str, ...]], choices: dict[str
     choices[group] = option
 
 
-def find(container: Any, key: str) -> tuple[bool, Any]:
-    """Return whether the dotted ``key`` exists in nested mappings and lists, and its value."""
-    for name in key.split("."):
-        if isinstance(container, dict) and name in container:
-            container = container[name]
-        elif isinstance(container, list) and name.isdigit() and int(name) < len(container):
-            container = container[int(name)]
-        else:
-            return False, None
-    return True, container
-
-
-def place(container: dict[str, Any], key: str, value: Any) -> None:
-    """Set the dotted ``key``; mappings on the way are created, a scalar on the way gives way to one."""
-    *parents, last = key.split(".")
-    node: Any = container
-    for name in parents:
-        if isinstance(node, list):
-            node = node[int(name)]
-            continue
-        if not isinstance(node.get(name), dict | list):
-            node[name] = {}
-        node = node[name]
-    if isinstance(node, list):
-        node[int(last)] = value
-    else:
-        node[last] = value
-
-
-def remove(container: dict[str, Any], key: str) -> None:
-    """Delete the dotted ``key``, which exists."""
-    parent, _, last = key.rpartition(".")
-    node: Any = find(container, parent)[1] if parent else container
-    del node[int(last) if isinstance(node, list) else last]
-
-
 def check_edit(edit: KeyEdit, container: dict[str, Any], *, known: Iterable[str]) -> None:
     """Raise :class:`ConfigError` where Hydra forbids the edit: ``key=`` needs an existing key, ``+key=`` a new one.
 
@@ -212,8 +177,8 @@ def check_edit(edit: KeyEdit, container: dict[str, Any], *, known: Iterable[str]
     known : Iterable[str]
         Keys that exist by schema though the configuration does not mention them.
     """
-    from anemoi_dist.config.provenance import leaves
-    from anemoi_dist.config.schema import unknown_key
+    from anemoi_dist.config.parse import unknown_key
+    from anemoi_dist.config.tree import leaves
 
     exists, present = find(container, edit.key)
     if edit.action == "add" and exists:

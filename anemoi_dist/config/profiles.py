@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import anemoi_dist.slurm
-from anemoi_dist.config.provenance import read_yaml
 from anemoi_dist.config.schema import LauncherConfig, SlurmConfig
+from anemoi_dist.config.tree import read_yaml
 from anemoi_dist.errors import ConfigError
 
 PROFILES_DIR = Path(anemoi_dist.slurm.__file__).parent / "profiles"

@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from anemoi_dist.errors import ConfigError
+from anemoi_dist.config.tree import leaves
 
 DEFAULT = "default (anemoi_dist/config/schema.py)"
+
+
 COMMAND_LINE = "command line"
+
+
 DERIVED = "derived"
-
-
-def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of everything that is not a mapping with entries; a list is one leaf."""
-    if isinstance(node, dict) and node:
-        for name, value in node.items():
-            yield from leaves(value, f"{prefix}.{name}" if prefix else str(name))
-    elif prefix:
-        yield prefix, node
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Read a YAML file as Hydra does (dates stay texts), interpolations left alone."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        container = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except OSError as error:
-        raise ConfigError("--config", str(file), f"cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError("--config", str(file), f"is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(container, dict):
-        raise ConfigError(
-            "--config", str(file), "must hold a mapping of keys to values", fix="training: {max_steps: 100}"
-        )
-    return container  # type: ignore[return-value]
 
 
 class Provenance:

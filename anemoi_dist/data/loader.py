@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from anemoi_dist.config.schema import BatchPlan, DataConfig
+from anemoi_dist.config.batch import BatchPlan
+from anemoi_dist.config.schema import DataConfig
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.data.sampler import GlobalSampleOrder, MicroBatchSampler
 from anemoi_dist.process.parent_death import die_with_parent

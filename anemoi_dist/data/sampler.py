@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from anemoi_dist.config.schema import BatchPlan
+from anemoi_dist.config.batch import BatchPlan
 
 
 class GlobalSampleOrder:

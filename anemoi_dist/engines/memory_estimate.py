@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from anemoi_dist.config.engines import engine_name
 from anemoi_dist.config.optimizer_states import is_ademamix
-from anemoi_dist.config.schema import Config, EngineConfig, TrainingConfig, engine_name
+from anemoi_dist.config.schema import Config, EngineConfig, TrainingConfig
 
 _FP32, _BF16 = 4, 2
 

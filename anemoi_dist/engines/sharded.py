@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from anemoi_dist.checkpoint.matching import FROM_ADAMW, fit
 from anemoi_dist.checkpoint.shard import Shard, ShardSource, TensorInfo
-from anemoi_dist.config.schema import Config, engine_name
+from anemoi_dist.config.engines import engine_name
+from anemoi_dist.config.schema import Config
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import MemoryReport, StepReport

@@ -19,7 +19,8 @@ import os
 import sys
 from typing import Any
 
-from anemoi_dist.config.schema import Config, from_yaml
+from anemoi_dist.config.parse import from_yaml
+from anemoi_dist.config.schema import Config
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 
 

@@ -6,31 +6,20 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anemoi_dist.errors import ConfigError, PreflightError
+from anemoi_dist.config.identity import check_run_id
+from anemoi_dist.errors import PreflightError
 
-RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 #: Set in the ranks' environment by the launcher that owns the run, to its kind.
 LAUNCHED = "ANEMOI_DIST_LAUNCHED"
+
+
 STATES = ("planned", "submitted", "running", "preempted", "finished", "failed", "cancelled")
-
-
-def check_run_id(run_id: str) -> str:
-    """Return ``run_id``, or raise :class:`ConfigError` where it could not be a directory name everywhere."""
-    if not RUN_ID_PATTERN.fullmatch(run_id):
-        raise ConfigError(
-            "run.id",
-            run_id,
-            f"must match {RUN_ID_PATTERN.pattern} (it names a directory)",
-            fix="use letters, digits, '.', '_' and '-', at most 64, starting with a letter or digit",
-        )
-    return run_id
 
 
 def fsync_directory(path: Path) -> None:

@@ -3,66 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from anemoi_dist.config.provenance import leaves, read_yaml
-from anemoi_dist.config.schema import GUARDED, Config, to_yaml
+from anemoi_dist.config.identity import HARMLESS, Change, changes_table, config_changes, is_below
+from anemoi_dist.config.parse import to_yaml
+from anemoi_dist.config.schema import GUARDED, Config
+from anemoi_dist.config.tree import leaves, read_yaml
 from anemoi_dist.errors import ConfigError, PreflightError
 from anemoi_dist.run.directory import RunDirectory, write_atomically
 from anemoi_dist.run.lock import Hold, hold_launch
-
-#: Not part of what a run computes: the same work elsewhere or with other logs is the same run.
-_NOT_IDENTITY = ("run.root", "run.id", "run.allow_changed", "checkpoint.strict", "launcher", "watchdog", "telemetry")
-#: May change between two attempts of one run without a word said to allow it.
-_HARMLESS = ("data.num_workers", "data.prefetch_factor")
-
-
-def derive_run_id(config: Config, *, choices: dict[str, str]) -> str:
-    """Return a readable name that is a function of what the run computes: the same command continues the same run.
-
-    Parameters
-    ----------
-    config : Config
-        The configuration; where it runs and what it logs do not count.
-    choices : dict[str, str]
-        Group -> option, for the readable part.
-    """
-    identity = {key: value for key, value in leaves(dataclasses.asdict(config)) if not _is_below(key, _NOT_IDENTITY)}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    parts = [re.sub(r"[^A-Za-z0-9_.]+", "-", choices[group]).strip("-._")[:16] for group in ("data", "model", "engine")]
-    return "-".join([*filter(None, parts), digest])
-
-
-def _is_below(key: str, nodes: Sequence[str]) -> bool:
-    return any(key == node or key.startswith(f"{node}.") for node in nodes)
-
-
-@dataclass(frozen=True)
-class Change:
-    """One key that differs between the frozen configuration of a run and a new one; absent values are ``None``."""
-
-    key: str
-    was: Any
-    now: Any
-
-
-def config_changes(was: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """Return what differs between two configurations, by dotted key; where the run lies does not count."""
-    old, new = dict(leaves(was)), dict(leaves(now))
-    keys = [key for key in dict.fromkeys([*old, *new]) if key not in ("run.root", "run.allow_changed")]
-    return [Change(key, old.get(key), new.get(key)) for key in keys if repr(old.get(key)) != repr(new.get(key))]
-
-
-def changes_table(changes: Sequence[Change]) -> str:
-    """Return the changes as an aligned table with the columns key, was, is."""
-    rows = [("key", "was", "is"), *((change.key, str(change.was), str(change.now)) for change in changes)]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"  {key:<{widths[0]}}  {was:<{widths[1]}}  {now}" for key, was, now in rows)
 
 
 def prepare_run(config: Config) -> RunDirectory:
@@ -147,7 +97,7 @@ def _read_frozen(run: RunDirectory) -> dict[str, Any]:
 
 def _refuse_breaking(changes: Sequence[Change], config: Config) -> None:
     for name, node in GUARDED.items():
-        broken = [change for change in changes if _is_below(change.key, (node,)) and change.key not in _HARMLESS]
+        broken = [change for change in changes if is_below(change.key, (node,)) and change.key not in HARMLESS]
         if broken and name not in config.run.allow_changed:
             allowed = ",".join([*config.run.allow_changed, name])
             raise ConfigError(

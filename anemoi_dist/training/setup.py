@@ -15,7 +15,9 @@ import torch
 
 from anemoi_dist.checkpoint.locate import open_store
 from anemoi_dist.checkpoint.select import choose
-from anemoi_dist.config.schema import Config, engine_name, plan_batches
+from anemoi_dist.config.batch import plan_batches
+from anemoi_dist.config.engines import engine_name
+from anemoi_dist.config.schema import Config
 from anemoi_dist.data.anemoi import WeatherDataset, open_split
 from anemoi_dist.data.loader import build_loader
 from anemoi_dist.data.sampler import GlobalSampleOrder

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from anemoi_dist.config.schema import Config, engine_name
+from anemoi_dist.config.engines import engine_name
+from anemoi_dist.config.schema import Config
 from anemoi_dist.engines.memory_estimate import NOT_COUNTED, ExpectedMemory, ModelSize, Parameter, state_bytes
 from anemoi_dist.errors import ConfigError, PreflightError
 from anemoi_dist.run.directory import RunDirectory

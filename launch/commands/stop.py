@@ -194,8 +194,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 def _is_all_done(run: RunDirectory) -> bool:
     """Whether the frozen configuration asks for no more steps than were done."""
-    from anemoi_dist.config.overrides import find
-    from anemoi_dist.config.provenance import read_yaml
+    from anemoi_dist.config.tree import find, read_yaml
     from anemoi_dist.run.attempt import is_finished
 
     asked = find(read_yaml(run.config_file), "training.max_steps")[1]
@@ -211,8 +210,8 @@ def _frozen(run: RunDirectory, overrides: list[str], folder: Path) -> tuple[Path
 
     A file lies over the groups: with its ``engine`` in it, ``engine=zero1`` would change nothing.
     """
-    from anemoi_dist.config.overrides import available_groups, find, parse_overrides, remove
-    from anemoi_dist.config.provenance import read_yaml
+    from anemoi_dist.config.overrides import available_groups, parse_overrides
+    from anemoi_dist.config.tree import find, read_yaml, remove
 
     content = read_yaml(run.config_file)
     chosen = parse_overrides(overrides, groups=available_groups()).choices

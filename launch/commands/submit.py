@@ -141,10 +141,10 @@ def _submit(options: argparse.Namespace) -> int:
 
 def _is_finished(request: Request) -> bool:
     """Say so where nothing is left to do: a job would wait for its turn and end at once."""
-    from anemoi_dist.config.provenance import read_yaml
+    from anemoi_dist.config.identity import config_changes
     from anemoi_dist.config.schema import GUARDED
+    from anemoi_dist.config.tree import read_yaml
     from anemoi_dist.run.attempt import is_finished
-    from anemoi_dist.run.prepare import config_changes
 
     run, max_steps = request.directory(), request.config.training.max_steps
     if request.words is not None or not run.config_file.is_file() or not is_finished(run, max_steps=max_steps):

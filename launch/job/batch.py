@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from anemoi_dist.config.launcher_checks import parse_time_limit
-from anemoi_dist.config.schema import Config, LauncherConfig, from_yaml
+from anemoi_dist.config.parse import from_yaml
+from anemoi_dist.config.schema import Config, LauncherConfig
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import Event, read_events

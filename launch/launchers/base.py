@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
-from anemoi_dist.config.schema import LAUNCHER_KINDS, BatchPlan, Config
+from anemoi_dist.config.batch import BatchPlan
+from anemoi_dist.config.schema import LAUNCHER_KINDS, Config
 from anemoi_dist.engines.memory_estimate import ExpectedMemory, ModelSize, expected_memory
 from anemoi_dist.run.directory import RunDirectory
 

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from anemoi_dist.config.schema import Config, plan_batches
+from anemoi_dist.config.batch import plan_batches
+from anemoi_dist.config.schema import Config
 from anemoi_dist.run.directory import RunDirectory
 
 from .base import Machine, Plan

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from anemoi_dist.config.schema import Config, EngineConfig, plan_batches
+from anemoi_dist.config.batch import plan_batches
+from anemoi_dist.config.schema import Config, EngineConfig
 from anemoi_dist.engines.memory_estimate import ExpectedMemory, ModelSize, expected_memory
 from anemoi_dist.errors import ConfigError
 

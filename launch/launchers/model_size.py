@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from time import monotonic
 
-from anemoi_dist.config.schema import Config, to_yaml
+from anemoi_dist.config.parse import to_yaml
+from anemoi_dist.config.schema import Config
 from anemoi_dist.engines.memory_estimate import ModelSize, Parameter
 from anemoi_dist.errors import ConfigError, ExitCode
 

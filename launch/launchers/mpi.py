@@ -11,7 +11,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from anemoi_dist.config.schema import Config, plan_batches
+from anemoi_dist.config.batch import plan_batches
+from anemoi_dist.config.schema import Config
 from anemoi_dist.errors import ConfigError, PreflightError
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
 

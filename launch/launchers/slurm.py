@@ -11,8 +11,9 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from anemoi_dist.config.batch import plan_batches
 from anemoi_dist.config.launcher_checks import check_value
-from anemoi_dist.config.schema import Config, LauncherConfig, plan_batches
+from anemoi_dist.config.schema import Config, LauncherConfig
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.run.directory import RunDirectory
 

@@ -18,7 +18,7 @@ from anemoi_dist.checkpoint.select import choose
 from anemoi_dist.checkpoint.shard import TensorInfo
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save
-from anemoi_dist.config.schema import from_yaml, to_yaml
+from anemoi_dist.config.parse import from_yaml, to_yaml
 from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import CheckpointError, ConfigError
 

@@ -11,9 +11,11 @@ from omegaconf import OmegaConf
 from support.hydra_cache import use_hydra_cache
 
 from anemoi_dist.config.compose import compose
-from anemoi_dist.config.overrides import available_groups, find
-from anemoi_dist.config.provenance import annotated_yaml, leaves
-from anemoi_dist.config.schema import Config, from_yaml, to_yaml
+from anemoi_dist.config.overrides import available_groups
+from anemoi_dist.config.parse import from_yaml, to_yaml
+from anemoi_dist.config.provenance import annotated_yaml
+from anemoi_dist.config.schema import Config
+from anemoi_dist.config.tree import find, leaves
 from anemoi_dist.errors import ConfigError
 
 GROUPS = available_groups()

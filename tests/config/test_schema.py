@@ -8,17 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anemoi_dist.config.schema import (
-    BatchPlan,
-    Config,
-    TrainingConfig,
-    from_container,
-    from_yaml,
-    nearest_keys,
-    plan_batches,
-    schema_keys,
-    to_yaml,
-)
+from anemoi_dist.config.batch import BatchPlan, plan_batches
+from anemoi_dist.config.parse import from_container, from_yaml, nearest_keys, schema_keys, to_yaml
+from anemoi_dist.config.schema import Config, TrainingConfig
 from anemoi_dist.errors import ConfigError
 
 MINIMAL = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anemoi_dist.config.schema import BatchPlan
+from anemoi_dist.config.batch import BatchPlan
 from anemoi_dist.data.anemoi import open_split
 from anemoi_dist.data.loader import build_loader, collate
 from anemoi_dist.data.sampler import GlobalSampleOrder

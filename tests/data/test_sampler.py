@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anemoi_dist.config.schema import BatchPlan, TrainingConfig, plan_batches
+from anemoi_dist.config.batch import BatchPlan, plan_batches
+from anemoi_dist.config.schema import TrainingConfig
 from anemoi_dist.data.sampler import GlobalSampleOrder, MicroBatchSampler
 
 SEEDS = st.integers(0, 2**63)

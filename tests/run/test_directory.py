@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from support.hydra_cache import use_hydra_cache
 
 from anemoi_dist.config.compose import compose
-from anemoi_dist.config.schema import from_yaml
+from anemoi_dist.config.identity import changes_table, check_run_id, config_changes, derive_run_id
+from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.errors import ConfigError, PreflightError
-from anemoi_dist.run.directory import RunDirectory, check_run_id, write_atomically
+from anemoi_dist.run.directory import RunDirectory, write_atomically
 from anemoi_dist.run.events import EventLog
-from anemoi_dist.run.prepare import changes_table, config_changes, derive_run_id, prepare_run
+from anemoi_dist.run.prepare import prepare_run
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from anemoi_dist.config.schema import from_yaml
+from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.run import lock
 from anemoi_dist.run.directory import RunDirectory

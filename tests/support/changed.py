@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from anemoi_dist.config.schema import Config, from_container, to_yaml
+from anemoi_dist.config.parse import from_container, to_yaml
+from anemoi_dist.config.schema import Config
 from anemoi_dist.data.batch import DataSpec
 from support import toy
 

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from anemoi_dist.checkpoint.shard import Shard
-from anemoi_dist.config.schema import Config, from_container, plan_batches
+from anemoi_dist.config.batch import plan_batches
+from anemoi_dist.config.parse import from_container
+from anemoi_dist.config.schema import Config
 from anemoi_dist.data.batch import Batch, DataSpec
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import Engine

@@ -14,8 +14,8 @@ import torch
 
 from anemoi_dist.config.compose import Composed, compose
 from anemoi_dist.config.overrides import FREE_FORM, available_groups
-from anemoi_dist.config.provenance import leaves
-from anemoi_dist.config.schema import schema_keys
+from anemoi_dist.config.parse import schema_keys
+from anemoi_dist.config.tree import leaves
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.launch import cli
 from anemoi_dist.launch.commands.sweep import expand

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from anemoi_dist.config.compose import compose
+from anemoi_dist.config.engines import engine_name
 from anemoi_dist.config.overrides import available_groups
-from anemoi_dist.config.schema import engine_name
 from anemoi_dist.engines.memory_estimate import NOT_COUNTED, ExpectedMemory, ModelSize, Parameter, expected_memory
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.launch import cli

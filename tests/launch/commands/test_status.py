@@ -14,7 +14,7 @@ from support.fake_slurm import FakeSlurm, squeue_line
 from support.many_runs import NOBODY, attempt, make_many, make_run, write_beat, write_launch, write_steps
 
 from anemoi_dist.config.compose import compose
-from anemoi_dist.config.schema import to_yaml
+from anemoi_dist.config.parse import to_yaml
 from anemoi_dist.launch.cli import main
 from anemoi_dist.launch.commands import status as watch
 from anemoi_dist.launch.status import files as facts_module

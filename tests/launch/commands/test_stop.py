@@ -11,7 +11,7 @@ from support.fake_slurm import FakeSlurm, squeue_line
 from support.many_runs import attempt, make_run, write_beat, write_launch
 
 from anemoi_dist.config.compose import compose
-from anemoi_dist.config.schema import to_yaml
+from anemoi_dist.config.parse import to_yaml
 from anemoi_dist.errors import PreflightError
 from anemoi_dist.launch import cli
 from anemoi_dist.launch.cli import main

@@ -209,7 +209,7 @@ def test_only_its_own_stop_file_is_taken_back(tmp_path: Path) -> None:
 def test_outside_a_job_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     life(tmp_path)
     from anemoi_dist.config.compose import compose
-    from anemoi_dist.config.schema import to_yaml
+    from anemoi_dist.config.parse import to_yaml
 
     run = RunDirectory(tmp_path / "r")
     run.config_file.write_text(to_yaml(compose(["launcher=slurm", "run.id=r"]).config))

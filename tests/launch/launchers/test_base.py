@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from anemoi_dist.config.batch import BatchPlan
 from anemoi_dist.config.compose import compose
-from anemoi_dist.config.schema import LAUNCHER_KINDS, BatchPlan
+from anemoi_dist.config.schema import LAUNCHER_KINDS
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.launch.launchers import machine
 from anemoi_dist.launch.launchers.base import Machine, launcher, plan

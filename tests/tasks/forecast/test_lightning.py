@@ -6,13 +6,13 @@ import warnings
 import pytest
 import torch
 from support.quiet_lightning import lightning, quiet_trainer
-from tests.test_module import make_config
 from torch.utils.data import DataLoader, Dataset
 
 from anemoi_dist.data.batch import Batch, DataSpec
 from anemoi_dist.tasks.forecast.lightning import as_lightning
 from anemoi_dist.tasks.forecast.module import BaseGraphModule
 from tests.models.test_latlon import make_spec
+from tests.tasks.forecast.test_module import make_config
 
 MAX_STEPS, RATE, WARMUP = 6, 2e-2, 2
 

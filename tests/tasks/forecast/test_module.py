@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from anemoi_dist.config.schema import Config, from_container
+from anemoi_dist.config.parse import from_container
+from anemoi_dist.config.schema import Config
 from anemoi_dist.data.batch import Batch, DataSpec
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.tasks.forecast.module import BaseGraphModule, build_model

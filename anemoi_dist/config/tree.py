@@ -1,0 +1,74 @@
+"""Nested dictionaries by dotted key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anemoi_dist.errors import ConfigError
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of everything that is not a mapping with entries; a list is one leaf."""
+    if isinstance(node, dict) and node:
+        for name, value in node.items():
+            yield from leaves(value, f"{prefix}.{name}" if prefix else str(name))
+    elif prefix:
+        yield prefix, node
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a YAML file as Hydra does (dates stay texts), interpolations left alone."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        container = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except OSError as error:
+        raise ConfigError("--config", str(file), f"cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError("--config", str(file), f"is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(container, dict):
+        raise ConfigError(
+            "--config", str(file), "must hold a mapping of keys to values", fix="training: {max_steps: 100}"
+        )
+    return container  # type: ignore[return-value]
+
+
+def find(container: Any, key: str) -> tuple[bool, Any]:
+    """Return whether the dotted ``key`` exists in nested mappings and lists, and its value."""
+    for name in key.split("."):
+        if isinstance(container, dict) and name in container:
+            container = container[name]
+        elif isinstance(container, list) and name.isdigit() and int(name) < len(container):
+            container = container[int(name)]
+        else:
+            return False, None
+    return True, container
+
+
+def place(container: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted ``key``; mappings on the way are created, a scalar on the way gives way to one."""
+    *parents, last = key.split(".")
+    node: Any = container
+    for name in parents:
+        if isinstance(node, list):
+            node = node[int(name)]
+            continue
+        if not isinstance(node.get(name), dict | list):
+            node[name] = {}
+        node = node[name]
+    if isinstance(node, list):
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def remove(container: dict[str, Any], key: str) -> None:
+    """Delete the dotted ``key``, which exists."""
+    parent, _, last = key.rpartition(".")
+    node: Any = find(container, parent)[1] if parent else container
+    del node[int(last) if isinstance(node, list) else last]

@@ -5,19 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
 from anemoi_dist.checkpoint.store import Store
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
-from anemoi_dist.config.schema import SAVE_METRICS
 from anemoi_dist.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from anemoi_dist.evaluation.validator import Score
-
 _MORE_IS_BETTER = {"rmse": False, "acc": True}
-assert tuple(_MORE_IS_BETTER) == SAVE_METRICS
 
 
 @dataclass(frozen=True)
@@ -107,21 +101,3 @@ def _has_manifest(store: Store, step: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def summarise(scores: Sequence[Score]) -> dict[str, float]:
-    """Reduce the scores of one validation to one number for each of :data:`~anemoi_dist.config.schema.SAVE_METRICS`.
-
-    ``rmse`` is the model's RMSE over that of persistence, ``acc`` its anomaly correlation; both averaged over variables
-    and lead times, so that units cancel.
-    """
-    model = [score for score in scores if score.forecast == "model"]
-    persistence = {(s.variable, s.lead_s): s.rmse for s in scores if s.forecast == "persistence"}
-    ratios = [s.rmse / persistence[s.variable, s.lead_s] for s in model if persistence.get((s.variable, s.lead_s))]
-    correlations = [score.acc for score in model if score.acc is not None]
-    summary = {}
-    if ratios:
-        summary["rmse"] = sum(ratios) / len(ratios)
-    if correlations:
-        summary["acc"] = sum(correlations) / len(correlations)
-    return {name: value for name, value in summary.items() if math.isfinite(value)}

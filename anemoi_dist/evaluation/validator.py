@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +18,14 @@ from anemoi_dist.data.fields import evenly_spaced
 from anemoi_dist.data.loader import collate
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.evaluation.baselines import BASELINES, PERSISTENCE, Baselines, all_reduce, latitude_weights
+from anemoi_dist.evaluation.summary import Score
 from anemoi_dist.telemetry.heartbeat import beat
 
 MODEL = "model"
+
+
 #: ``predict(batch, rollout)`` returns physical units, shape (batch, rollout, ensemble, grid, prognostic).
 Predict = Callable[[Batch, int], Tensor]
-
-
-@dataclass(frozen=True)
-class Score:
-    """How good one forecast of one variable is after one lead time.
-
-    Attributes
-    ----------
-    forecast : str
-        ``model`` or the name of a baseline.
-    variable : str
-        What is forecast.
-    lead_s : int
-        Seconds from the last input state.
-    rmse : float
-        Root of the squared error's mean over area, ensemble and samples, in the variable's unit.
-    acc : float or None
-        Mean over samples of the correlation of forecast and true anomaly, both from the training block's climatology
-        and weighted by area. None where there is no anomaly to correlate, as for the climatology itself.
-    """
-
-    forecast: str
-    variable: str
-    lead_s: int
-    rmse: float
-    acc: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the score as it stands in a ``validation`` event."""
-        return asdict(self)
 
 
 class Validator:
@@ -200,31 +172,6 @@ class Validator:
                 acc = correlation / num_correlated if num_correlated else None
                 scores.append(Score(name, variable, lead * self.spec.frequency_s, rmse, acc))
         return scores
-
-
-def format_table(scores: Sequence[Score]) -> str:
-    """Return a plain-text table: a row for each variable and lead time, RMSE and ACC of all forecasts side by side."""
-    names = list(dict.fromkeys(score.forecast for score in scores))
-    rows: dict[tuple[str, int], dict[str, Score]] = {}
-    for score in scores:
-        rows.setdefault((score.variable, score.lead_s), {})[score.forecast] = score
-    width = max(8, *(len(variable) for variable, _ in rows))
-    columns = [max(7, len(name)) for name in names]
-    block = sum(columns) + 2 * len(columns)
-    header = "".join(f"  {name:>{size}}" for name, size in zip(names, columns, strict=True))
-    lines = [
-        f"{'':{width}}  {'':>6} {'  RMSE':{block}} {'  ACC':{block}}".rstrip(),
-        f"{'variable':{width}}  {'lead':>6} {header} {header}",
-    ]
-    for (variable, lead_s), row in rows.items():
-        rmse = "".join(f"  {row[name].rmse:>{size}.4g}" for name, size in zip(names, columns, strict=True))
-        acc = "".join(f"  {_acc(row[name].acc):>{size}}" for name, size in zip(names, columns, strict=True))
-        lines.append(f"{variable:{width}}  {lead_s / 3600:>4g} h {rmse} {acc}")
-    return "\n".join(lines)
-
-
-def _acc(acc: float | None) -> str:
-    return "-" if acc is None else f"{acc:.3f}"
 
 
 def save_forecast_maps(path: Path, *, maps: dict[str, np.ndarray]) -> None:

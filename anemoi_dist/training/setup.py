@@ -27,7 +27,8 @@ from anemoi_dist.engines.base import Engine
 from anemoi_dist.engines.registry import create_engine
 from anemoi_dist.errors import AnemoiDistError, ExitCode
 from anemoi_dist.evaluation.baselines import Baselines
-from anemoi_dist.evaluation.validator import Score, Validator, format_table, save_forecast_maps
+from anemoi_dist.evaluation.summary import Score, format_table
+from anemoi_dist.evaluation.validator import Validator, save_forecast_maps
 from anemoi_dist.optimizers.learning_rate import scaled_rate
 from anemoi_dist.run.attempt import end_state
 from anemoi_dist.run.directory import RunDirectory

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from anemoi_dist.checkpoint.reader import Checkpoint
-from anemoi_dist.checkpoint.retention import summarise
 from anemoi_dist.checkpoint.saver import Outcome, Saver
 from anemoi_dist.checkpoint.store import Store
 from anemoi_dist.config.schema import Config
@@ -17,7 +16,7 @@ from anemoi_dist.distributed.control_word import ControlWord, StopRequest
 from anemoi_dist.distributed.world import World, seed_step
 from anemoi_dist.engines.base import Engine, StepReport
 from anemoi_dist.errors import CheckpointError, DivergedError, StopRequestedError
-from anemoi_dist.evaluation.validator import Score
+from anemoi_dist.evaluation.summary import Score, summarise
 from anemoi_dist.training.recorder import Telemetry
 
 

@@ -14,9 +14,10 @@ from support.saving import Alone, save_values
 
 from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
-from anemoi_dist.checkpoint.retention import Candidate, Policy, prune, select, summarise
+from anemoi_dist.checkpoint.retention import Candidate, Policy, prune, select
 from anemoi_dist.checkpoint.select import choose
 from anemoi_dist.checkpoint.store import LocalStore
+from anemoi_dist.evaluation.summary import summarise
 
 
 def make(folder: Path, *steps: int) -> LocalStore:

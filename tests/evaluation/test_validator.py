@@ -8,7 +8,8 @@ from data.conftest import MSL, load
 from anemoi_dist.data.anemoi import open_split
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.evaluation.baselines import Baselines
-from anemoi_dist.evaluation.validator import Score, Validator, format_table, save_forecast_maps
+from anemoi_dist.evaluation.summary import Score, format_table
+from anemoi_dist.evaluation.validator import Validator, save_forecast_maps
 
 
 def validator(split="test", *, name="era5_sample", leads=(1, 2, 4), rollout=None, **arguments) -> Validator:

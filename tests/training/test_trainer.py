@@ -20,7 +20,7 @@ from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.distributed.control_word import REASONS
 from anemoi_dist.engines.base import StepReport
 from anemoi_dist.errors import CheckpointError, DivergedError, StopRequestedError
-from anemoi_dist.evaluation.validator import Score
+from anemoi_dist.evaluation.summary import Score
 from anemoi_dist.training.trainer import SaveClock, Trainer
 
 

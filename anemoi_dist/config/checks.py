@@ -6,13 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from anemoi_dist.config.engines import engine_name
+from anemoi_dist.config.engines import ENGINE_KINDS, ENGINES
 from anemoi_dist.config.identity import check_run_id
 from anemoi_dist.config.launcher_checks import check_launcher
 from anemoi_dist.config.optimizer_states import checked_state_dtype, is_ademamix
 from anemoi_dist.config.schema import (
     DATA_KINDS,
-    ENGINE_KINDS,
     GUARDED,
     LAUNCHER_KINDS,
     LR_SCALINGS,
@@ -139,9 +138,10 @@ def _check_engine(engine: EngineConfig) -> None:
                 )
     if engine.offload and engine.stage != 3:
         raise ConfigError("engine.offload", True, "needs ZeRO stage 3", fix="engine=zero3_offload")
-    if engine.overlap and not (engine.kind == "fsdp2" or (engine.kind == "deepspeed" and engine.stage in (1, 2))):
-        rule = f"has no effect with engine={engine_name(engine)}, which gathers nothing by our own plan"
-        raise ConfigError("engine.overlap", True, rule, fix="engine=zero1, engine=zero2 or engine=fsdp2")
+    if engine.overlap and not engine.spec.can_overlap:
+        rule = f"has no effect with engine={engine.spec.name}, which gathers nothing by our own plan"
+        *others, last = (f"engine={spec.name}" for spec in ENGINES.values() if spec.can_overlap)
+        raise ConfigError("engine.overlap", True, rule, fix=f"{', '.join(others)} or {last}")
 
 
 def _check_checkpoint(config: Config) -> None:

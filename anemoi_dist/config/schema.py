@@ -7,13 +7,12 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from anemoi_dist.config.engines import EngineSpec, find_engine
+
 PRECISIONS = ("fp32", "bf16")
 
 
 LR_SCALINGS = ("none", "world_size")
-
-
-ENGINE_KINDS = ("ddp", "deepspeed", "fsdp2")
 
 
 DATA_KINDS = ("anemoi", "synthetic")
@@ -99,6 +98,11 @@ class EngineConfig:
     overlap: bool = False
     #: Further keys of DeepSpeed's own configuration, merged over ours.
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> EngineSpec:
+        """The engine's entry in the table of engines."""
+        return find_engine(self.kind, stage=self.stage, offload=self.offload)
 
 
 @dataclass

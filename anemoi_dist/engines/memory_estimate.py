@@ -7,11 +7,10 @@ every engine holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from anemoi_dist.config.engines import engine_name
 from anemoi_dist.config.optimizer_states import is_ademamix
 from anemoi_dist.config.schema import Config, EngineConfig, TrainingConfig
 
@@ -182,7 +181,7 @@ def expected_memory(config: Config, model: ModelSize, *, world_size: int, rank: 
     rank : int
         Only FSDP2's ranks differ, and rank 0 holds the most.
     """
-    cut = _CUTS[engine_name(config.engine)]
+    cut = _cut(config.engine)
     states = state_bytes(config.training.optimizer) or {}
     held = cut(config, model.parameters, world_size, rank)
     return ExpectedMemory(
@@ -240,7 +239,7 @@ def _zero12(config: Config, parameters: Sequence[Parameter], world_size: int, ra
         saved=min(piece, trained),
         saved_frozen=working * _ceil(frozen, world_size),
         # Stage 1 reduces when the backward pass has ended, stage 2 while it runs.
-        gradients=working * (piece + (trained if config.engine.stage == 1 else 0)),
+        gradients=working * (piece + (0 if "gradients" in config.engine.spec.partitioned else trained)),
         update=_copy(config, piece),
         communication=working * _zero_option(config.engine, "reduce_bucket_size", REDUCE_BUCKET),
     )
@@ -284,15 +283,11 @@ def _fsdp2(config: Config, parameters: Sequence[Parameter], world_size: int, ran
     )
 
 
-_CUTS = {
-    "ddp": _replicated,
-    "zero0": _replicated,
-    "zero1": _zero12,
-    "zero2": _zero12,
-    "zero3": _zero3,
-    "zero3_offload": _zero3,
-    "fsdp2": _fsdp2,
-}
+def _cut(engine: EngineConfig) -> Callable[[Config, Sequence[Parameter], int, int], _Held]:
+    if engine.kind == "fsdp2":
+        return _fsdp2
+    partitioned = engine.spec.partitioned
+    return _zero3 if "parameters" in partitioned else _zero12 if partitioned else _replicated
 
 
 def _count(parameters: Sequence[Parameter]) -> tuple[int, int]:

@@ -1,6 +1,9 @@
-"""From ``engine.kind`` and ``engine.stage`` to an engine."""
+"""Build the engine that the configuration chooses."""
 
 from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -31,19 +34,10 @@ def create_engine(module: BaseGraphModule, *, config: Config, world: World) -> E
     _check_parameters(module)
     module.to(world.device)
     module.train()
-    # Imported where chosen: DeepSpeed alone costs every rank most of a second.
-    if config.engine.kind == "ddp":
-        from anemoi_dist.engines.replicated import DdpEngine
-
-        return DdpEngine(module, config=config, world=world)
-    if config.engine.kind == "fsdp2":
-        from anemoi_dist.engines.fsdp2 import Fsdp2Engine
-
-        return Fsdp2Engine(module, config=config, world=world)
-    from anemoi_dist.engines.zero import Zero0Engine, Zero3Engine, Zero12Engine
-
-    chosen = (Zero0Engine, Zero12Engine, Zero12Engine, Zero3Engine)[config.engine.stage]
-    return chosen(module, config=config, world=world)
+    # Imported only when chosen: DeepSpeed alone costs every rank most of a second.
+    module_name, class_name = config.engine.spec.target.split(":")
+    engine: Callable[..., Engine] = getattr(importlib.import_module(module_name), class_name)
+    return engine(module, config=config, world=world)
 
 
 def _check_parameters(module: BaseGraphModule) -> None:

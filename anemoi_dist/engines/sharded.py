@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 
 from anemoi_dist.checkpoint.matching import FROM_ADAMW, fit
 from anemoi_dist.checkpoint.shard import Shard, ShardSource, TensorInfo
-from anemoi_dist.config.engines import engine_name
 from anemoi_dist.config.schema import Config
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.distributed.world import World
@@ -253,7 +252,7 @@ class RegionEngine(ABC):
             raise ConfigError(
                 "training.optimizer._target_",
                 f"{kind.__module__}.{kind.__qualname__}",
-                f"does not work with engine={engine_name(self.config.engine)}",
+                f"does not work with engine={self.config.engine.spec.name}",
                 fix="take an element-wise optimizer (AdEMAMix, AdamW, SGD, ...)",
             )
         if self.config.engine.overlap and not (issubclass(kind, AdEMAMix) or kind.__module__.startswith("torch.optim")):

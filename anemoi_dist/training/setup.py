@@ -16,7 +16,6 @@ import torch
 from anemoi_dist.checkpoint.locate import open_store
 from anemoi_dist.checkpoint.select import choose
 from anemoi_dist.config.batch import plan_batches
-from anemoi_dist.config.engines import engine_name
 from anemoi_dist.config.schema import Config
 from anemoi_dist.data.anemoi import WeatherDataset, open_split
 from anemoi_dist.data.loader import build_loader
@@ -255,7 +254,7 @@ def _device_name(device: torch.device) -> str:
 
 def _facts(config: Config) -> dict[str, Any]:
     digest = hashlib.sha256(repr(asdict(config)).encode()).hexdigest()[:16]
-    return {"engine": engine_name(config.engine), "config_hash": digest, "versions": _versions()}
+    return {"engine": config.engine.spec.name, "config_hash": digest, "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:

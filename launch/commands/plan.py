@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from anemoi_dist.config.engines import engine_name
 from anemoi_dist.config.schema import Config
 from anemoi_dist.engines.memory_estimate import NOT_COUNTED, ExpectedMemory, ModelSize, Parameter, state_bytes
 from anemoi_dist.errors import ConfigError, PreflightError
@@ -171,7 +170,7 @@ def _memory_as_dict(memory: ExpectedMemory) -> dict[str, Any]:
 
 def _sizes_as_dict(config: Config, sizes: Sizes) -> dict[str, Any]:
     return {
-        "engine": engine_name(config.engine),
+        "engine": config.engine.spec.name,
         "overlap": config.engine.overlap,
         "precision": config.training.precision,
         "num_parameters": sizes.model and sizes.model.num_parameters,
@@ -204,7 +203,7 @@ def _plan_lines(config: Config, run: RunDirectory, planned: Plan, sizes: Sizes) 
         f"{_count(batches.accumulation, 'micro-batch', 'micro-batches')} x {batches.micro_size}"
     )
     overlap = ", overlap" if config.engine.overlap else ""
-    yield f"engine      {engine_name(config.engine)}{overlap}, {config.training.precision}"
+    yield f"engine      {config.engine.spec.name}{overlap}, {config.training.precision}"
     yield f"rendezvous  {planned.rendezvous}"
     yield from (f"note        {note}" for note in planned.notes)
     yield from _model_lines(sizes)

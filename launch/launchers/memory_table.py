@@ -6,18 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from anemoi_dist.config.batch import plan_batches
+from anemoi_dist.config.engines import ENGINES, EngineSpec
 from anemoi_dist.config.schema import Config, EngineConfig
 from anemoi_dist.engines.memory_estimate import ExpectedMemory, ModelSize, expected_memory
 from anemoi_dist.errors import ConfigError
 
 WORLD_SIZES = tuple(2**power for power in range(11))
-#: By the name that ``engine=`` gives them.
-ENGINES = {
-    "ddp": EngineConfig(kind="ddp"),
-    **{f"zero{stage}": EngineConfig(kind="deepspeed", stage=stage) for stage in range(4)},
-    "zero3_offload": EngineConfig(kind="deepspeed", stage=3, offload=True),
-    "fsdp2": EngineConfig(kind="fsdp2"),
-}
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Row:
     batch_problem : str
         Why the batch cannot be cut over so many; empty where it can.
     cells : Sequence[Cell]
-        In the order of :data:`ENGINES`.
+        In the order of :data:`~anemoi_dist.config.engines.ENGINES`.
     """
 
     world_size: int
@@ -73,10 +67,7 @@ def memory_table(config: Config, model: ModelSize, *, device_bytes: int | None) 
     device_bytes : int, optional
         Memory of each rank's device.
     """
-    variants = {
-        name: replace(config, engine=replace(engine, options=config.engine.options if "zero" in name else {}))
-        for name, engine in ENGINES.items()
-    }
+    variants = {name: replace(config, engine=_settings(spec, config.engine)) for name, spec in ENGINES.items()}
     rows = []
     for world_size in WORLD_SIZES:
         cells = []
@@ -86,6 +77,11 @@ def memory_table(config: Config, model: ModelSize, *, device_bytes: int | None) 
             cells.append(Cell(name, world_size, memory, fits))
         rows.append(Row(world_size, _batch_problem(config, world_size), cells))
     return rows
+
+
+def _settings(spec: EngineSpec, configured: EngineConfig) -> EngineConfig:
+    options = configured.options if spec.kind == "deepspeed" else {}
+    return EngineConfig(kind=spec.kind, stage=spec.stage, offload=spec.offload, options=options)
 
 
 def _batch_problem(config: Config, world_size: int) -> str:

@@ -18,11 +18,11 @@ from anemoi_dist.checkpoint.select import choose
 from anemoi_dist.checkpoint.shard import TensorInfo
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save
+from anemoi_dist.config.engines import ENGINES
 from anemoi_dist.config.parse import from_yaml, to_yaml
 from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import CheckpointError, ConfigError
 
-ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 FACTS = {"engine": "toy", "config_hash": "0", "versions": {}}
 
 

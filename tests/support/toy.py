@@ -12,6 +12,7 @@ from torch import nn
 
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.config.batch import plan_batches
+from anemoi_dist.config.engines import ENGINES
 from anemoi_dist.config.parse import from_container
 from anemoi_dist.config.schema import Config
 from anemoi_dist.data.batch import Batch, DataSpec
@@ -20,16 +21,7 @@ from anemoi_dist.engines.base import Engine
 from anemoi_dist.engines.registry import create_engine
 from anemoi_dist.tasks.forecast.module import BaseGraphModule
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "ddp": {"kind": "ddp"},
-    "zero0": {"kind": "deepspeed", "stage": 0},
-    "zero1": {"kind": "deepspeed", "stage": 1},
-    "zero2": {"kind": "deepspeed", "stage": 2},
-    "zero3": {"kind": "deepspeed", "stage": 3},
-    "zero3_offload": {"kind": "deepspeed", "stage": 3, "offload": True},
-    "fsdp2": {"kind": "fsdp2"},
-}
-SHARDED = ("zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+SHARDED = tuple(name for name, spec in ENGINES.items() if spec.partitioned)
 GRID = 35
 GLOBAL_BATCH = 8
 
@@ -115,7 +107,7 @@ def make_config(engine: str, **training: Any) -> Config:
                 "scheduler": {"_target_": "timm.scheduler.CosineLRScheduler"},
                 **training,
             },
-            "engine": ENGINES[engine],
+            "engine": {key: getattr(ENGINES[engine], key) for key in ("kind", "stage", "offload")},
             "data": {"kind": "synthetic", "forcing": ["sun"]},
             "model": {"_target_": "support.toy.OddModel"},
             "security": {"allowed_targets": ["support.toy"]},

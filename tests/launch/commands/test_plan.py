@@ -15,15 +15,14 @@ import torch
 from torch import nn
 
 from anemoi_dist.config.compose import compose
-from anemoi_dist.config.engines import engine_name
-from anemoi_dist.config.overrides import available_groups
+from anemoi_dist.config.engines import ENGINES
 from anemoi_dist.engines.memory_estimate import NOT_COUNTED, ExpectedMemory, ModelSize, Parameter, expected_memory
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.launch import cli
 from anemoi_dist.launch.commands import plan as planning
 from anemoi_dist.launch.launchers import machine, model_size
 from anemoi_dist.launch.launchers.base import Machine, plan
-from anemoi_dist.launch.launchers.memory_table import ENGINES, WORLD_SIZES, memory_table
+from anemoi_dist.launch.launchers.memory_table import WORLD_SIZES, memory_table
 from anemoi_dist.launch.launchers.model_size import UnknownSizeError
 from anemoi_dist.optimizers import gpu
 from anemoi_dist.preflight import model_size as measured
@@ -208,11 +207,6 @@ def test_the_table_marks_what_does_not_fit_and_does_not_divide(capsys):
     assert [name for name in rows if name.endswith("*")] == [f"{n}*" for n in WORLD_SIZES if n > 16]
     assert "! does not fit into 16.0 GiB\n" in text
     assert "* the batch cannot be cut over so many: training.global_batch_size=16 must be a multiple of the 32" in text
-
-
-def test_the_table_has_every_engine_that_can_be_chosen():
-    assert set(ENGINES) == set(available_groups()["engine"])
-    assert [engine_name(engine) for engine in ENGINES.values()] == list(ENGINES)
 
 
 def test_the_table_keeps_the_options_of_deepspeed():

@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint.py
 
-One rank, fp32 parameters and AdEMAMix's three averages. All methods take turns in every round; medians count. CPU
+One rank, fp32 parameters and AdEMAMix's three EMA states. All methods take turns in every round; medians count. CPU
 seconds are of the whole process, threads and kernel included; all files are flushed to the disk. Loading is from the
 page cache. Writes ``results/checkpoint.{md,json}``.
 """
@@ -41,7 +41,7 @@ EMAS = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
 
 
 def make_state(size_mib: int, *, num_tensors: int) -> dict[str, torch.Tensor]:
-    """Return a state of random tensors: each parameter with its three averages."""
+    """Return a state of random tensors: each parameter with its three EMA states."""
     numel = size_mib * MIB // 4 // num_tensors // 4
     return {
         f"layer{index}.weight:{kind}": torch.randn(numel) for index in range(num_tensors) for kind in ("param", *EMAS)
@@ -196,7 +196,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return parameters and averages, not copied."""
+        """Return parameters and EMA states, not copied."""
         state = {}
         for name, parameter in self.model.named_parameters():
             state[f"{name}:param"] = parameter.detach().reshape(-1)
@@ -317,7 +317,7 @@ def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-mib", type=int, default=512)
-    parser.add_argument("--tensors", type=int, default=64, help="parameters; each has three averages")
+    parser.add_argument("--tensors", type=int, default=64, help="parameters; each has three EMA states")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loop-rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=61)

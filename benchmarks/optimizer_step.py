@@ -149,14 +149,14 @@ def contenders(params: list[torch.Tensor]) -> Iterator[tuple[str, Callable[[], C
 
     def narrow() -> Contender:
         from anemoi_dist.optimizers import native
-        from anemoi_dist.optimizers.update import Row, host_scalars
+        from anemoi_dist.optimizers.update import ParamTensors, host_scalars
 
         group = AdEMAMix(params, **options).param_groups[0]
         rows = []
         for p in params:
             low = torch.zeros(p.numel(), dtype=torch.bfloat16)
             states = [torch.zeros_like(p) for _ in range(3)]
-            rows.append(Row(p, p.grad.bfloat16(), *states, low))
+            rows.append(ParamTensors(p, p.grad.bfloat16(), *states, low))
         return Contender(lambda: native.update(rows, host_scalars(group, 10)), 4)
 
     def apple() -> Contender:
@@ -188,7 +188,6 @@ def contenders(params: list[torch.Tensor]) -> Iterator[tuple[str, Callable[[], C
     yield f"{OURS}: c, bf16 states, the slow one too", lambda: ours(3, 24 / 28, implementation="c", state_dtype=every)
     yield f"{OURS}: c, norm and clipping in the update", clipped
     yield f"{OURS}: c, norm and clipping in passes before", clipped_apart
-    yield f"{OURS}: compile", lambda: ours(implementation="compile")
     yield f"{OURS}: eager", lambda: ours(implementation="eager")
     yield f"{OURS}: foreach", lambda: ours(implementation="foreach")
     yield "AdEMAMix, Apple's loop (reimplemented)", apple

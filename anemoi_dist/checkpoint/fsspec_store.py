@@ -113,9 +113,9 @@ class FsspecStore:
     def begin(self, step: int, save_id: str) -> RemoteFolder:
         """Return where a save writes; a prefix needs no making, a directory does."""
         self._filesystem.makedirs(f"{self._prefix(step)}/{save_id}", exist_ok=True)
-        return self.saving(step, save_id)
+        return self.staging_path(step, save_id)
 
-    def saving(self, step: int, save_id: str) -> RemoteFolder:
+    def staging_path(self, step: int, save_id: str) -> RemoteFolder:
         """Return where the save ``save_id`` writes."""
         return RemoteFolder(self._filesystem, self._prefix(step), save_id)
 

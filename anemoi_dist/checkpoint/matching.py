@@ -14,7 +14,7 @@ from anemoi_dist.errors import CheckpointError
 
 Key = tuple[str, str]
 
-#: AdamW's averages by AdEMAMix's names; the slow one is not among them and begins at zero.
+#: AdamW's EMA states by AdEMAMix's names; the slow one is not among them and begins at zero.
 FROM_ADAMW = {"exp_avg": "exp_avg_fast", "exp_avg_sq": "exp_avg_sq", "step": "step"}
 
 _KINDS = {"param": "parameter", "buffer": "buffer"}
@@ -42,7 +42,7 @@ def renamed(name: str, rename: Mapping[str, str]) -> str:
     return name
 
 
-class FittedSource:
+class MatchedSource:
     """A source under the names of a model, with only what fits it.
 
     Parameters
@@ -63,7 +63,7 @@ class FittedSource:
         available = source.tensors()
         self._tensors = {ours: available[theirs] for ours, theirs in names.items()}
 
-    def choose_states(self, known: Collection[str], rename: Mapping[str, str]) -> None:
+    def select_states(self, known: Collection[str], rename: Mapping[str, str]) -> None:
         """Keep the states that an optimizer knows, and under its names those of another one that ``rename`` has.
 
         Parameters
@@ -100,7 +100,7 @@ class FittedSource:
         notes = [*self._state_notes]
         if self.missing:
             notes.append(
-                f"the checkpoint has nothing that fits {_some(self.missing)}: initial values are kept, and averages "
+                f"the checkpoint has nothing that fits {_some(self.missing)}: initial values are kept, and EMA states "
                 "start at zero (checkpoint.allow_missing)"
             )
         if self.unused:
@@ -138,13 +138,13 @@ class _Report:
             )
 
 
-def fit(
+def match(
     source: ShardSource,
     wanted: Mapping[Key, TensorInfo],
     *,
     rename: Mapping[str, str],
     allow_missing: Iterable[str],
-) -> FittedSource:
+) -> MatchedSource:
     """Find each parameter and buffer of a model in a checkpoint.
 
     Parameters
@@ -190,7 +190,7 @@ def fit(
     fits = {key for key in wanted if key[0] not in left_out}
     kept = {key: names[_weight_key(*key, tensors)] for key in fits}
     kept |= {key: names[key] for key in names if key[1] not in _KINDS and (key[0], "param") in fits}
-    return FittedSource(source, kept, missing=missing, unused=unused)
+    return MatchedSource(source, kept, missing=missing, unused=unused)
 
 
 def _weight_key(fqn: str, kind: str, tensors: Mapping[Key, TensorInfo]) -> Key:

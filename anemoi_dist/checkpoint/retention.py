@@ -31,7 +31,7 @@ class Candidate:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
-def select(candidates: Sequence[Candidate], policy: Policy) -> list[int]:
+def to_delete(candidates: Sequence[Candidate], policy: Policy) -> list[int]:
     """Return the steps to delete, newest first. Pure."""
     if policy.keep_last is None:
         return []
@@ -69,7 +69,7 @@ def prune(store: Store, policy: Policy, *, broken: Collection[int] = ()) -> list
     if policy.keep_last is None or len(steps) <= policy.keep_last:
         return []
     candidates = [candidate for step in steps if (candidate := _candidate(store, step)) is not None]
-    deleted = select(candidates, policy)
+    deleted = to_delete(candidates, policy)
     whole = {candidate.step for candidate in candidates}
     # A directory without a manifest, older than a whole checkpoint, is what a kill left of an earlier deletion.
     remains = [s for s in steps if s not in whole and s < max(whole, default=0) and not _has_manifest(store, s)]

@@ -12,7 +12,7 @@ from anemoi_dist.errors import CheckpointError
 
 
 @dataclass
-class Choice:
+class Selection:
     """What a run goes on from.
 
     Attributes
@@ -27,7 +27,7 @@ class Choice:
     passed_over: dict[int, str] = field(default_factory=dict)
 
 
-def choose(store: Store, *, world: World, strict: bool = False) -> Choice:
+def select(store: Store, *, world: World, strict: bool = False) -> Selection:
     """Return the newest checkpoint that verifies. Collective.
 
     Parameters
@@ -45,29 +45,29 @@ def choose(store: Store, *, world: World, strict: bool = False) -> Choice:
         There are checkpoints and none can be loaded, or ``strict``; on every rank, with what is wrong with each.
     """
     steps = json.loads(world.broadcast_text(json.dumps(store.steps()) if world.is_main else None))
-    choice = Choice()
+    selection = Selection()
     for step in steps:
         checkpoint, error = _verify_share(store, step, rank=world.rank, num_ranks=world.world_size)
         errors = world.gather_text(error)
         problem = world.broadcast_text(next(filter(None, errors), "") if world.is_main else None)
         if not problem:
-            choice.checkpoint = checkpoint
-            return choice
+            selection.checkpoint = checkpoint
+            return selection
         if checkpoint is not None:
             checkpoint.close()
-        choice.passed_over[step] = problem
+        selection.passed_over[step] = problem
         if strict:
             raise CheckpointError(
                 f"checkpoint {store.path(step).name} is damaged: {problem}\n"
                 "  fix: checkpoint.strict=false goes on from the newest one that is whole"
             )
     if steps:
-        listed = "\n".join(f"  {store.path(step).name}: {why}" for step, why in choice.passed_over.items())
+        listed = "\n".join(f"  {store.path(step).name}: {why}" for step, why in selection.passed_over.items())
         raise CheckpointError(
             f"none of this run's {len(steps)} checkpoints is whole:\n{listed}\n"
             "  fix: restore one, or take another run.id to start anew"
         )
-    return choice
+    return selection
 
 
 def _verify_share(store: Store, step: int, *, rank: int, num_ranks: int) -> tuple[Checkpoint | None, str]:

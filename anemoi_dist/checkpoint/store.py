@@ -54,7 +54,7 @@ class Store(Protocol):
     def begin(self, step: int, save_id: str) -> Folder:
         """Make the place that a save writes into. On one rank."""
 
-    def saving(self, step: int, save_id: str) -> Folder:
+    def staging_path(self, step: int, save_id: str) -> Folder:
         """Return the place that :meth:`begin` has made. On any rank."""
 
     def commit(self, folder: Folder, manifest: Manifest) -> Folder:
@@ -100,11 +100,11 @@ class LocalStore:
 
     def begin(self, step: int, save_id: str) -> Path:
         """Create the directory that a save writes into."""
-        folder = self.saving(step, save_id)
+        folder = self.staging_path(step, save_id)
         folder.mkdir(mode=0o700)
         return folder
 
-    def saving(self, step: int, save_id: str) -> Path:
+    def staging_path(self, step: int, save_id: str) -> Path:
         """Return the directory that :meth:`begin` has created."""
         return self.folder / f"step-{step:08d}.{save_id}.tmp"
 

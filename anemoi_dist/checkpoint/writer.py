@@ -246,7 +246,7 @@ def begin(store: Store, step: int, *, world: World) -> tuple[Folder, str]:
     answer = json.loads(world.broadcast_text(json.dumps(answer) if world.is_main else None))
     if "error" in answer:
         raise CheckpointError(f"step {step} was not saved: {answer['error']}; older checkpoints are intact")
-    return store.saving(step, answer["save_id"]), answer["save_id"]
+    return store.staging_path(step, answer["save_id"]), answer["save_id"]
 
 
 def write_rank(

@@ -14,15 +14,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from anemoi_dist.data.batch import Batch
-from anemoi_dist.engines.sharded import Region, RegionEngine, clipped, local, step_only
+from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, clipped, local, step_only
 from anemoi_dist.optimizers.norm import squared_norms, sum_of_squares
 
 
-class Fsdp2Engine(RegionEngine):
+class Fsdp2Engine(ShardedEngine):
     """fp32 parameters sharded by rows; with ``bf16`` they are gathered in bf16 and gradients are reduced in fp32."""
 
     # Muon needs whole matrices; Rprop writes by index, which DTensor cannot.
-    refused_optimizers = (*RegionEngine.refused_optimizers, "Muon", "Rprop")
+    refused_optimizers = (*ShardedEngine.refused_optimizers, "Muon", "Rprop")
 
     def _wrap(self) -> None:
         policy = MixedPrecisionPolicy()
@@ -118,7 +118,7 @@ class Fsdp2Engine(RegionEngine):
         """Wait for what is under way: the other ranks may be."""
         self._drop_gathered()
 
-    def regions(self) -> Iterator[Region]:
+    def local_shards(self) -> Iterator[LocalShard]:
         """Yield the rows of every parameter that this rank holds."""
         for name, parameter in self.module.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded"
@@ -128,7 +128,7 @@ class Fsdp2Engine(RegionEngine):
             first_row = min(self.world.rank * chunk_rows, rows)
             row_numel = parameter.numel() // rows
             held = local(parameter).numel()
-            yield Region(name, tuple(parameter.shape), first_row * row_numel, held, parameter, 0)
+            yield LocalShard(name, tuple(parameter.shape), first_row * row_numel, held, parameter, 0)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

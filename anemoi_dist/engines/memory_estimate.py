@@ -26,7 +26,7 @@ _SUB_GROUP = 1_000_000_000
 #: What :class:`ExpectedMemory` leaves out.
 NOT_COUNTED = (
     "activations, layers gathered while they compute (zero3, fsdp2), NCCL's and cuBLAS' work space, the CUDA context, "
-    "what the allocator cannot use"
+    "allocator fragmentation"
 )
 
 _ADAM = ("exp_avg", "exp_avg_sq")

@@ -10,11 +10,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from anemoi_dist.data.batch import Batch
-from anemoi_dist.engines.sharded import Region, RegionEngine, clipped
+from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, clipped
 from anemoi_dist.optimizers.norm import squared_norms
 
 
-class DdpEngine(RegionEngine):
+class DdpEngine(ShardedEngine):
     """torch's DistributedDataParallel around fp32 parameters; ``bf16`` computes under autocast."""
 
     def _wrap(self) -> None:
@@ -39,15 +39,15 @@ class DdpEngine(RegionEngine):
     def _update(self) -> tuple[float, bool]:
         return step_replicated(self.optimizer, self.module, limit=self.config.training.clip_grad_norm)
 
-    def regions(self) -> Iterator[Region]:
+    def local_shards(self) -> Iterator[LocalShard]:
         """Yield every parameter whole."""
-        yield from replicated_regions(self.module)
+        yield from replicated_shards(self.module)
 
 
-def replicated_regions(module: torch.nn.Module) -> Iterator[Region]:
+def replicated_shards(module: torch.nn.Module) -> Iterator[LocalShard]:
     """Yield the parameters of a module that every rank holds whole."""
     for name, parameter in module.named_parameters():
-        yield Region(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, replicated=True)
+        yield LocalShard(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, replicated=True)
 
 
 def step_replicated(

@@ -1,7 +1,7 @@
-"""What every engine does alike: the optimizer step around its own collectives, and saving and loading by ranges.
+"""Base of all engines: the optimizer step around an engine's own collectives, and saving and loading by shards.
 
-An engine says where each parameter's elements lie on this rank (:class:`Region`); from that follow the shards to save,
-the ranges to load and the bytes to report.
+An engine says where each parameter's elements lie on this rank (:class:`LocalShard`); the shards to save, the ranges
+to load and the bytes to report follow from that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from anemoi_dist.checkpoint.matching import FROM_ADAMW, fit
+from anemoi_dist.checkpoint.matching import FROM_ADAMW, match
 from anemoi_dist.checkpoint.shard import Shard, ShardSource, TensorInfo
 from anemoi_dist.config.schema import Config
 from anemoi_dist.data.batch import Batch
@@ -27,13 +27,13 @@ from anemoi_dist.engines.base import MemoryReport, StepReport
 from anemoi_dist.errors import CheckpointError, ConfigError
 from anemoi_dist.optimizers.ademamix import AdEMAMix, conversions, schedule_values
 from anemoi_dist.optimizers.learning_rate import set_num_updates
-from anemoi_dist.optimizers.rounding import Range
+from anemoi_dist.optimizers.rounding import ElementRange
 from anemoi_dist.tasks.forecast.module import BaseGraphModule
 from anemoi_dist.telemetry.heartbeat import beat
 
 
 @dataclass(frozen=True)
-class Region:
+class LocalShard:
     """A contiguous range of one parameter, where it lies on this rank.
 
     Attributes
@@ -71,7 +71,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class RegionEngine(ABC):
+class ShardedEngine(ABC):
     """Base of all engines.
 
     Parameters
@@ -99,7 +99,7 @@ class RegionEngine(ABC):
         self._trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         self._num_updates = 0
         self._wrap()
-        self._place_elements()
+        self._set_element_ranges()
         self._create_states()
         set_num_updates(self._scheduler, 0)
 
@@ -122,7 +122,7 @@ class RegionEngine(ABC):
         """Clip, step and clear the gradients. Return the global norm and whether the update was skipped."""
 
     @abstractmethod
-    def regions(self) -> Iterator[Region]:
+    def local_shards(self) -> Iterator[LocalShard]:
         """Yield this rank's part of every parameter, trained or frozen, in the module's order."""
 
     def _after_load(self) -> None:  # noqa: B027, most engines have nothing to do
@@ -168,15 +168,15 @@ class RegionEngine(ABC):
     def shards(self) -> Iterator[Shard]:
         """Yield the ranges that this rank has to save; over all ranks each element comes once. Collective."""
         self._agree_on_buffers()
-        for region in self.regions():
-            low, high = self._share(region)
-            for kind, tensor in self._tensors(region):
-                if tensor.dim() == 0 and region.owner.dim() > 0:  # a counter: saved by whoever holds element 0
-                    if region.start + low == 0 and high > low:
-                        yield Shard(region.fqn, kind, (), 0, tensor.view(1))
+        for shard in self.local_shards():
+            low, high = self._share(shard)
+            for kind, tensor in self._tensors(shard):
+                if tensor.dim() == 0 and shard.owner.dim() > 0:  # a counter: saved by whoever holds element 0
+                    if shard.start + low == 0 and high > low:
+                        yield Shard(shard.fqn, kind, (), 0, tensor.view(1))
                 elif high > low:
-                    piece = region.view(tensor)[low:high]
-                    yield Shard(region.fqn, kind, region.global_shape, region.start + low, piece)
+                    piece = shard.view(tensor)[low:high]
+                    yield Shard(shard.fqn, kind, shard.global_shape, shard.start + low, piece)
         if self.world.is_main:
             for name, buffer in self._persistent_buffers():
                 yield Shard(name, "buffer", tuple(buffer.shape), 0, buffer.detach().reshape(-1))
@@ -190,28 +190,28 @@ class RegionEngine(ABC):
             The source does not fit the model; every rank gives the same report of all differences.
         """
         options = self.config.checkpoint
-        fitted = fit(source, self._declared, rename=options.rename, allow_missing=options.allow_missing)
+        matched = match(source, self._declared, rename=options.rename, allow_missing=options.allow_missing)
         if hasattr(self.optimizer, "init_state"):  # all its states are there
-            fitted.choose_states(self._held_states().keys(), FROM_ADAMW)
-        for note in [*fitted.notes(), *self._notes_on_states(fitted, num_updates)]:
+            matched.select_states(self._held_states().keys(), FROM_ADAMW)
+        for note in [*matched.notes(), *self._notes_on_states(matched, num_updates)]:
             warnings.warn(note, stacklevel=2)
-        self._take(fitted, num_updates=num_updates)
+        self._load_tensors(matched, num_updates=num_updates)
 
     @torch.no_grad()
-    def _take(self, source: ShardSource, *, num_updates: int) -> None:
+    def _load_tensors(self, source: ShardSource, *, num_updates: int) -> None:
         """Load what ``source`` has; the rest stays as it is."""
         available = source.tensors()
         kinds = sorted({kind for _, kind in available} - {"param", "buffer"})
         counters = {kind for kind in kinds if all(not i.global_shape for (_, k), i in available.items() if k == kind)}
-        for region in self.regions():
-            if (region.fqn, "param") in available:
-                source.read(region.fqn, "param", start=region.start, out=region.view(region.owner))
-            begins = self._begins(region, available, kinds)
+        for shard in self.local_shards():
+            if (shard.fqn, "param") in available:
+                source.read(shard.fqn, "param", start=shard.start, out=shard.view(shard.owner))
+            begins = self._begins(shard, available, kinds)
             for kind in kinds:
-                if (region.fqn, kind) in available:
-                    self._load_state(source, region, kind, is_counter=kind in counters)
+                if (shard.fqn, kind) in available:
+                    self._load_state(source, shard, kind, is_counter=kind in counters)
                 elif begins:
-                    self._begin_state(source, region, kind, is_counter=kind in counters)
+                    self._begin_state(source, shard, kind, is_counter=kind in counters)
         for name, buffer in self._persistent_buffers():
             if (name, "buffer") in available:
                 flat = torch.empty(buffer.numel(), dtype=buffer.dtype)
@@ -272,17 +272,17 @@ class RegionEngine(ABC):
                 for owner in group["params"]:
                     init_state(owner)
 
-    def _place_elements(self) -> None:
+    def _set_element_ranges(self) -> None:
         """Tell the optimizer which parameters' elements it steps: what it rounds at random must not depend on ranks."""
         if not isinstance(self.optimizer, AdEMAMix):
             return
-        placed: dict[torch.Tensor, list[Range]] = {}
-        for region in self.regions():
-            if region.fqn in self._trained:
-                held = Range(region.fqn, region.offset, region.start, region.numel)
-                placed.setdefault(region.owner, []).append(held)
+        placed: dict[torch.Tensor, list[ElementRange]] = {}
+        for shard in self.local_shards():
+            if shard.fqn in self._trained:
+                held = ElementRange(shard.fqn, shard.offset, shard.start, shard.numel)
+                placed.setdefault(shard.owner, []).append(held)
         for owner, ranges in placed.items():
-            self.optimizer.place(owner, ranges, seed=self.config.run.seed)
+            self.optimizer.set_element_ranges(owner, ranges, seed=self.config.run.seed)
 
     def _held_states(self) -> dict[str, set[torch.dtype]]:
         """Return the types of the optimizer's states that there are now, by their names."""
@@ -293,23 +293,23 @@ class RegionEngine(ABC):
                     held.setdefault(kind, set()).add(value.dtype)
         return held
 
-    def _share(self, region: Region) -> tuple[int, int]:
-        if not region.replicated:
-            return 0, region.numel
+    def _share(self, shard: LocalShard) -> tuple[int, int]:
+        if not shard.replicated:
+            return 0, shard.numel
         rank, size = self.world.rank, self.world.world_size
-        return region.numel * rank // size, region.numel * (rank + 1) // size
+        return shard.numel * rank // size, shard.numel * (rank + 1) // size
 
-    def _tensors(self, region: Region) -> Iterator[tuple[str, torch.Tensor]]:
-        yield "param", region.owner
-        for kind, value in sorted(self.optimizer.state.get(region.owner, {}).items()):
+    def _tensors(self, shard: LocalShard) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "param", shard.owner
+        for kind, value in sorted(self.optimizer.state.get(shard.owner, {}).items()):
             if not isinstance(value, torch.Tensor):
                 continue
-            if value.dim() > 0 and local(value).numel() != local(region.owner).numel():
+            if value.dim() > 0 and local(value).numel() != local(shard.owner).numel():
                 raise ConfigError(
                     "training.optimizer",
                     kind,
                     f"this optimizer state has shape {tuple(value.shape)} for a parameter of shape "
-                    f"{region.global_shape}; only states of the parameter's shape and counters can be saved",
+                    f"{shard.global_shape}; only states of the parameter's shape and counters can be saved",
                     fix="use an element-wise optimizer (AdEMAMix, AdamW, SGD, ...)",
                 )
             yield kind, value
@@ -335,43 +335,43 @@ class RegionEngine(ABC):
             )
         return [*notes, note]
 
-    def _begins(self, region: Region, available: Mapping[tuple[str, str], TensorInfo], kinds: Sequence[str]) -> bool:
+    def _begins(self, shard: LocalShard, available: Mapping[tuple[str, str], TensorInfo], kinds: Sequence[str]) -> bool:
         """Whether the optimizer's state of a parameter begins here: it is new, or was frozen."""
-        if region.fqn not in self._trained or any((region.fqn, kind) in available for kind in kinds):
+        if shard.fqn not in self._trained or any((shard.fqn, kind) in available for kind in kinds):
             return False
         # An optimizer that creates states at the first gradient has not met one: it still creates it then.
-        return (region.fqn, "param") not in available or hasattr(self.optimizer, "init_state")
+        return (shard.fqn, "param") not in available or hasattr(self.optimizer, "init_state")
 
-    def _begin_state(self, source: ShardSource, region: Region, kind: str, *, is_counter: bool) -> None:
-        """Start the state of a parameter that the checkpoint has none of: averages at zero, at the others' step.
+    def _begin_state(self, source: ShardSource, shard: LocalShard, kind: str, *, is_counter: bool) -> None:
+        """Start the state of a parameter that the checkpoint has none of: EMA states at zero, at the others' step.
 
         Partitioned engines keep one counter for many parameters, so all do alike.
         """
         other = next(fqn for fqn, found in source.tensors() if found == kind)
         if is_counter:
-            self._load_state(source, replace(region, fqn=other), kind, is_counter=True)
-        elif kind not in self.optimizer.state[region.owner]:
+            self._load_state(source, replace(shard, fqn=other), kind, is_counter=True)
+        elif kind not in self.optimizer.state[shard.owner]:
             dtype = source.tensors()[other, kind].dtype
-            self.optimizer.state[region.owner][kind] = torch.zeros_like(region.owner, dtype=dtype, requires_grad=False)
+            self.optimizer.state[shard.owner][kind] = torch.zeros_like(shard.owner, dtype=dtype, requires_grad=False)
 
-    def _load_state(self, source: ShardSource, region: Region, kind: str, *, is_counter: bool) -> None:
-        state = self.optimizer.state[region.owner]
-        info = source.tensors()[region.fqn, kind]
+    def _load_state(self, source: ShardSource, shard: LocalShard, kind: str, *, is_counter: bool) -> None:
+        state = self.optimizer.state[shard.owner]
+        info = source.tensors()[shard.fqn, kind]
         if is_counter:
             value = torch.empty(1, dtype=info.dtype)
-            source.read(region.fqn, kind, start=0, out=value)
+            source.read(shard.fqn, kind, start=0, out=value)
             on_device = any(group.get("capturable") or group.get("fused") for group in self.optimizer.param_groups)
-            state[kind] = value.view(()).to(region.owner.device if on_device else "cpu")
+            state[kind] = value.view(()).to(shard.owner.device if on_device else "cpu")
             return
-        self._check_shape(region, info.global_shape)
+        self._check_shape(shard, info.global_shape)
         if kind not in state:
-            state[kind] = torch.zeros_like(region.owner, dtype=info.dtype, requires_grad=False)
-        source.read(region.fqn, kind, start=region.start, out=region.view(state[kind]))
+            state[kind] = torch.zeros_like(shard.owner, dtype=info.dtype, requires_grad=False)
+        source.read(shard.fqn, kind, start=shard.start, out=shard.view(state[kind]))
 
-    def _check_shape(self, region: Region, shape: tuple[int, ...]) -> None:
-        if tuple(shape) != region.global_shape:
+    def _check_shape(self, shard: LocalShard, shape: tuple[int, ...]) -> None:
+        if tuple(shape) != shard.global_shape:
             raise CheckpointError(
-                f"{region.fqn} has shape {tuple(shape)} in the checkpoint and {region.global_shape} in the model"
+                f"{shard.fqn} has shape {tuple(shape)} in the checkpoint and {shard.global_shape} in the model"
             )
 
     def _agree_on_buffers(self) -> None:

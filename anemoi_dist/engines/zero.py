@@ -20,8 +20,8 @@ import torch.distributed as dist
 from anemoi_dist.checkpoint.shard import TensorInfo
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.engines.memory_estimate import REDUCE_BUCKET
-from anemoi_dist.engines.replicated import replicated_regions, step_replicated
-from anemoi_dist.engines.sharded import Region, RegionEngine, clip_coefficient, clipped, step_only
+from anemoi_dist.engines.replicated import replicated_shards, step_replicated
+from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, clip_coefficient, clipped, step_only
 from anemoi_dist.engines.zero_gradients import GradientPartitions
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.ademamix import AdEMAMix
@@ -32,7 +32,7 @@ NUM_BUCKETS = 8
 BUCKET_NUMEL = 1 << 20
 
 
-class _ZeroEngine(RegionEngine):
+class _ZeroEngine(ShardedEngine):
     """What all stages share: one DeepSpeed engine around the module and the optimizer of its configuration."""
 
     def _initialize(self, config: dict[str, Any]) -> None:
@@ -45,12 +45,12 @@ class _ZeroEngine(RegionEngine):
         self._engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=self.optimizer, config=config, dist_init_required=False
         )
-        self._take_over()
+        self._install_hooks()
         if initial is not None:
             # DeepSpeed takes its fp32 masters from the weights after it has rounded them to bf16.
-            self._take(initial, num_updates=0)
+            self._load_tensors(initial, num_updates=0)
 
-    def _take_over(self) -> None:
+    def _install_hooks(self) -> None:
         """Put our own in the place of what DeepSpeed does with its partitions."""
 
     def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
@@ -96,16 +96,16 @@ class Zero0Engine(_ZeroEngine):
         self._engine.micro_steps += 1  # what engine.step() would have counted
         return norm, skipped
 
-    def regions(self) -> Iterator[Region]:
+    def local_shards(self) -> Iterator[LocalShard]:
         """Yield every parameter whole."""
-        yield from replicated_regions(self.module)
+        yield from replicated_shards(self.module)
 
 
 class _PartitionedEngine(_ZeroEngine):
     """Stages 1 to 3: the optimizer steps flat fp32 partitions."""
 
     # Muon needs matrices; Adagrad is rebuilt by DeepSpeed, which leaves ours and its schedule behind.
-    refused_optimizers = (*RegionEngine.refused_optimizers, "Muon", "Adagrad")
+    refused_optimizers = (*ShardedEngine.refused_optimizers, "Muon", "Adagrad")
 
     def _wrap(self) -> None:
         zero: dict[str, Any] = {"stage": self.config.engine.stage, "contiguous_gradients": True, "overlap_comm": False}
@@ -127,13 +127,13 @@ class _PartitionedEngine(_ZeroEngine):
     def _zero(self) -> Any:
         return self._engine.optimizer
 
-    def _unite(self, masters: Sequence[torch.Tensor], working: Sequence[torch.Tensor]) -> None:
+    def _alias_masters(self, masters: Sequence[torch.Tensor], working: Sequence[torch.Tensor]) -> None:
         """Let fp32 working parameters be their own masters; DeepSpeed keeps a copy."""
         for master, own in zip(masters, working, strict=True):
             if own.dtype == master.dtype and own.device == master.device:
                 master.data = own.data
 
-    def _lend(self, partition: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _attach_grad(self, partition: torch.Tensor, gradient: torch.Tensor) -> None:
         """Let the optimizer see ``gradient`` as that of ``partition``, as it is where it can read its type."""
         if gradient.dtype != partition.dtype:
             if isinstance(self.optimizer, AdEMAMix) and hasattr(partition, "grad_dtype"):
@@ -142,10 +142,10 @@ class _PartitionedEngine(_ZeroEngine):
                 gradient = gradient.to(partition.dtype)
         partition.grad = gradient
 
-    def _frozen_regions(self) -> Iterator[Region]:
+    def _frozen_shards(self) -> Iterator[LocalShard]:
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
-                yield Region(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, replicated=True)
+                yield LocalShard(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, replicated=True)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Zero12Engine(_PartitionedEngine):
         # copy. Its default bucket of 5e8 elements is allocated anew in every backward pass, whatever the model's size.
         return {"reduce_scatter": False, "reduce_bucket_size": REDUCE_BUCKET}
 
-    def _take_over(self) -> None:
+    def _install_hooks(self) -> None:
         zero = self._zero
         key = "engine.options.zero_optimization"
         if not zero.contiguous_gradients:
@@ -206,7 +206,7 @@ class Zero12Engine(_PartitionedEngine):
         zero.averaged_gradients = dict(enumerate(gradients))
         zero._add_to_grad_partition_buffer = self._gradients.receive
         own = [partitions[self.world.rank] for partitions in zero.parallel_partitioned_bit16_groups]
-        self._unite(zero.single_partition_of_fp32_groups, own)
+        self._alias_masters(zero.single_partition_of_fp32_groups, own)
         zero._link_all_hp_params()  # DeepSpeed's own accessors would show the partitions and gradients of before
         self._buckets = list(self._cut(overlap=overlap))
         for index, group in enumerate(self.optimizer.param_groups):
@@ -256,7 +256,7 @@ class Zero12Engine(_PartitionedEngine):
     def _step_buckets(self, norm: torch.Tensor) -> None:
         """Step each bucket and gather its working parameters, meanwhile or at the end."""
         for bucket in self._buckets:
-            self._lend(bucket.parameter, bucket.gradient)
+            self._attach_grad(bucket.parameter, bucket.gradient)
         gradients = [bucket.parameter.grad for bucket in self._buckets if bucket.parameter.grad is not None]
         under_way: list[Any] = []
         with clipped(self.optimizer, gradients, norm=norm, limit=self.config.training.clip_grad_norm):
@@ -281,7 +281,7 @@ class Zero12Engine(_PartitionedEngine):
             return [dist.all_gather(bucket.working, own, async_op=True)]
         return [dist.all_gather_into_tensor(self._zero.bit16_groups_flat[bucket.index], own, async_op=True)]
 
-    def regions(self) -> Iterator[Region]:
+    def local_shards(self) -> Iterator[LocalShard]:
         """Yield the pieces of parameters that lie in this rank's partitions, then what is frozen."""
         zero = self._zero
         for bucket in self._buckets:
@@ -290,7 +290,7 @@ class Zero12Engine(_PartitionedEngine):
             for parameter, offset in zip(parameters[bucket.index], offsets[bucket.index], strict=True):
                 low, high = max(offset, bucket.begin), min(offset + parameter.numel(), end)
                 if low < high:
-                    yield Region(
+                    yield LocalShard(
                         self._names[id(parameter)],
                         tuple(parameter.shape),
                         low - offset,
@@ -298,7 +298,7 @@ class Zero12Engine(_PartitionedEngine):
                         bucket.parameter,
                         low - bucket.begin,
                     )
-        yield from self._frozen_regions()
+        yield from self._frozen_shards()
 
     def _after_load(self) -> None:
         self._zero.update_lp_params()
@@ -315,12 +315,12 @@ class Zero3Engine(_PartitionedEngine):
     done in the update.
     """
 
-    def _take_over(self) -> None:
+    def _install_hooks(self) -> None:
         zero = self._zero
         self._rewrite = zero._reassign_or_swap_out_partitioned_parameters
         if not zero.offload_optimizer:  # else gradients are squared, and brought to the CPU, as they arrive
-            self._unite(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
-            zero._prepare_fp32_grad_for_sub_group = self._lend_sub_group
+            self._alias_masters(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
+            zero._prepare_fp32_grad_for_sub_group = self._attach_sub_group_grad
             zero._get_norm_groups = self._norms
         if not isinstance(self.optimizer, AdEMAMix):
             return
@@ -339,11 +339,11 @@ class Zero3Engine(_PartitionedEngine):
             assert isinstance(self.optimizer, AdEMAMix)
             self.optimizer.grad_scale = clip_coefficient(norm, limit).reciprocal()
 
-    def _lend_sub_group(self, sub_group: int) -> None:
+    def _attach_sub_group_grad(self, sub_group: int) -> None:
         """Let a partition's gradient be its part of DeepSpeed's buffer, not an fp32 copy of that."""
         zero = self._zero
         partition = zero.fp32_partitioned_groups_flat[sub_group]
-        self._lend(partition, self._gradients(sub_group))
+        self._attach_grad(partition, self._gradients(sub_group))
         zero.averaged_gradients[sub_group] = None
 
     def _gradients(self, sub_group: int) -> torch.Tensor:
@@ -395,29 +395,29 @@ class Zero3Engine(_PartitionedEngine):
             super()._create_states()
             group["params"] = []
 
-    def regions(self) -> Iterator[Region]:
+    def local_shards(self) -> Iterator[LocalShard]:
         """Yield this rank's piece of every parameter, then its piece of what is frozen."""
         zero = self._zero
         for parameters, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
             offset = 0
             for parameter in parameters:
-                if (region := self._piece(parameter, flat, offset)) is not None:
-                    yield region
+                if (shard := self._piece(parameter, flat, offset)) is not None:
+                    yield shard
                 offset += parameter.partition_numel()
         for parameter in self._parameters():
-            if not parameter.requires_grad and (region := self._piece(parameter, parameter.ds_tensor, 0)) is not None:
-                yield region
+            if not parameter.requires_grad and (shard := self._piece(parameter, parameter.ds_tensor, 0)) is not None:
+                yield shard
 
     def _parameters(self) -> list[Any]:
         """Return the module's parameters, which DeepSpeed has given the attributes ``ds_*``."""
         return list(self.module.parameters())
 
-    def _piece(self, parameter: Any, owner: torch.Tensor, offset: int) -> Region | None:
+    def _piece(self, parameter: Any, owner: torch.Tensor, offset: int) -> LocalShard | None:
         start = self.world.rank * parameter.partition_numel()
         numel = min(parameter.partition_numel(), parameter.ds_numel - start)  # the last piece is padded
         if numel <= 0:
             return None
-        return Region(self._names[id(parameter)], tuple(parameter.ds_shape), start, numel, owner, offset)
+        return LocalShard(self._names[id(parameter)], tuple(parameter.ds_shape), start, numel, owner, offset)
 
     def _after_load(self) -> None:
         zero = self._zero

@@ -16,17 +16,17 @@ class GradientPartitions:
 
     Parameters
     ----------
-    pieces : Sequence[torch.Tensor]
+    slices : Sequence[torch.Tensor]
         For each parameter's part in the partitions, in order: its view of the flat gradient, zero.
     is_last : Callable[[], bool]
         Whether the gradients that arrive are those of the last micro-batch.
     eager : bool
-        Square the norm of each piece when it is complete, and not all of them at the step.
+        Square the norm of each part when it is complete, and not all of them at the step.
     """
 
-    def __init__(self, pieces: Sequence[torch.Tensor], *, is_last: Callable[[], bool], eager: bool) -> None:
-        self._pieces, self._is_last, self._eager = pieces, is_last, eager
-        self._index = {piece.data_ptr(): index for index, piece in enumerate(pieces)}
+    def __init__(self, slices: Sequence[torch.Tensor], *, is_last: Callable[[], bool], eager: bool) -> None:
+        self._slices, self._is_last, self._eager = slices, is_last, eager
+        self._index = {part.data_ptr(): index for index, part in enumerate(slices)}
         self._arrived: set[int] = set()
         self._stale: set[int] = set()
         self._squares: dict[int, torch.Tensor] = {}
@@ -37,7 +37,7 @@ class GradientPartitions:
         Parameters
         ----------
         place : torch.Tensor | None
-            One of the pieces; None where the gradient belongs to another rank.
+            One of the slices; None where the gradient belongs to another rank.
         gradient : torch.Tensor
             As many elements.
         """
@@ -50,14 +50,14 @@ class GradientPartitions:
             place.copy_(gradient.view(-1))
             self._arrived.add(index)
         if self._eager and self._is_last():
-            self._squares[index] = squared_norms([self._pieces[index]])
+            self._squares[index] = squared_norms([self._slices[index]])
 
     def sum_of_squares(self) -> torch.Tensor | None:
         """Return the sum of all squares on this rank, None without a gradient; what got none is zero from here on."""
         for index in self._stale - self._arrived:
-            self._pieces[index].zero_()
+            self._slices[index].zero_()
         self._stale = set(self._arrived)
-        arrived = {index: self._pieces[index] for index in sorted(self._arrived)}
+        arrived = {index: self._slices[index] for index in sorted(self._arrived)}
         return sum_of_squares(arrived, self._squares) if arrived else None
 
     def begin(self) -> None:

@@ -43,9 +43,9 @@ def ademamix_kernel(
     square_ptr,
     copy_ptr,
     numbers_ptr,
-    pieces_ptr,
+    ranges_ptr,
     numel,
-    num_pieces,
+    num_ranges,
     has_fast: tl.constexpr,
     has_copy: tl.constexpr,
     is_rounded: tl.constexpr,
@@ -53,7 +53,7 @@ def ademamix_kernel(
 ):
     """Update ``block`` elements.
 
-    ``numbers_ptr``: the fields of UpdateScalars, in their order; ``pieces_ptr``: rounding.piece_table.
+    ``numbers_ptr``: the fields of UpdateScalars, in their order; ``ranges_ptr``: rounding.range_table.
     """
     offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block).to(tl.int64)
     mask = offsets < numel
@@ -82,19 +82,19 @@ def ademamix_kernel(
         mixed = _mix(step)
         begin = tl.program_id(0).to(tl.int64) * block
         index = 0
-        past = num_pieces
+        past = num_ranges
         while past - index > 1:  # the last piece that begins with this block or before, by bisection
             middle = (index + past) // 2
-            if tl.load(pieces_ptr + 4 * middle) <= begin:
+            if tl.load(ranges_ptr + 4 * middle) <= begin:
                 index = middle
             else:
                 past = middle
         words = tl.zeros((block,), tl.uint32)
         others = tl.zeros((block,), tl.uint32)
         # Each piece that reaches into the block overwrites what the one before it has left beyond its end.
-        piece_begin = begin
-        while piece_begin < begin + block:
-            row = pieces_ptr + 4 * index
+        range_begin = begin
+        while range_begin < begin + block:
+            row = ranges_ptr + 4 * index
             own_begin = tl.load(row)
             element = (offsets - own_begin + tl.load(row + 1)).to(tl.uint32)
             key = _mix(tl.load(row + 2).to(tl.uint32) ^ mixed)
@@ -103,7 +103,7 @@ def ademamix_kernel(
             words = tl.where(inside, _words(element, key, other_key), words)
             others = tl.where(inside, _words(element, other_key, key), others)
             index += 1
-            piece_begin = tl.load(pieces_ptr + 4 * index, mask=index < num_pieces, other=begin + block)
+            range_begin = tl.load(ranges_ptr + 4 * index, mask=index < num_ranges, other=begin + block)
         if fast_ptr.dtype.element_ty == tl.bfloat16:
             kept_fast = _rounded(first, words & 0xFFFF)
         if square_ptr.dtype.element_ty == tl.bfloat16:

@@ -17,16 +17,16 @@ State of each parameter:
 ``exp_avg_sq``   shape of the parameter nu
 ================ ====================== ==================================================================
 
-The averages are float32 (float64 for float64 parameters) whatever the parameter's type, and stay so when they are
-loaded, unless ``state_dtype`` says otherwise. Rounded to nearest, an average in bfloat16 stalls: at ``b3 = .9999`` one
-step changes it by less than half a unit in the last place. So bfloat16 is rounded stochastically
-(:mod:`anemoi_dist.optimizers.rounding`). Bytes of state a parameter:
+The EMA states are float32 (float64 for float64 parameters) whatever the parameter's type, and stay so when they are
+loaded, unless ``state_dtype`` says otherwise. Rounded to nearest, an EMA state in bfloat16 stalls: at ``b3 = .9999``
+one step changes it by less than half a unit in the last place. So bfloat16 is rounded stochastically
+(:mod:`anemoi_dist.optimizers.rounding`). Bytes of state per parameter:
 
 ====================================================== ==== =============
 ``state_dtype``                                        all  ``beta1 = 0``
 ====================================================== ==== =============
 ``fp32``                                               12   8
-``bf16``: the fast average and that of the square      8    6
+``bf16``: the fast EMA and that of the squared gradient      8    6
 ``{exp_avg_fast: bf16}``, ``{exp_avg_sq: bf16}``       10   6 (square)
 ``bf16`` for each of the three by name                 6    4
 ====================================================== ==== =============
@@ -48,9 +48,9 @@ from anemoi_dist.config.optimizer_states import AVERAGES
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import gpu, implementations
 from anemoi_dist.optimizers.options import checked_options, narrow_states
-from anemoi_dist.optimizers.rounding import Range, piece_table, whole_range
+from anemoi_dist.optimizers.rounding import ElementRange, range_table, whole_range
 from anemoi_dist.optimizers.update import (
-    Row,
+    ParamTensors,
     UpdateScalars,
     ademamix_update,
     device_scalars,
@@ -88,8 +88,8 @@ class AdEMAMix(Optimizer):
     and warm-ups it was saved with. To keep newly configured ones, load
     ``{"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]}``.
 
-    To switch from AdamW in mid-training, load its averages as ``exp_avg_fast`` and ``exp_avg_sq`` with its ``step``,
-    and give that step as ``schedule_start``; the missing slow average starts at zero.
+    To switch from AdamW in mid-training, load its EMA states as ``exp_avg_fast`` and ``exp_avg_sq`` with its ``step``,
+    and give that step as ``schedule_start``; the missing slow EMA starts at zero.
 
     Parameters
     ----------
@@ -98,9 +98,9 @@ class AdEMAMix(Optimizer):
     lr : float | Tensor
         Learning rate; a tensor must have one element.
     betas : Iterable[float]
-        Decay of the fast average, of the squared gradient and of the slow average, each in [0, 1).
+        Decay of the fast EMA, of the squared gradient and of the slow EMA, each in [0, 1).
     alpha : float
-        Weight of the slow average beside the fast one; the paper uses 4 to 10, with warm-ups.
+        Weight of the slow EMA beside the fast one; the paper uses 4 to 10, with warm-ups.
     beta3_warmup, alpha_warmup : int | None
         Steps over which ``beta3`` rises from ``beta1`` and ``alpha`` from 0; None: no warm-up.
     eps : float
@@ -114,16 +114,16 @@ class AdEMAMix(Optimizer):
     foreach : bool | None
         ``True`` is ``implementation="foreach"``, ``False`` is ``"eager"``; None: as ``implementation`` says.
     maximize : bool
-        Climb instead of descend.
+        Maximize the objective instead of minimizing it.
     capturable : bool
-        Keep ``step`` on the device and compute the step's numbers there, without a host synchronization.
+        Keep ``step`` on the device and compute the step scalars there, without a host synchronization.
     implementation : str
-        Which code does the update, ``c``, ``triton``, ``foreach``, ``compile`` or ``eager``; ``auto`` chooses for each
+        Which code does the update, ``c``, ``triton``, ``foreach`` or ``eager``; ``auto`` chooses for each
         tensor (:mod:`anemoi_dist.optimizers.implementations`). It is not loaded from a state dictionary.
     state_dtype : str | Mapping[str, str]
-        ``fp32``; ``bf16``, which keeps the fast average and that of the square in bfloat16 and the slow one in float32;
-        or ``fp32`` or ``bf16`` by the averages' names, float32 for those that are not named. It is not loaded from a
-        state dictionary: averages of another type are converted, with a warning.
+        ``fp32``; ``bf16``, which keeps the fast EMA and that of the squared gradient in bfloat16 and the slow EMA in
+        float32; or a mapping from EMA states to ``fp32`` or ``bf16``, float32 where a state is not named. It is not
+        loaded from a state dictionary: EMA states of another type are converted, with a warning.
 
     Attributes
     ----------
@@ -181,7 +181,7 @@ class AdEMAMix(Optimizer):
             "state_dtype": state_dtype,
         }
         self.copies: dict[Tensor, Tensor] = {}
-        self._pieces: dict[Tensor, Tensor] = {}
+        self._element_ranges: dict[Tensor, Tensor] = {}
         super().__init__(params, {**defaults, **checked_options(defaults)})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ class AdEMAMix(Optimizer):
             if p.is_complex():
                 rule, fix = "AdEMAMix needs real parameters", "pass torch.view_as_real(parameter)"
             elif is_narrow and p.dtype == torch.float64:
-                rule, fix = "has its averages in float64, not in bfloat16", "state_dtype=fp32"
+                rule, fix = "has its EMA states in float64, not in bfloat16", "state_dtype=fp32"
             if rule:
                 del self.param_groups[-1]
                 raise ConfigError("params", str(p.dtype), rule, fix=fix)
@@ -203,24 +203,24 @@ class AdEMAMix(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("copies", {})
-        self.__dict__.setdefault("_pieces", {})
+        self.__dict__.setdefault("_element_ranges", {})
         for group in self.param_groups:
             for name, value in {**self.defaults, **_ABSENT}.items():
                 group.setdefault(name, value)
             group.update(checked_options(group))
             for p in group["params"]:
                 if p in self.state:
-                    _tidy_state(p, self.state[p], group)
+                    _normalize_loaded_state(p, self.state[p], group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load state as torch does, but keep the averages in ``state_dtype`` whatever the parameters' type."""
-        # torch would cast them to the parameter's type, and a bfloat16 average has lost what it was kept for.
-        hook = self.register_load_state_dict_pre_hook(_hide_averages)
+        """Load state as torch does, but keep the EMA states in ``state_dtype`` whatever the parameters' type."""
+        # torch would cast them to the parameter's type, and a bfloat16 EMA state has lost what it was kept for.
+        hook = self.register_load_state_dict_pre_hook(_hide_ema_states)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        for note in conversions(_average_dtypes(state_dict["state"]), _average_dtypes(self.state)):
+        for note in conversions(_ema_dtypes(state_dict["state"]), _ema_dtypes(self.state)):
             warnings.warn(note, stacklevel=2)
 
     @property
@@ -235,13 +235,13 @@ class AdEMAMix(Optimizer):
             for p in group["params"]:
                 local = p.to_local() if isinstance(p, DTensor) else p
                 fast, slow, square = (
-                    torch.empty_like(local, dtype=_average_dtype(name, p, group), requires_grad=False, device="meta")
+                    torch.empty_like(local, dtype=_ema_dtype(name, p, group), requires_grad=False, device="meta")
                     for name in AVERAGES
                 )
-                names[implementations.choose(Row(local, local, fast, slow, square), group)] += 1
+                names[implementations.select(ParamTensors(local, local, fast, slow, square), group)] += 1
         return dict(names)
 
-    def place(self, p: Tensor, ranges: Iterable[Range], *, seed: int = 0) -> None:
+    def set_element_ranges(self, p: Tensor, ranges: Iterable[ElementRange], *, seed: int = 0) -> None:
         """Say which elements of which parameters ``p`` holds: their rounding to bfloat16 depends on that.
 
         Engines call it for the flat partitions that they have made of parameters. Without, a tensor is a parameter, all
@@ -251,13 +251,13 @@ class AdEMAMix(Optimizer):
         ----------
         p : Tensor
             In a parameter group, now or at the time of a step.
-        ranges : Iterable[Range]
+        ranges : Iterable[ElementRange]
             What lies in it; the rest is padding.
         seed : int
             Of the run.
         """
         device = p.to_local().device if isinstance(p, DTensor) else p.device
-        self._pieces[p] = piece_table(ranges, seed=seed).to(device)
+        self._element_ranges[p] = range_table(ranges, seed=seed).to(device)
 
     def init_state(self, p: Tensor) -> None:
         """Create what is missing of the state of ``p`` now; otherwise its first update does.
@@ -278,14 +278,14 @@ class AdEMAMix(Optimizer):
             state["step"] = state["step"].double()
         for name in AVERAGES if group["betas"][0] else AVERAGES[1:]:
             if name not in state:
-                state[name] = torch.zeros_like(p, dtype=_average_dtype(name, p, group), requires_grad=False)
+                state[name] = torch.zeros_like(p, dtype=_ema_dtype(name, p, group), requires_grad=False)
         return state
 
-    def _place_all(self) -> None:
+    def _set_default_ranges(self) -> None:
         """Place the parameters that no engine has placed."""
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
-            if p not in self._pieces:
-                self.place(p, [whole_range(p, str(index))])
+            if p not in self._element_ranges:
+                self.set_element_ranges(p, [whole_range(p, str(index))])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -305,72 +305,77 @@ class AdEMAMix(Optimizer):
         # All gradients are looked at before any parameter changes: a refused step leaves nothing half done.
         ready = [(group, _with_gradient(group["params"])) for group in self.param_groups]
         is_rehearsal = not self.state and _is_rehearsal(ready)
-        chosen = [self._rows(group, params) for group, params in ready]
+        chosen = [self._collect(group, params) for group, params in ready]
         if is_rehearsal:
             return loss
-        for (group, _), rows in zip(ready, chosen, strict=True):
-            if rows and group["capturable"]:
-                self._update_captured(group, rows)
-            elif rows:
-                self._update(group, rows)
+        for (group, _), updates in zip(ready, chosen, strict=True):
+            if updates and group["capturable"]:
+                self._update_captured(group, updates)
+            elif updates:
+                self._update(group, updates)
         return loss
 
-    def _rows(self, group: dict[str, Any], params: list[Tensor]) -> list[tuple[str, Row, Tensor]]:
+    def _collect(self, group: dict[str, Any], params: list[Tensor]) -> list[tuple[str, ParamTensors, Tensor]]:
         """Return for each parameter the implementation that updates it, this rank's tensors, and its step."""
-        rows = []
-        if narrow_states(group) and any(p not in self._pieces for p in params):
-            self._place_all()
+        updates = []
+        if narrow_states(group) and any(p not in self._element_ranges for p in params):
+            self._set_default_ranges()
         # A look-up by a tensor calls its hash, written in Python: none without need.
-        copies, pieces, has_fast = self.copies, self._pieces, bool(group["betas"][0])
+        copies, element_ranges, has_fast = self.copies, self._element_ranges, bool(group["betas"][0])
         for p in params:
             state = self._init_state(p, group)
-            row = Row(
+            param = ParamTensors(
                 p,
                 p.grad,  # type: ignore[arg-type]  # those without are left out
                 state["exp_avg_fast"] if has_fast else None,
                 state["exp_avg_slow"],
                 state["exp_avg_sq"],
                 copies.get(p) if copies else None,
-                pieces.get(p) if pieces else None,
+                element_ranges.get(p) if element_ranges else None,
             )
-            row = implementations.local_row(row)
-            rows.append((implementations.choose(row, group), row, state["step"]))
-        return rows
+            param = implementations.local_tensors(param)
+            updates.append((implementations.select(param, group), param, state["step"]))
+        return updates
 
-    def _update(self, group: dict[str, Any], rows: list[tuple[str, Row, Tensor]]) -> None:
+    def _update(self, group: dict[str, Any], updates: list[tuple[str, ParamTensors, Tensor]]) -> None:
         """Update with scalars from the host."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "AdEMAMix(capturable=False) in a captured graph would repeat one step's numbers for ever"
+                "AdEMAMix(capturable=False) in a captured graph would repeat one step's scalars for ever"
             )
         torch._foreach_add_(
-            [step for *_, step in rows], torch.ones((), dtype=torch.float64)
+            [step for *_, step in updates], torch.ones((), dtype=torch.float64)
         )  # a number would become a tensor for each
         # Parameters that had no gradient in some step are at another one than the rest.
-        buckets: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-        for name, row, step in rows:
+        buckets: dict[tuple[Any, ...], list[ParamTensors]] = defaultdict(list)
+        for name, param, step in updates:
             # The kernel in C takes all types at once.
-            kind = () if name == "c" else (row.p.device, row.p.dtype, row.nu.dtype)
-            buckets[step.item(), name, *kind].append(row)
+            kind = () if name == "c" else (param.p.device, param.p.dtype, param.nu.dtype)
+            buckets[step.item(), name, *kind].append(param)
         for (step, name, *_), bucket in buckets.items():
             factor = self._grad_factor(group, bucket[0].p.device)
             implementations.run(name, bucket, host_scalars(group, step)._replace(grad_factor=factor))
 
-    def _update_captured(self, group: dict[str, Any], rows: list[tuple[str, Row, Tensor]]) -> None:
+    def _update_captured(self, group: dict[str, Any], updates: list[tuple[str, ParamTensors, Tensor]]) -> None:
         """Update with scalars computed on the device from ``step``; nothing is read back."""
-        buckets: dict[tuple[Any, ...], list[tuple[Tensor, Row]]] = defaultdict(list)
-        for name, row, step in rows:
-            key = name, row.p.device, torch.promote_types(row.nu.dtype, torch.float32)
-            buckets[key].append((step.add_(1), row))
+        buckets: dict[tuple[Any, ...], list[tuple[Tensor, ParamTensors]]] = defaultdict(list)
+        for name, param, step in updates:
+            key = name, param.p.device, torch.promote_types(param.nu.dtype, torch.float32)
+            buckets[key].append((step.add_(1), param))
         for (name, device, dtype), bucket in buckets.items():
             steps = torch.stack([step for step, _ in bucket])
             factor = self._grad_factor(group, device)
             if name == "triton":
-                for (_, row), numbers in zip(bucket, device_table(group, steps, factor).unbind(), strict=True):
-                    gpu.launch(row, numbers)
+                for (_, param), numbers in zip(bucket, device_table(group, steps, factor).unbind(), strict=True):
+                    gpu.launch(param, numbers)
             else:
-                for (_, row), scalars in zip(bucket, device_scalars(group, steps, dtype=dtype), strict=True):
-                    ademamix_update(*row[:5], scalars._replace(grad_factor=factor), copy=row.copy, pieces=row.pieces)
+                for (_, param), scalars in zip(bucket, device_scalars(group, steps, dtype=dtype), strict=True):
+                    ademamix_update(
+                        *param[:5],
+                        scalars._replace(grad_factor=factor),
+                        copy=param.copy,
+                        element_ranges=param.element_ranges,
+                    )
 
     def _grad_factor(self, group: dict[str, Any], device: torch.device) -> float | Tensor:
         """Return what the gradients are multiplied by: a number, or a tensor where ``grad_scale`` is one."""
@@ -379,8 +384,8 @@ class AdEMAMix(Optimizer):
         return sign if scale is None else sign / scale.to(device, torch.float32).view(())
 
 
-def _average_dtype(name: str, p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    """Return the type in which an average of ``p`` is kept."""
+def _ema_dtype(name: str, p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """Return the type in which an EMA state of ``p`` is kept."""
     if p.dtype == torch.float64:
         return torch.float64
     return torch.bfloat16 if name in narrow_states(group) else torch.float32
@@ -422,13 +427,13 @@ def schedule_values(optimizer: Any) -> dict[str, float]:
 
 
 class _Hidden:
-    """An average on its way through ``Optimizer.load_state_dict``, which casts tensors but not this."""
+    """An EMA state on its way through ``Optimizer.load_state_dict``, which casts tensors but not this."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
-def _hide_averages(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _hide_ema_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     hidden = {
         key: {name: _Hidden(x) if name in AVERAGES and isinstance(x, Tensor) else x for name, x in state.items()}
         if isinstance(state, dict)
@@ -442,8 +447,8 @@ def _hide_averages(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str
     return {**state_dict, "state": hidden, "param_groups": groups}
 
 
-def _average_dtypes(states: Mapping[Any, Any]) -> dict[str, set[torch.dtype]]:
-    """Return the types of the averages in a state dictionary's, or an optimizer's, states."""
+def _ema_dtypes(states: Mapping[Any, Any]) -> dict[str, set[torch.dtype]]:
+    """Return the types of the EMA states in a state dictionary's, or an optimizer's, states."""
     found: dict[str, set[torch.dtype]] = {name: set() for name in AVERAGES}
     for state in states.values():
         for name in AVERAGES:
@@ -452,11 +457,11 @@ def _average_dtypes(states: Mapping[Any, Any]) -> dict[str, set[torch.dtype]]:
     return {name: dtypes for name, dtypes in found.items() if dtypes}
 
 
-def _tidy_state(p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+def _normalize_loaded_state(p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
     """Bring the state of one parameter, loaded from wherever, into the form that this class keeps."""
     for name in AVERAGES:
         if isinstance(state.get(name), _Hidden):
-            state[name] = state[name].tensor.to(device=p.device, dtype=_average_dtype(name, p, group))
+            state[name] = state[name].tensor.to(device=p.device, dtype=_ema_dtype(name, p, group))
         elif name in state and state[name] is None:  # Apple's way of saying beta1 = 0
             del state[name]
     if "step" in state:

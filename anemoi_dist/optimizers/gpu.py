@@ -1,8 +1,8 @@
 """AdEMAMix's update on CUDA in Triton: one read and one write of memory, one launch a tensor.
 
-The step's numbers come from a float32 tensor on the device in the order of
+The step scalars come from a float32 tensor on the device in the order of
 :class:`~anemoi_dist.optimizers.update.UpdateScalars`: nothing is read back by the host, and a captured graph replays
-with the numbers of its own step. Offsets are 64-bit: a flat partition may hold more than 2^31 elements.
+with the scalars of its own step. Offsets are 64-bit: a flat partition may hold more than 2^31 elements.
 
 Each line rounds as :func:`~anemoi_dist.optimizers.update.ademamix_update` does. Triton's interpreter, in which the
 tests run on a CPU, has no fused multiply-add and no rounding to bfloat16 but cutting: there results differ by units in
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anemoi_dist.optimizers.update import Row, UpdateScalars
+from anemoi_dist.optimizers.update import ParamTensors, UpdateScalars
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,35 +32,35 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def refusal(row: Row) -> str:
-    """Say why this implementation can't update a row; empty where it can."""
-    p, g, *_, copy, _ = row
+def refusal(param: ParamTensors) -> str:
+    """Say why this implementation can't update a parameter; empty where it can."""
+    p, g, *_, copy, _ = param
     if not has_triton():
         return "needs the package triton, which is not installed"
     if not (p.is_cuda and g.is_cuda) and not _interpreted():
         return f"works on CUDA, and the parameter is on {p.device}"
-    if p.dtype not in _DTYPES or g.dtype not in _DTYPES or row.nu.dtype == torch.float64:
+    if p.dtype not in _DTYPES or g.dtype not in _DTYPES or param.nu.dtype == torch.float64:
         return f"takes float32, bfloat16 and float16, not a parameter of {p.dtype} with a gradient of {g.dtype}"
     if copy is not None and copy.dtype not in _DTYPES:
         return f"writes copies in float32, bfloat16 and float16, not {copy.dtype}"
-    if not all(x is None or x.is_contiguous() for x in row) or g.is_neg():
+    if not all(x is None or x.is_contiguous() for x in param) or g.is_neg():
         return "takes contiguous parameters, gradients and states"
-    if any(x is not None and x.numel() != p.numel() for x in row[:6]):
+    if any(x is not None and x.numel() != p.numel() for x in param[:6]):
         return "takes gradients, states and copies of the parameter's shape"
     return ""
 
 
-def update(rows: list[Row], scalars: UpdateScalars) -> None:
-    """Update rows that :func:`refusal` accepts, all with the same numbers, from the host."""
-    numbers = torch.tensor([*scalars[:-1], 1.0], dtype=torch.float32).to(rows[0].p.device, non_blocking=True)
+def update(params: list[ParamTensors], scalars: UpdateScalars) -> None:
+    """Update parameters that :func:`refusal` accepts, all with the same numbers, from the host."""
+    numbers = torch.tensor([*scalars[:-1], 1.0], dtype=torch.float32).to(params[0].p.device, non_blocking=True)
     numbers[-1:] *= scalars.grad_factor  # which may be a tensor on the device: it stays there
-    for row in rows:
-        launch(row, numbers)
+    for param in params:
+        launch(param, numbers)
 
 
-def launch(row: Row, numbers: Tensor) -> None:
-    """Update one row with the numbers in ``numbers``, without a word to the host."""
-    p, g, m1, m2, nu, copy, pieces = row
+def launch(param: ParamTensors, numbers: Tensor) -> None:
+    """Update one parameter with the numbers in ``numbers``, without a word to the host."""
+    p, g, m1, m2, nu, copy, element_ranges = param
     numel = p.numel()
     if numel == 0:
         return
@@ -74,12 +74,12 @@ def launch(row: Row, numbers: Tensor) -> None:
         nu,
         p if copy is None else copy,
         numbers,
-        numbers if pieces is None else pieces,
+        numbers if element_ranges is None else element_ranges,
         numel,
-        0 if pieces is None else len(pieces),
+        0 if element_ranges is None else len(element_ranges),
         has_fast=m1 is not None,
         has_copy=copy is not None,
-        is_rounded=row.is_rounded,
+        is_rounded=param.is_rounded,
         block=BLOCK,
         enable_fp_fusion=False,
     )

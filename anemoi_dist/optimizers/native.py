@@ -5,8 +5,8 @@ and is called through ctypes, which leaves the interpreter's lock free meanwhile
 
 The result is :func:`~anemoi_dist.optimizers.update.ademamix_update`'s bit for bit on processors with fused
 multiply-add (x86-64 since 2013, arm64), with two exceptions. The square root is rounded correctly, where the library
-that torch calls on x86 may be off by one unit in the last place: that reaches the parameter, not the averages. And
-denormal numbers are flushed to zero: an average that decays towards zero stays denormal for ever and costs ten times
+that torch calls on x86 may be off by one unit in the last place: that reaches the parameter, not the EMA states. And
+denormal numbers are flushed to zero: an EMA state that decays towards zero stays denormal for ever and costs ten times
 as much.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anemoi_dist.optimizers.update import Row, UpdateScalars
+from anemoi_dist.optimizers.update import ParamTensors, UpdateScalars
 
 #: Elements that the library takes at once, as ``_ademamix.c`` says too.
 CHUNK = 16384
@@ -56,20 +56,20 @@ def library() -> Any:
     return None
 
 
-def refusal(row: Row) -> str:
-    """Say why this implementation can't update a row; empty where it can."""
-    p, g, m1, m2, nu, copy, _ = row
+def refusal(param: ParamTensors) -> str:
+    """Say why this implementation can't update a parameter; empty where it can."""
+    p, g, m1, m2, nu, copy, _ = param
     numel = p.numel()
     for x in (p, g, m1, m2, nu):  # asked of each parameter in each step
         if x is not None and not (x.dtype in _DTYPES and x.is_cpu and x.is_contiguous() and x.numel() == numel):
-            return _reason(row)
+            return _reason(param)
     is_plain = copy is None and not g.is_neg() and library() is not None
-    return "" if is_plain else _reason(row)
+    return "" if is_plain else _reason(param)
 
 
-def _reason(row: Row) -> str:
-    p, g, *_, copy, _ = row
-    tensors = (p, g, *row.averages)
+def _reason(param: ParamTensors) -> str:
+    p, g, *_, copy, _ = param
+    tensors = (p, g, *param.ema_states)
     if library() is None:
         return "needs the compiled kernel, and the package was built without a compiler"
     if not (p.is_cpu and g.is_cpu):
@@ -85,18 +85,18 @@ def _reason(row: Row) -> str:
     return ""
 
 
-def update(rows: list[Row], scalars: UpdateScalars) -> None:
-    """Update rows that :func:`refusal` accepts, all with the same numbers."""
+def update(params: list[ParamTensors], scalars: UpdateScalars) -> None:
+    """Update parameters that :func:`refusal` accepts, all with the same numbers."""
     table = array("q")
-    for p, g, m1, m2, nu, copy, pieces in rows:
+    for p, g, m1, m2, nu, copy, element_ranges in params:
         types = (g.dtype is _BF16) | (p.dtype is _BF16) << 1 | (m2.dtype is _BF16) << 3 | (nu.dtype is _BF16) << 4
         fast = written = places = num_places = 0
         if m1 is not None:
             fast, types = m1.data_ptr(), types | (m1.dtype is _BF16) << 2
         if copy is not None:
             written = copy.data_ptr()
-        if pieces is not None:
-            places, num_places = pieces.data_ptr(), len(pieces)
+        if element_ranges is not None:
+            places, num_places = element_ranges.data_ptr(), len(element_ranges)
         parameter, gradient, slow, square = p.data_ptr(), g.data_ptr(), m2.data_ptr(), nu.data_ptr()
         table.extend((parameter, gradient, fast, slow, square, written, p.numel(), types, places, num_places))
     factor = scalars.grad_factor
@@ -106,7 +106,7 @@ def update(rows: list[Row], scalars: UpdateScalars) -> None:
         pointer = factor.data_ptr()
     numbers = array("f", (*map(float, scalars[:-1]), 1.0 if pointer else float(factor)))
     step = library().ademamix_step
-    step(table.buffer_info()[0], len(rows), numbers.buffer_info()[0], pointer, torch.get_num_threads())
+    step(table.buffer_info()[0], len(params), numbers.buffer_info()[0], pointer, torch.get_num_threads())
 
 
 def can_square(tensor: Tensor) -> bool:

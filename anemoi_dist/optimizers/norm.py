@@ -12,7 +12,7 @@ from anemoi_dist.optimizers import native
 _Key = TypeVar("_Key")
 
 #: Elements whose norm is taken at once. A sum in float32 over much more loses digits: 0.4 % of the norm at 50 million.
-_PIECE = 1 << 20
+_CHUNK_NUMEL = 1 << 20
 
 
 def squared_norms(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -28,15 +28,15 @@ def squared_norms(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     torch.Tensor
         1-D float64, on their device: a number for each, which does not depend on the others.
     """
-    in_c = [place for place, gradient in enumerate(gradients) if native.can_square(gradient)]
+    in_c = [index for index, gradient in enumerate(gradients) if native.can_square(gradient)]
     if len(in_c) == len(gradients):
         return native.squared_norms(gradients)
     if not in_c:
         return _by_torch(gradients)
     squares = torch.empty(len(gradients), dtype=torch.float64)
-    others = [place for place in range(len(gradients)) if place not in set(in_c)]
-    squares[in_c] = native.squared_norms([gradients[place] for place in in_c])
-    squares[others] = _by_torch([gradients[place] for place in others])
+    others = [index for index in range(len(gradients)) if index not in set(in_c)]
+    squares[in_c] = native.squared_norms([gradients[index] for index in in_c])
+    squares[others] = _by_torch([gradients[index] for index in others])
     return squares
 
 
@@ -63,22 +63,22 @@ def sum_of_squares(gradients: Mapping[_Key, torch.Tensor], known: Mapping[_Key, 
 
 
 def _by_torch(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    pieces = [gradient.reshape(-1).split(_PIECE) for gradient in gradients]
-    squares = _norms([piece for parts in pieces for piece in parts]).square()
+    chunks = [gradient.reshape(-1).split(_CHUNK_NUMEL) for gradient in gradients]
+    squares = _norms([chunk for parts in chunks for chunk in parts]).square()
     if len(squares) == len(gradients):
         return squares
-    lengths = torch.tensor([len(parts) for parts in pieces], device=squares.device)
+    lengths = torch.tensor([len(parts) for parts in chunks], device=squares.device)
     return torch.segment_reduce(squares, "sum", lengths=lengths, unsafe=True)  # safe: a GPU would be waited for
 
 
-def _norms(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+def _norms(chunks: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the L2 norms, taken in float32 at least: that of a bf16 tensor would be rounded to bf16."""
-    norms = torch.empty(len(pieces), dtype=torch.float64, device=pieces[0].device)
-    for dtype in dict.fromkeys(piece.dtype for piece in pieces):
-        places = [place for place, piece in enumerate(pieces) if piece.dtype == dtype]
-        alike = [pieces[place] for place in places]
+    norms = torch.empty(len(chunks), dtype=torch.float64, device=chunks[0].device)
+    for dtype in dict.fromkeys(chunk.dtype for chunk in chunks):
+        indices = [index for index, chunk in enumerate(chunks) if chunk.dtype == dtype]
+        alike = [chunks[index] for index in indices]
         taken = torch.stack(torch._foreach_norm(alike, 2, dtype=torch.promote_types(dtype, torch.float32)))
-        if len(alike) == len(pieces):
+        if len(alike) == len(chunks):
             return taken.double()
-        norms[places] = taken.double()
+        norms[indices] = taken.double()
     return norms

@@ -46,15 +46,14 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
         )
     checked["state_dtype"] = checked_state_dtype(options["state_dtype"], beta1=betas[0])
     implementations.check_name(options)
-    path = "foreach" if options["foreach"] else options["implementation"]
-    if narrow_states(checked) and path in ("foreach", "compile"):
-        rule = f"can't be done by {path}, which has no stochastic rounding"
+    if narrow_states(checked) and (options["foreach"] or options["implementation"] == "foreach"):
+        rule = "can't be done by foreach, which has no stochastic rounding"
         raise ConfigError("state_dtype", checked["state_dtype"], rule, fix="implementation='auto', foreach=None")
     return checked
 
 
 def narrow_states(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the averages that checked options keep in bfloat16."""
+    """Return the EMA states that checked options keep in bfloat16."""
     chosen = group["state_dtype"]
     if isinstance(chosen, str):
         return ("exp_avg_fast", "exp_avg_sq") if chosen == "bf16" else ()
@@ -66,7 +65,7 @@ def _checked_betas(betas: Any) -> tuple[float, float, float]:
     # Any sequence will do, and becomes a tuple: Hydra's ListConfig would follow the optimizer into its pickles.
     values = tuple(betas) if isinstance(betas, Iterable) and not isinstance(betas, str) else (betas,)
     if len(values) != 3:
-        rule = "must be three numbers: decay of the fast average, of the squared gradient, of the slow average"
+        rule = "must be three numbers: decay of the fast EMA, of the squared gradient, of the slow EMA"
         raise ConfigError("betas", values, rule, fix=fix)
     for value in values:
         _number("betas", value, fix=fix)

@@ -1,13 +1,13 @@
-"""Stochastic rounding of averages to bfloat16, the same on any number of ranks.
+"""Stochastic rounding of EMA states to bfloat16, the same on any number of ranks.
 
-One step changes an average by about ``1 - beta`` of it, and bfloat16 has 8 bits: rounded to nearest, what is smaller
-than half a unit in the last place is lost at every step, and the average stands still. Rounded up with a probability
+One step changes an EMA state by about ``1 - beta`` of it, and bfloat16 has 8 bits: rounded to nearest, what is smaller
+than half a unit in the last place is lost at every step, and the EMA state stands still. Rounded up with a probability
 that is the part cut off, it moves as it should on average.
 
-The random bits are no generator's: they are a hash of (seed, parameter, element, step, which average). So they don't
+The random bits are no generator's: they are a hash of (seed, parameter, element, step, which EMA state). So they don't
 depend on how a parameter is cut over ranks or on which implementation rounds, and a run that is resumed goes on with
 those of its step. The hash is murmur3's finaliser (Austin Appleby, public domain) on the element's number, with two
-32-bit keys from the rest. One word of 32 bits serves two averages: 16 bits are what rounding to bfloat16 cuts off.
+32-bit keys from the rest. One word of 32 bits serves two EMA states: 16 bits are what rounding to bfloat16 cuts off.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from anemoi_dist.errors import ConfigError
 _MASK = 0xFFFFFFFF
 
 
-class Range(NamedTuple):
+class ElementRange(NamedTuple):
     """Elements of one parameter, as they lie in a flattened tensor that holds some of one or more parameters.
 
     Attributes
@@ -45,7 +45,7 @@ class Range(NamedTuple):
     numel: int
 
 
-def piece_table(ranges: Iterable[Range], *, seed: int) -> Tensor:
+def range_table(ranges: Iterable[ElementRange], *, seed: int) -> Tensor:
     """Return what the implementations need of ``ranges``.
 
     Returns
@@ -53,7 +53,7 @@ def piece_table(ranges: Iterable[Range], *, seed: int) -> Tensor:
     Tensor
         Shape (n, 4), int64, by offset: where a piece begins in the tensor, the number of its first element in its
         parameter, two 32-bit words that stand for parameter and seed. A piece goes on to the next one's beginning; the
-        first begins at 0. Elements are numbered in 32 bits: a parameter of more than 2^32 has several pieces.
+        first begins at 0. Elements are numbered in 32 bits: a parameter of more than 2^32 has several ranges.
     """
     rows = []
     for name, offset, start, numel in sorted(ranges, key=lambda r: r.offset):
@@ -71,7 +71,7 @@ def piece_table(ranges: Iterable[Range], *, seed: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def whole_range(p: Tensor, name: str) -> Range:
+def whole_range(p: Tensor, name: str) -> ElementRange:
     """Return the range of a parameter that no engine has placed: all of it, or this rank's rows of a DTensor.
 
     Raises
@@ -80,23 +80,23 @@ def whole_range(p: Tensor, name: str) -> Range:
         A DTensor's local elements are no range of the whole.
     """
     if not isinstance(p, DTensor):
-        return Range(name, 0, 0, p.numel())
+        return ElementRange(name, 0, 0, p.numel())
     # By type: a strided shard is one too, and no range.
     if not all(type(x) in (Shard, Replicate) and x in (Shard(0), Replicate()) for x in p.placements):
         rule = "bfloat16 states need parameters that are cut along their first dimension"
         raise ConfigError("state_dtype", str(p.placements), rule, fix="state_dtype=fp32")
     _, begin = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
     rows = p.shape[0] if p.dim() else 1
-    return Range(name, 0, begin[0] * (p.numel() // rows) if p.dim() and rows else 0, p.to_local().numel())
+    return ElementRange(name, 0, begin[0] * (p.numel() // rows) if p.dim() and rows else 0, p.to_local().numel())
 
 
-def random_words(pieces: Tensor, numel: int, step: Any, *, second: bool = False) -> Tensor:
+def random_words(element_ranges: Tensor, numel: int, step: Any, *, second: bool = False) -> Tensor:
     """Return 32 random bits for each element of a tensor.
 
     Parameters
     ----------
-    pieces : Tensor
-        Of :func:`piece_table`, on the tensor's device.
+    element_ranges : Tensor
+        Of :func:`range_table`, on the tensor's device.
     numel : int
         Elements of the tensor.
     step : Any
@@ -110,11 +110,11 @@ def random_words(pieces: Tensor, numel: int, step: Any, *, second: bool = False)
         Shape (numel,), int64.
     """
     mixed = _mix(step.to(torch.int64) & _MASK if isinstance(step, Tensor) else int(step) & _MASK)
-    positions = torch.arange(numel, device=pieces.device)
-    begin, start, *salts = pieces.unbind(1)
+    positions = torch.arange(numel, device=element_ranges.device)
+    begin, start, *salts = element_ranges.unbind(1)
     if second:
         salts.reverse()
-    # A gather for each element: this is the definition, the kernels have a loop over pieces.
+    # A gather for each element: this is the definition, the kernels have a loop over ranges.
     index = torch.searchsorted(begin.contiguous(), positions, right=True) - 1
     key, other = (_mix(salt ^ mixed)[index] for salt in salts)
     x = (positions - begin[index] + start[index] + key) & _MASK
@@ -130,18 +130,20 @@ def round_to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, rounded.view(torch.float32)).to(torch.bfloat16)
 
 
-def store(averages: Iterable[Tensor | None], values: Iterable[Tensor | None], pieces: Tensor | None, step: Any) -> None:
-    """Write new float32 values to the averages (fast, slow, of the square) that are not those tensors themselves."""
-    fast, slow, square = zip(averages, values, strict=True)
+def store(
+    ema_states: Iterable[Tensor | None], values: Iterable[Tensor | None], element_ranges: Tensor | None, step: Any
+) -> None:
+    """Write new float32 values to the EMA states (fast, slow, of the square) that are not those tensors themselves."""
+    fast, slow, square = zip(ema_states, values, strict=True)
     for pairs, second in (((fast, square), False), ((slow,), True)):
-        if all(average is value for average, value in pairs):
+        if all(state is value for state, value in pairs):
             continue
-        assert pieces is not None, "bfloat16 averages are rounded by where their elements lie"
-        words = random_words(pieces, next(x.numel() for x, _ in pairs if x is not None), step, second=second)
-        for (average, value), shift in zip(pairs, (0, 16), strict=False):
-            if average is not None and average is not value:
+        assert element_ranges is not None, "bfloat16 EMA states are rounded by where their elements lie"
+        words = random_words(element_ranges, next(x.numel() for x, _ in pairs if x is not None), step, second=second)
+        for (state, value), shift in zip(pairs, (0, 16), strict=False):
+            if state is not None and state is not value:
                 assert value is not None
-                average.copy_(round_to_bfloat16(value, (words >> shift) & 0xFFFF))
+                state.copy_(round_to_bfloat16(value, (words >> shift) & 0xFFFF))
 
 
 def _mix(x: Any) -> Any:

@@ -36,12 +36,12 @@ def warmup_fraction(step: float, warmup: float | None) -> float:
 
 
 def alpha_at(step: float, *, alpha: float, warmup: float | None) -> float:
-    """Return the weight of the slow average: linear from 0 to ``alpha``."""
+    """Return the weight of the slow EMA: linear from 0 to ``alpha``."""
     return warmup_fraction(step, warmup) * alpha
 
 
 def beta3_at(step: float, *, beta1: float, beta3: float, warmup: float | None, form: str = "apple") -> float:
-    """Return the decay of the slow average: linear in half-life from ``beta1`` to ``beta3``.
+    """Return the decay of the slow EMA: linear in half-life from ``beta1`` to ``beta3``.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""AdEMAMix's arithmetic: the numbers of a step, and the one definition of the update.
+"""AdEMAMix's arithmetic: the step scalars and the one definition of the update.
 
 Every implementation (:mod:`anemoi_dist.optimizers.implementations`) is held against :func:`ademamix_update`.
 """
@@ -40,11 +40,11 @@ class UpdateScalars(NamedTuple):
     #: The step, modulo 2^32, in two halves that float32 holds: ``step_low + 65536 * step_high``; for rounding
     step_low: float | Tensor = 0.0
     step_high: float | Tensor = 0.0
-    #: What the gradient is multiplied by: clipping, loss scale, -1 to climb
+    #: What the gradient is multiplied by: clipping, loss scale, -1 to maximize
     grad_factor: float | Tensor = 1.0
 
 
-class Row(NamedTuple):
+class ParamTensors(NamedTuple):
     """The tensors of one parameter's update; see :func:`ademamix_update`."""
 
     p: Tensor
@@ -53,17 +53,17 @@ class Row(NamedTuple):
     m2: Tensor
     nu: Tensor
     copy: Tensor | None = None
-    pieces: Tensor | None = None
+    element_ranges: Tensor | None = None
 
     @property
-    def averages(self) -> tuple[Tensor, ...]:
-        """The averages that there are."""
+    def ema_states(self) -> tuple[Tensor, ...]:
+        """The EMA states that there are."""
         return tuple(x for x in (self.m1, self.m2, self.nu) if x is not None)
 
     @property
     def is_rounded(self) -> bool:
-        """Whether an average is kept in bfloat16."""
-        return any(x.dtype == torch.bfloat16 for x in self.averages)
+        """Whether an EMA state is kept in bfloat16."""
+        return any(x.dtype == torch.bfloat16 for x in self.ema_states)
 
 
 def ademamix_update(
@@ -75,9 +75,9 @@ def ademamix_update(
     scalars: UpdateScalars,
     *,
     copy: Tensor | None = None,
-    pieces: Tensor | None = None,
+    element_ranges: Tensor | None = None,
 ) -> None:
-    """Update one parameter and its averages in place. Every path of the optimizer is this arithmetic.
+    """Update one parameter and its EMA states in place. Every path of the optimizer is this arithmetic.
 
     Each line rounds once: what torch computes as ``a + w * (b - a)`` (``lerp_``) or ``a + x * factor`` (``add_``) is
     one fused multiply-add in its vector code. There is one division an element.
@@ -85,21 +85,21 @@ def ademamix_update(
     Parameters
     ----------
     p : Tensor
-        Parameter, any floating type; computed in float32 (float64 where the averages are) and rounded once.
+        Parameter, any floating type; computed in float32 (float64 where the EMA states are) and rounded once.
     g : Tensor
         Gradient, same shape, any floating type.
     m1, m2, nu : Tensor
-        Averages, same shape, float64, or each float32 or bfloat16; ``m1`` is None with ``beta1 = 0``. What is bfloat16
-        goes into the parameter as it is before it is rounded.
+        EMA states, same shape, float64, or each float32 or bfloat16; ``m1`` is None with ``beta1 = 0``. The update
+        reads bfloat16 states before they are rounded again.
     scalars : UpdateScalars
-        The step's numbers.
+        Step scalars.
     copy : Tensor | None
         Where the new parameter is written a second time, in another type: a bfloat16 working parameter.
-    pieces : Tensor | None
-        Of :func:`~anemoi_dist.optimizers.rounding.piece_table`; with bfloat16 averages.
+    element_ranges : Tensor | None
+        Of :func:`~anemoi_dist.optimizers.rounding.range_table`; with bfloat16 EMA states.
     """
     wide = torch.promote_types(nu.dtype, torch.float32)
-    averages = m1, m2, nu
+    kept = m1, m2, nu
     m1, m2, nu = None if m1 is None else m1.to(wide), m2.to(wide), nu.to(wide)
     g = g.to(wide)
     if isinstance(scalars.grad_factor, Tensor) or scalars.grad_factor != 1.0:
@@ -110,7 +110,7 @@ def ademamix_update(
         m1.lerp_(g, scalars.weight_fast)
     m2.lerp_(g, scalars.weight_slow)
     nu.lerp_(g * g, scalars.weight_sq)
-    rounding.store(averages, (m1, m2, nu), pieces, scalars.step_low + 65536 * scalars.step_high)
+    rounding.store(kept, (m1, m2, nu), element_ranges, scalars.step_low + 65536 * scalars.step_high)
     denominator = nu.sqrt().mul_(scalars.inverse_sq).add_(scalars.eps)
     update = (g if m1 is None else m1).mul(scalars.inverse_fast)
     _add_scaled_(update, m2, scalars.alpha)
@@ -132,14 +132,14 @@ def _add_scaled_(out: Tensor, x: Tensor, factor: float | Tensor) -> None:
         out.add_(x, alpha=factor)
 
 
-def foreach_update(rows: list[Row], scalars: UpdateScalars) -> None:
+def foreach_update(params: list[ParamTensors], scalars: UpdateScalars) -> None:
     """Do :func:`ademamix_update`, operation for operation, for tensors of one device and type.
 
     Bit for bit the same on a CPU; on accelerators a kernel may fuse a multiplication and an addition that the other
     rounds apart, which is a difference in the last place. The scalars are floats, ``grad_factor`` may be a tensor.
     """
     # Any: torch's stubs of the grouped operations know no list that came out of a zip.
-    ps, gs, m1s, m2s, nus, copies, _ = cast(Any, [list(column) for column in zip(*rows, strict=True)])
+    ps, gs, m1s, m2s, nus, copies, _ = cast(Any, [list(column) for column in zip(*params, strict=True)])
     numbers: Any = scalars
     dtype = nus[0].dtype
     gs = [g.to(dtype) for g in gs]
@@ -166,7 +166,7 @@ def foreach_update(rows: list[Row], scalars: UpdateScalars) -> None:
 
 
 def host_scalars(group: Mapping[str, Any], step: float) -> UpdateScalars:
-    """Compute the numbers of update ``step`` (from 1) in double on the host.
+    """Compute the step scalars of update ``step`` (from 1) in double on the host.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def host_scalars(group: Mapping[str, Any], step: float) -> UpdateScalars:
 
 
 def device_scalars(group: Mapping[str, Any], steps: Tensor, *, dtype: torch.dtype) -> list[UpdateScalars]:
-    """Compute the numbers of the updates ``steps`` on their device, in double, without reading them.
+    """Compute the step scalars of the updates ``steps`` on their device, in double, without reading them.
 
     Parameters
     ----------
@@ -202,7 +202,7 @@ def device_scalars(group: Mapping[str, Any], steps: Tensor, *, dtype: torch.dtyp
     steps : Tensor
         Shape (n,).
     dtype : torch.dtype
-        Type of the averages, in which the numbers are returned.
+        Type of the EMA states, in which the numbers are returned.
     """
     constant = host_scalars({**group, "lr": 0.0}, 1.0)
     lr = group["lr"].to(dtype) if isinstance(group["lr"], Tensor) else group["lr"]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from anemoi_dist.checkpoint.locate import open_store
-from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.select import select
 from anemoi_dist.config.batch import plan_batches
 from anemoi_dist.config.schema import Config
 from anemoi_dist.data.anemoi import WeatherDataset, open_split
@@ -118,15 +118,15 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
     stop = StopRequest(run, is_main=world.is_main)
     stop.listen()
     world.outlast(config.watchdog.timeout_s)
-    choice = choose(open_store(run, config.checkpoint.url), world=world, strict=config.checkpoint.strict)
-    checkpoint = choice.checkpoint
+    selection = select(open_store(run, config.checkpoint.url), world=world, strict=config.checkpoint.strict)
+    checkpoint = selection.checkpoint
     first_step = checkpoint.manifest.step if checkpoint else 0
     telemetry = Telemetry(
         run, config, is_main=world.is_main, total_steps=config.training.max_steps, first_step=first_step
     )
     code, trainer, loader = ExitCode.INTERNAL, None, None
     try:
-        for step, reason in choice.passed_over.items():
+        for step, reason in selection.passed_over.items():
             telemetry.event("passed_over", step=step, reason=reason)
             telemetry.message(f"checkpoint of step {step} is passed over: {reason}")
         with telemetry.phase("startup"):
@@ -138,7 +138,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
                 telemetry=telemetry,
                 stop=stop,
                 dataset=dataset,
-                broken=choice.passed_over,
+                broken=selection.passed_over,
             )
             world.outlast(config.watchdog.timeout_s)  # once more: engines make groups of their own
             if checkpoint is not None:

@@ -19,7 +19,7 @@ from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, Manifest
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.retention import Policy, prune
-from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save, write_shards
 from anemoi_dist.distributed.world import World, seed_step
@@ -85,20 +85,20 @@ def test_damage_is_found_and_the_older_checkpoint_is_taken(tmp_path: Path, file:
         newer.unlink()
     else:
         shutil.copy(tmp_path / "step-00000001" / file, newer)
-    choice = choose(store, world=Alone())
-    assert choice.checkpoint is not None and choice.checkpoint.manifest.step == 1
-    assert list(choice.passed_over) == [2] and choice.passed_over[2]
+    selection = select(store, world=Alone())
+    assert selection.checkpoint is not None and selection.checkpoint.manifest.step == 1
+    assert list(selection.passed_over) == [2] and selection.passed_over[2]
     with pytest.raises(CheckpointError, match="step-00000002 is damaged") as raised:
-        choose(store, world=Alone(), strict=True)
+        select(store, world=Alone(), strict=True)
     assert raised.value.exit_code == 4
 
 
 def test_none_that_is_whole_is_an_error_and_nothing_saved_is_not(tmp_path: Path) -> None:
-    assert choose(LocalStore(tmp_path), world=Alone()).checkpoint is None
+    assert select(LocalStore(tmp_path), world=Alone()).checkpoint is None
     for step in (1, 2):
         (save_one(tmp_path, step=step) / MANIFEST_FILE).unlink()
     with pytest.raises(CheckpointError, match=r"(?s)none .* whole.*step-00000002.*step-00000001") as raised:
-        choose(LocalStore(tmp_path), world=Alone())
+        select(LocalStore(tmp_path), world=Alone())
     assert raised.value.exit_code == 4
 
 
@@ -158,7 +158,7 @@ def test_a_killed_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path: Pat
     store = LocalStore(tmp_path)
     half = store.begin(5, "0123456789abcdef")
     (half / "rank-00000.safetensors").write_bytes(b"half")
-    assert choose(store, world=Alone()).checkpoint is None
+    assert select(store, world=Alone()).checkpoint is None
     save_one(tmp_path, step=6)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000006"]
 
@@ -195,7 +195,7 @@ def test_order_of_names_not_of_time_decides(tmp_path: Path) -> None:
         save_one(tmp_path, step=step)
     os.utime(tmp_path / "step-00000002", (2e9, 2e9))
     os.utime(tmp_path / "step-00000010", (0, 0))
-    found = choose(LocalStore(tmp_path), world=Alone()).checkpoint
+    found = select(LocalStore(tmp_path), world=Alone()).checkpoint
     assert found is not None and found.manifest.step == 10
 
 
@@ -208,7 +208,7 @@ def train_and_save(world: World, engine: str, folder: Path, steps: range, resume
     built = toy.build(world, config)
     store = LocalStore(folder)
     if resume:
-        found = choose(store, world=world).checkpoint
+        found = select(store, world=world).checkpoint
         assert found is not None
         built.load(found, num_updates=found.manifest.step)
         assert found.manifest.step == steps.start
@@ -274,9 +274,9 @@ def test_another_model_is_refused_by_name(ranks, tmp_path: Path) -> None:
 
 
 def _load_into_single(source: Checkpoint) -> None:
-    from anemoi_dist.engines.sharded import RegionEngine
+    from anemoi_dist.engines.sharded import ShardedEngine
 
-    class Lone(RegionEngine):
+    class Lone(ShardedEngine):
         def _wrap(self) -> None:
             self._create_optimizer()
 
@@ -284,9 +284,9 @@ def _load_into_single(source: Checkpoint) -> None:
         def _backward(self, loss, *, is_last): ...
         def _update(self): ...
         def regions(self):
-            from anemoi_dist.engines.replicated import replicated_regions
+            from anemoi_dist.engines.replicated import replicated_shards
 
-            yield from replicated_regions(self.module)
+            yield from replicated_shards(self.module)
 
     config = toy.make_config("ddp")
     Lone(toy.make_module(config), config=config, world=Alone()).load(source, num_updates=1)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from support.saving import FACTS, Alone, read_all
 from anemoi_dist.checkpoint import writer
 from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, TRAINER_FILE
 from anemoi_dist.checkpoint.reader import Checkpoint
-from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.errors import CheckpointError
@@ -92,20 +92,20 @@ def test_all_damage_is_found_by_name_and_the_older_is_used(pristine: Path, tmp_p
     original, tried = path.read_bytes(), 0
     for what, damage in damages(path, run, pristine / "other"):
         damage()
-        choice = choose(LocalStore(run), world=Alone())  # type: ignore[arg-type]
-        assert choice.checkpoint is not None and choice.checkpoint.manifest.step == 1, f"{name} {what}: not found"
-        choice.checkpoint.close()
-        assert list(choice.passed_over) == [2]
+        selection = select(LocalStore(run), world=Alone())  # type: ignore[arg-type]
+        assert selection.checkpoint is not None and selection.checkpoint.manifest.step == 1, f"{name} {what}: not found"
+        selection.checkpoint.close()
+        assert list(selection.passed_over) == [2]
         # A manifest that is whole but another save's: then none of the files is right, and the first one is named.
         foreign = name == MANIFEST_FILE and what == "another run's"
         named = TRAINER_FILE if foreign else "manifest" if name == MANIFEST_FILE else name
-        assert named in choice.passed_over[2], f"{what}: {choice.passed_over[2]}"
+        assert named in selection.passed_over[2], f"{what}: {selection.passed_over[2]}"
         if path.is_dir():
             path.rmdir()
         path.write_bytes(original)
         tried += 1
-    choice = choose(LocalStore(run), world=Alone(), strict=True)  # type: ignore[arg-type]
-    assert torch.equal(read_all(choice.checkpoint), torch.arange(2.0 * HALF) * 2)  # type: ignore[arg-type]
+    selection = select(LocalStore(run), world=Alone(), strict=True)  # type: ignore[arg-type]
+    assert torch.equal(read_all(selection.checkpoint), torch.arange(2.0 * HALF) * 2)  # type: ignore[arg-type]
     print(f"{name}: {tried} kinds of damage")
     assert tried > 20
 
@@ -171,10 +171,10 @@ def test_a_planted_pickle_is_never_executed(pristine: Path, tmp_path: Path) -> N
         (run / "step-00000002" / name).write_bytes(payload)
         for beside in ("data.pkl", ".metadata", "latest"):
             (run / "step-00000002" / beside).write_bytes(payload)
-        choice = choose(LocalStore(run), world=Alone())  # type: ignore[arg-type]
-        assert choice.checkpoint is not None and choice.checkpoint.manifest.step == 1
-        choice.checkpoint.trainer()
-        read_all(choice.checkpoint)
+        selection = select(LocalStore(run), world=Alone())  # type: ignore[arg-type]
+        assert selection.checkpoint is not None and selection.checkpoint.manifest.step == 1
+        selection.checkpoint.trainer()
+        read_all(selection.checkpoint)
     assert not witness.exists()
 
 

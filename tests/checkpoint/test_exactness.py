@@ -10,7 +10,7 @@ import pytest
 from support import toy
 from support.saving import FACTS
 
-from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.distributed.world import World, seed_step
@@ -22,7 +22,7 @@ def train(world: World, engine: str, folder: Path, steps: range, **training: Any
     """Train over ``steps``, from the checkpoint where there is one, and save at the end; return losses and rates."""
     config = toy.make_config(engine, max_steps=80, **training)
     built = toy.build(world, config)
-    checkpoint = choose(LocalStore(folder), world=world).checkpoint
+    checkpoint = select(LocalStore(folder), world=world).checkpoint
     if checkpoint is not None:
         built.load(checkpoint, num_updates=steps.start)
         checkpoint.close()

@@ -12,9 +12,9 @@ import pytest
 import torch
 from support import changed, toy
 
-from anemoi_dist.checkpoint.matching import FROM_ADAMW, fit, renamed
+from anemoi_dist.checkpoint.matching import FROM_ADAMW, match, renamed
 from anemoi_dist.checkpoint.reader import Checkpoint
-from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.shard import TensorInfo
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save
@@ -43,8 +43,8 @@ def wanted(**shapes: tuple[int, ...]) -> dict[tuple[str, str], TensorInfo]:
     return {(name.replace("__", "."), "param"): TensorInfo(shape, torch.float32) for name, shape in shapes.items()}
 
 
-def fitted(source: Source, want: dict, rename: dict | None = None, allow: list | None = None):
-    return fit(source, want, rename=rename or {}, allow_missing=allow or [])
+def matched(source: Source, want: dict, rename: dict | None = None, allow: list | None = None):
+    return match(source, want, rename=rename or {}, allow_missing=allow or [])
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_a_rename_takes_whole_names_the_longest_first(rename: dict, name: str, e
 def test_nothing_is_matched_by_position() -> None:
     source = Source(first=torch.ones(3), second=torch.zeros(3))
     out = torch.empty(3)
-    fitted(source, wanted(second=(3,), first=(3,))).read("second", "param", start=0, out=out)
+    matched(source, wanted(second=(3,), first=(3,))).read("second", "param", start=0, out=out)
     assert torch.equal(out, torch.zeros(3))
     with pytest.raises(CheckpointError) as raised:
-        fitted(source, wanted(other=(3,), second=(3,)))
+        matched(source, wanted(other=(3,), second=(3,)))
     assert "other: parameter (3,) float32" in str(raised.value) and "first: parameter (3,)" in str(raised.value)
 
 
@@ -77,7 +77,7 @@ def test_another_model_of_thousands_of_names_is_reported_whole_and_soon() -> Non
     source = Source(**{f"encoder__{i}__weight": torch.ones(1) for i in range(2000)})
     begin = time.monotonic()
     with pytest.raises(CheckpointError) as raised:
-        fitted(source, wanted(**{f"decoder__{i}__weight": (1,) for i in range(2000)}))
+        matched(source, wanted(**{f"decoder__{i}__weight": (1,) for i in range(2000)}))
     assert len(str(raised.value).splitlines()) == 4000 + 4
     assert time.monotonic() - begin < 20
 
@@ -87,20 +87,20 @@ def test_a_renamed_checkpoint_is_resumed_with_the_same_configuration() -> None:
     rename = {"old": "new"}
     for source in (Source(old__w=torch.ones(2)), Source(new__w=torch.ones(2))):
         out = torch.empty(2)
-        fitted(source, want, rename).read("new.w", "param", start=0, out=out)
+        matched(source, want, rename).read("new.w", "param", start=0, out=out)
         assert torch.equal(out, torch.ones(2))
 
 
 def test_a_rename_that_cannot_be_meant_is_in_the_report() -> None:
     with pytest.raises(CheckpointError, match=r"odl: not in the checkpoint; nearest: old"):
-        fitted(Source(old=torch.ones(2)), wanted(old=(2,)), {"odl": "other"})
+        matched(Source(old=torch.ones(2)), wanted(old=(2,)), {"odl": "other"})
     with pytest.raises(CheckpointError, match=r"would both be new \(param\)"):
-        fitted(Source(old=torch.ones(2), new=torch.ones(2)), wanted(new=(2,)), {"old": "new"})
+        matched(Source(old=torch.ones(2), new=torch.ones(2)), wanted(new=(2,)), {"old": "new"})
 
 
 def test_a_parameter_that_became_a_buffer_has_its_name_still() -> None:
     out = torch.empty(2)
-    fitted(Source(w=torch.ones(2)), {("w", "buffer"): TensorInfo((2,), torch.float32)}).read(
+    matched(Source(w=torch.ones(2)), {("w", "buffer"): TensorInfo((2,), torch.float32)}).read(
         "w", "buffer", start=0, out=out
     )
     assert torch.equal(out, torch.ones(2))
@@ -119,13 +119,13 @@ def test_a_parameter_that_became_a_buffer_has_its_name_still() -> None:
 def test_a_retyped_parameter(saved: torch.dtype, declared: torch.dtype, same: bool) -> None:
     source, want = Source(w=torch.ones(2).to(saved)), {("w", "param"): TensorInfo((2,), declared)}
     if same:
-        assert fitted(source, want).missing == []
+        assert matched(source, want).missing == []
         return
     with pytest.raises(
         CheckpointError, match=rf"w: type {saved} in the checkpoint, .* in the model".replace("torch.", "")
     ):
-        fitted(source, want)
-    assert fitted(source, want, allow=["w"]).missing == ["w"]
+        matched(source, want)
+    assert matched(source, want, allow=["w"]).missing == ["w"]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def load_changed(world: World, engine: str, folder: Path, precision: str) -> dic
     trained = toy.clone_shards(built)
     built.close()
     again = toy.build(world, config)
-    found = choose(store, world=world).checkpoint
+    found = select(store, world=world).checkpoint
     assert found is not None
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -336,7 +336,7 @@ def test_renaming_states_needs_a_checkpoint_with_no_others() -> None:
     held = {("w", kind): torch.zeros(2) for kind in ("param", "exp_avg", "exp_avg_sq", "something")}
     source = Source()
     source._held = held
-    fitted = fit(source, {("w", "param"): TensorInfo((2,), torch.float32)}, rename={}, allow_missing=[])
-    fitted.choose_states(["exp_avg_fast", "exp_avg_sq"], FROM_ADAMW)
-    assert fitted.tensors().keys() == {("w", "param"), ("w", "exp_avg_sq")}
-    assert fitted.notes() == ["the optimizer has no exp_avg, something: not taken from the checkpoint"]
+    matched = match(source, {("w", "param"): TensorInfo((2,), torch.float32)}, rename={}, allow_missing=[])
+    matched.select_states(["exp_avg_fast", "exp_avg_sq"], FROM_ADAMW)
+    assert matched.tensors().keys() == {("w", "param"), ("w", "exp_avg_sq")}
+    assert matched.notes() == ["the optimizer has no exp_avg, something: not taken from the checkpoint"]

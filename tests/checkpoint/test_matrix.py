@@ -9,7 +9,7 @@ import torch
 from support import reshard, toy
 from support.saving import FACTS
 
-from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.distributed.world import World
@@ -43,7 +43,7 @@ def read(world: World, engine: str, folders: list[Path]) -> list[list]:
     built = reshard.build(world, reshard.make_config(engine))
     loaded = []
     for folder in folders:
-        checkpoint = choose(LocalStore(folder), world=world).checkpoint
+        checkpoint = select(LocalStore(folder), world=world).checkpoint
         assert checkpoint is not None
         built.load(checkpoint, num_updates=NUM_STEPS)
         checkpoint.close()

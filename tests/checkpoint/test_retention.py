@@ -14,8 +14,8 @@ from support.saving import Alone, save_values
 
 from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
-from anemoi_dist.checkpoint.retention import Candidate, Policy, prune, select
-from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.retention import Candidate, Policy, prune, to_delete
+from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.evaluation.summary import summarise
 
@@ -46,7 +46,7 @@ def test_the_last_every_nth_and_the_best_stay(policy: Policy, deleted: list[int]
         40: {"rmse": 0.6, "acc": 0.2},
         50: {"rmse": float("nan")},
     }
-    assert select([Candidate(step, values) for step, values in scores.items()], policy) == deleted
+    assert to_delete([Candidate(step, values) for step, values in scores.items()], policy) == deleted
 
 
 @given(
@@ -58,11 +58,11 @@ def test_the_last_every_nth_and_the_best_stay(policy: Policy, deleted: list[int]
 def test_the_newest_always_stays_and_a_second_time_nothing_goes(steps, keep_last, keep_every, rmse) -> None:
     policy = Policy(keep_last, keep_every, "rmse")
     candidates = [Candidate(step, {"rmse": rmse[step]} if step in rmse else {}) for step in sorted(steps)]
-    deleted = set(select(candidates, policy))
+    deleted = set(to_delete(candidates, policy))
     kept = steps - deleted
     assert set(sorted(steps)[-keep_last:]) <= kept
     assert not deleted & {step for step in steps if keep_every and step % keep_every == 0}
-    assert select([c for c in candidates if c.step in kept], policy) == []
+    assert to_delete([c for c in candidates if c.step in kept], policy) == []
 
 
 def test_broken_ones_do_not_count(tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_a_kill_between_any_two_of_its_steps_costs_nothing(tmp_path: Path, monke
                 killed = False
             except KilledError:
                 killed = True
-        choice = choose(store, world=Alone(), strict=True)
-        assert choice.checkpoint is not None and choice.checkpoint.manifest.step == 4
+        selection = select(store, world=Alone(), strict=True)
+        assert selection.checkpoint is not None and selection.checkpoint.manifest.step == 4
         save_values(store, step=5, values=torch.ones(10))
         prune(store, Policy(2))
         assert store.steps() == [5, 4], "the next time clears up"

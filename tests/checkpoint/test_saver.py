@@ -19,7 +19,7 @@ from anemoi_dist.checkpoint import saver as saver_module
 from anemoi_dist.checkpoint import staging, worker, writer
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.saver import Outcome, Saver
-from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.config.schema import CheckpointConfig
 from anemoi_dist.distributed.control_word import ControlWord, Word
@@ -72,7 +72,7 @@ def test_training_goes_on_while_the_values_of_that_step_are_written(tmp_path: Pa
     values += 100  # the next step
     for _ in range(5):
         assert boundary(saver).written == 0 and not outcomes
-    assert choose(LocalStore(tmp_path), world=Alone()).checkpoint is None
+    assert select(LocalStore(tmp_path), world=Alone()).checkpoint is None
     gate.set()
     deadline = time.monotonic() + 30
     while not outcomes and time.monotonic() < deadline:
@@ -195,7 +195,7 @@ def test_one_ranks_failure_reaches_all_at_the_same_step(
     assert [bool(error) for _, error in results[0]["outcomes"]] == [False, True, False]
     assert f"rank {rank}: [Errno {number}] Injected; older checkpoints are intact" in results[0]["outcomes"][1][1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000030"]
-    assert len(choose(LocalStore(tmp_path), world=Alone()).checkpoint.manifest.files) == 3  # type: ignore[union-attr]
+    assert len(select(LocalStore(tmp_path), world=Alone()).checkpoint.manifest.files) == 3  # type: ignore[union-attr]
 
 
 def test_or_stops_all(ranks, tmp_path: Path) -> None:

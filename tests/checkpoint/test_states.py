@@ -23,7 +23,7 @@ from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint import writer
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
 from anemoi_dist.checkpoint.retention import Policy, prune
-from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.errors import CheckpointError
@@ -165,19 +165,19 @@ class Checkpoints(RuleBasedStateMachine):
             self.step, self.state = 0, self.reference[0]
             return
         try:
-            choice = choose(self.store, world=Alone())  # type: ignore[arg-type]
+            selection = select(self.store, world=Alone())  # type: ignore[arg-type]
         except CheckpointError:
             assert not self.whole
             raise
-        assert choice.checkpoint is not None
-        self.step = choice.checkpoint.manifest.step
+        assert selection.checkpoint is not None
+        self.step = selection.checkpoint.manifest.step
         assert self.step == max(self.whole), "not the newest that is whole"
-        self.broken = set(choice.passed_over)
+        self.broken = set(selection.passed_over)
         loaded = {name: torch.full(shape, torch.nan) for name, shape in SHAPES.items()}
         for rank in range(self.num_ranks):
             for shard in shards_of(loaded, rank, self.num_ranks, self.engine):
-                choice.checkpoint.read(shard.fqn, "param", start=shard.start, out=shard.tensor)
-        choice.checkpoint.close()
+                selection.checkpoint.read(shard.fqn, "param", start=shard.start, out=shard.tensor)
+        selection.checkpoint.close()
         self.state = loaded
 
     @invariant()
@@ -186,7 +186,7 @@ class Checkpoints(RuleBasedStateMachine):
             assert torch.equal(self.state[name], value), f"step {self.step} {name}"
         if not self.whole:
             return
-        checkpoint = choose(self.store, world=Alone()).checkpoint  # type: ignore[arg-type]
+        checkpoint = select(self.store, world=Alone()).checkpoint  # type: ignore[arg-type]
         assert checkpoint is not None and checkpoint.manifest.step == max(self.whole)
         for name, value in self.reference[max(self.whole)].items():
             out = torch.empty(value.numel())

@@ -16,7 +16,7 @@ from support.saving import Alone, read_all, save_values, shard
 from anemoi_dist.checkpoint.fsspec_store import FsspecStore
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
 from anemoi_dist.checkpoint.retention import Policy, prune
-from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore, Store
 from anemoi_dist.checkpoint.writer import write_rank
 from anemoi_dist.errors import CheckpointError
@@ -39,7 +39,7 @@ def values(step: int) -> torch.Tensor:
 
 
 def newest(store: Store, **options: Any) -> tuple[int, torch.Tensor] | None:
-    checkpoint = choose(store, world=Alone(), **options).checkpoint  # type: ignore[arg-type]
+    checkpoint = select(store, world=Alone(), **options).checkpoint  # type: ignore[arg-type]
     if checkpoint is None:
         return None
     result = checkpoint.manifest.step, read_all(checkpoint)

@@ -20,7 +20,7 @@ from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import Engine
-from anemoi_dist.optimizers.rounding import Range
+from anemoi_dist.optimizers.rounding import ElementRange
 
 NUM_STEPS = 20
 EMAS = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
@@ -194,10 +194,10 @@ def step_with_given_gradients(world: World, engine: Engine, config: Any, steps: 
 
     def replace(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         stepped = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
-        for region in engine.regions():  # type: ignore[attr-defined]
-            if (gradient := stepped.get(region.owner)) is not None:
-                whole = gradient_of(region.fqn, math.prod(region.global_shape), step)
-                region.view(gradient).copy_(whole[region.start : region.start + region.numel])
+        for shard in engine.local_shards():  # type: ignore[attr-defined]
+            if (gradient := stepped.get(shard.owner)) is not None:
+                whole = gradient_of(shard.fqn, math.prod(shard.global_shape), step)
+                shard.view(gradient).copy_(whole[shard.start : shard.start + shard.numel])
 
     hook = engine.optimizer.register_step_pre_hook(replace)  # type: ignore[attr-defined]
     for step in steps:
@@ -244,7 +244,7 @@ def narrow_alone() -> dict[str, torch.Tensor]:
     optimizer, scheduler = created["optimizer"], created["lr_scheduler"]["scheduler"]
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for name, p in trained.items():
-        optimizer.place(p, [Range(name, 0, 0, p.numel())], seed=config.run.seed)
+        optimizer.set_element_ranges(p, [ElementRange(name, 0, 0, p.numel())], seed=config.run.seed)
     for step in range(NUM_IN_ALL):
         set_num_updates(scheduler, step)
         for name, p in trained.items():

@@ -346,7 +346,7 @@ def test_switch_from_adamw_in_mid_training():
     assert optimizer.state[params[0]]["step"] == 21
     assert schedule_values(optimizer)["alpha"] == pytest.approx(8.0 / 30)
 
-    # The same step by the equations: bias corrections of step 21, schedules of step 1, no slow average before.
+    # The same step by the equations: bias corrections of step 21, schedules of step 1, no slow EMA before.
     g, b3 = rows[20][0], schedule_values(optimizer)["beta3"]
     m1 = 0.9 * renamed[0]["exp_avg_fast"] + 0.1 * g
     nu = 0.999 * renamed[0]["exp_avg_sq"] + 0.001 * g * g
@@ -487,7 +487,7 @@ def test_complex_and_sparse_are_refused_before_anything_changes():
 
 
 def _train_sharded(world, num_steps):
-    """Return the first parameter and its slow average, whole, after some FSDP2 steps."""
+    """Return the first parameter and its slow EMA, whole, after some FSDP2 steps."""
     from torch import nn
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor

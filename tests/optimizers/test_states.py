@@ -1,4 +1,4 @@
-"""``state_dtype``: averages in bfloat16, rounded by a hash that every implementation computes alike."""
+"""``state_dtype``: EMA states in bfloat16, rounded by a hash that every implementation computes alike."""
 
 import copy
 import itertools
@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import AdEMAMix, create_optimizer, native, rounding
 from anemoi_dist.optimizers.ademamix import AVERAGES
-from anemoi_dist.optimizers.rounding import Range, piece_table, random_words, round_to_bfloat16
-from anemoi_dist.optimizers.update import Row, ademamix_update
+from anemoi_dist.optimizers.rounding import ElementRange, random_words, range_table, round_to_bfloat16
+from anemoi_dist.optimizers.update import ParamTensors, ademamix_update
 
 from .problems import random_problem, run
 from .test_implementations import WARM, assert_equal, exact_sqrt, needs_c, scalars_at  # noqa: F401, the fixture
@@ -24,13 +24,13 @@ NARROW = [x for x in itertools.product((False, True), repeat=3) if any(x)]
 SIZES = (1, 63, 64, 65, 1000, 16_385, 40_000)
 
 
-def make_pieces(numel):
+def make_ranges(numel):
     """Two parameters, the second across element 2^32, and padding; for any number of elements."""
     first = min(numel, 530)
-    ranges = [Range("a", 3, 7, first)]
+    ranges = [ElementRange("a", 3, 7, first)]
     if numel > 600:
-        ranges.append(Range("b", 540, 2**32 - 100, numel - 600))
-    return piece_table(ranges, seed=3)
+        ranges.append(ElementRange("b", 540, 2**32 - 100, numel - 600))
+    return range_table(ranges, seed=3)
 
 
 def make_row(numel, narrow, *, p=torch.float32, g=torch.float32, with_fast=True, with_copy=False):
@@ -40,19 +40,19 @@ def make_row(numel, narrow, *, p=torch.float32, g=torch.float32, with_fast=True,
     def randn():
         return torch.randn(numel, generator=generator)
 
-    return Row(
+    return ParamTensors(
         randn().to(p),
         randn().to(g),
         randn().to(m1) if with_fast else None,
         randn().to(m2),
         randn().square().to(nu),
         torch.empty(numel, dtype=torch.bfloat16) if with_copy else None,
-        make_pieces(numel),
+        make_ranges(numel),
     )
 
 
 def exact_row(numel, narrow):
-    """A row whose new averages are exact in float32 with betas of .75: only the rounding in question is left."""
+    """A row whose new EMA states are exact in float32 with betas of .75: only the rounding in question is left."""
     generator = torch.Generator().manual_seed(numel)
 
     def some(is_narrow):
@@ -60,38 +60,38 @@ def exact_row(numel, narrow):
         return x.bfloat16().to(torch.bfloat16 if is_narrow else torch.float32)
 
     p, g = some(False), torch.randint(-512, 513, (numel,), generator=generator) / 512
-    return Row(p, g, some(narrow[0]), some(narrow[1]), some(narrow[2]).abs(), None, make_pieces(numel))
+    return ParamTensors(p, g, some(narrow[0]), some(narrow[1]), some(narrow[2]).abs(), None, make_ranges(numel))
 
 
 # The random bits
 
 
 def test_bits_do_not_depend_on_how_a_parameter_is_cut():
-    whole = random_words(piece_table([Range("a", 0, 0, 5000)], seed=1), 5000, 9)
-    pieces = [Range("b", 0, 30, 10), Range("a", 10, 4000, 1000), Range("c", 1010, 0, 4)]
-    part = random_words(piece_table(pieces, seed=1), 1014, 9)
+    whole = random_words(range_table([ElementRange("a", 0, 0, 5000)], seed=1), 5000, 9)
+    element_ranges = [ElementRange("b", 0, 30, 10), ElementRange("a", 10, 4000, 1000), ElementRange("c", 1010, 0, 4)]
+    part = random_words(range_table(element_ranges, seed=1), 1014, 9)
     assert torch.equal(part[10:1010], whole[4000:])
     for other in (
-        random_words(piece_table([Range("b", 0, 0, 5000)], seed=1), 5000, 9),
-        random_words(piece_table([Range("a", 0, 0, 5000)], seed=2), 5000, 9),
-        random_words(piece_table([Range("a", 0, 0, 5000)], seed=1), 5000, 10),
-        random_words(piece_table([Range("a", 0, 2**32, 5000)], seed=1), 5000, 9),
-        random_words(piece_table([Range("a", 0, 0, 5000)], seed=1), 5000, 9, second=True),
+        random_words(range_table([ElementRange("b", 0, 0, 5000)], seed=1), 5000, 9),
+        random_words(range_table([ElementRange("a", 0, 0, 5000)], seed=2), 5000, 9),
+        random_words(range_table([ElementRange("a", 0, 0, 5000)], seed=1), 5000, 10),
+        random_words(range_table([ElementRange("a", 0, 2**32, 5000)], seed=1), 5000, 9),
+        random_words(range_table([ElementRange("a", 0, 0, 5000)], seed=1), 5000, 9, second=True),
     ):
         assert (other == whole).sum() <= 1
 
 
 def test_beyond_2_to_the_32_elements_go_on_under_another_key():
-    near = piece_table([Range("a", 0, 2**32 - 5, 10)], seed=1)
+    near = range_table([ElementRange("a", 0, 2**32 - 5, 10)], seed=1)
     assert near[:, :2].tolist() == [[0, 2**32 - 5], [5, 0]]
-    after = piece_table([Range("a", 0, 2**32, 5)], seed=1)
+    after = range_table([ElementRange("a", 0, 2**32, 5)], seed=1)
     assert torch.equal(random_words(near, 10, 3)[5:], random_words(after, 5, 3))
 
 
 @pytest.mark.parametrize("second", [False, True])
 def test_bits_look_random(second):
     """Means, variances and correlations of the 16-bit halves, along elements, steps and between the halves."""
-    table, steps, numel = piece_table([Range("a", 0, 0, 20_000)], seed=0), 50, 20_000
+    table, steps, numel = range_table([ElementRange("a", 0, 0, 20_000)], seed=0), 50, 20_000
     words = torch.stack([random_words(table, numel, step, second=second) for step in range(1, steps + 1)])
     assert words.min() >= 0 and words.max() < 2**32
     low, high = ((x.double() + 0.5) / 65536 for x in (words & 0xFFFF, words >> 16))
@@ -140,12 +140,12 @@ def test_c_is_the_definition_bit_for_bit(exact_sqrt, monkeypatch, narrow, num_th
     rows = [make_row(numel, narrow) for numel in SIZES]
     kinds = [(wide, low, True, True), (low, low, True, False), (low, wide, False, False), (wide, wide, False, True)]
     rows += [make_row(1000, narrow, p=p, g=g, with_fast=f, with_copy=c) for p, g, f, c in kinds]
-    rows.append(make_row(700, (False, False, False))._replace(pieces=None))
+    rows.append(make_row(700, (False, False, False))._replace(element_ranges=None))
     for factor in (1.0, torch.tensor(0.37)):
         scalars = scalars_at(70_000, grad_factor=factor)
         expected = copy.deepcopy(rows)
         for row in expected:
-            ademamix_update(*row[:5], scalars, copy=row.copy, pieces=row.pieces)
+            ademamix_update(*row[:5], scalars, copy=row.copy, element_ranges=row.element_ranges)
         native.update(rows, scalars)
         assert_equal(rows, expected)
 
@@ -165,7 +165,7 @@ def test_c_writes_nothing_beyond_its_rows():
     pool = torch.full((5, 300), 7.0)
     narrow = torch.full((3, 300), 1.0, dtype=torch.bfloat16)
     before = narrow.clone()
-    row = Row(pool[0, 100:177], pool[1, 100:177], *(x[100:177] for x in narrow), None, make_pieces(77))
+    row = ParamTensors(pool[0, 100:177], pool[1, 100:177], *(x[100:177] for x in narrow), None, make_ranges(77))
     native.update([row], scalars_at(3))
     changed = (narrow != before).any(0).nonzero().flatten()
     assert changed.min() >= 100 and changed.max() <= 176 and len(changed) > 60
@@ -178,7 +178,7 @@ def test_averages_in_float32_are_those_without_the_option():
     wide = rows[1]._replace(m1=rows[0].m1.float(), m2=rows[0].m2.clone(), nu=rows[0].nu.float(), p=rows[0].p.clone())
     wide = wide._replace(g=rows[0].g)
     for row in (rows[0], wide):
-        ademamix_update(*row[:5], scalars_at(7), pieces=row.pieces)
+        ademamix_update(*row[:5], scalars_at(7), element_ranges=row.element_ranges)
     assert torch.equal(rows[0].p, wide.p) and torch.equal(rows[0].m2, wide.m2)
     assert not torch.equal(rows[0].m1.float(), wide.m1)
     torch.testing.assert_close(rows[0].m1.float(), wide.m1, rtol=2**-7, atol=0)
@@ -248,7 +248,7 @@ def test_the_states_are_what_is_asked_for(state_dtype, beta1, narrow, dtype):
         ({"state_dtype": {"exp_avg_slow": "fp8"}}, "state_dtype.exp_avg_slow"),
         ({"state_dtype": ALL, "betas": (0.0, 0.99, 0.999)}, "no fast average"),
         ({"state_dtype": "bf16", "foreach": True}, "can't be done by foreach"),
-        ({"state_dtype": ALL, "implementation": "compile"}, "can't be done by compile"),
+        ({"state_dtype": ALL, "implementation": "foreach"}, "can't be done by foreach"),
     ],
 )
 def test_what_can_not_be_is_refused_at_once(options, match):
@@ -309,7 +309,7 @@ def test_another_type_of_states_is_converted_and_said():
     narrow = AdEMAMix([p.clone() for p in params], state_dtype="bf16")
     with pytest.warns(UserWarning, match="saved in float32 and goes on in bfloat16, rounded to nearest once") as caught:
         narrow.load_state_dict(optimizer.state_dict())
-    assert len(caught) == 2, "the fast average and that of the square"
+    assert len(caught) == 2, "the fast EMA and that of the squared gradient"
     assert narrow.param_groups[0]["state_dtype"] == "bf16" and narrow.param_groups[0]["alpha"] == WARM["alpha"]
     q, p = narrow.param_groups[0]["params"][0], params[0]
     assert torch.equal(narrow.state[q]["exp_avg_sq"], optimizer.state[p]["exp_avg_sq"].bfloat16())
@@ -326,7 +326,7 @@ def test_another_type_of_states_is_converted_and_said():
 
 
 def errors_after_20000_steps(state_dtype, beta1, *, implementation="auto"):
-    """Return errors relative to double precision: of each average over all elements, and what all elements share."""
+    """Return errors relative to double precision: of each EMA state over all elements, and what all elements share."""
     generator = torch.Generator().manual_seed(0)
     p = torch.zeros(4096)
     wide = p.double()

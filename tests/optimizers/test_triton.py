@@ -11,7 +11,7 @@ import torch
 
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import AdEMAMix, gpu
-from anemoi_dist.optimizers.update import Row, ademamix_update
+from anemoi_dist.optimizers.update import ParamTensors, ademamix_update
 
 from .problems import random_problem, run
 from .test_implementations import WARM, make_rows, scalars_at, updated_by_definition
@@ -45,10 +45,10 @@ def check_kernel(device="cpu"):
                 rows = make_rows((1, 1024, 2500), p=p, g=g, with_fast=beta1 > 0, with_copy=p is wide)
                 scalars = scalars_at(7, beta1=beta1, grad_factor=factor)
                 expected = updated_by_definition(rows, scalars)
-                moved = [Row(*(None if x is None else x.to(device) for x in row)) for row in rows]
+                moved = [ParamTensors(*(None if x is None else x.to(device) for x in row)) for row in rows]
                 gpu.update(moved, scalars._replace(grad_factor=factor if factor == 1.0 else factor.to(device)))
                 for row, other in zip(moved, expected, strict=True):
-                    for name, x, y in zip(Row._fields, row, other, strict=True):
+                    for name, x, y in zip(ParamTensors._fields, row, other, strict=True):
                         if x is not None:
                             close = CLOSE if x.dtype is wide else {"rtol": 2**-7, "atol": 1e-6}
                             torch.testing.assert_close(x.cpu(), y, **close, msg=name)
@@ -75,20 +75,20 @@ def check_offsets():
     pool = torch.full((5, 3000), 7.0)
     pool[4] = 1.0
     before = pool.clone()
-    gpu.update([Row(*(x[100:1177] for x in pool))], scalars_at(3))
+    gpu.update([ParamTensors(*(x[100:1177] for x in pool))], scalars_at(3))
     changed = (pool != before).any(0).nonzero().flatten()
     assert changed.min() == 100 and changed.max() == 1176
 
 
 def check_rounding(device="cpu"):
-    """Hold the averages in bfloat16 against the definition, bit for bit where no other rounding comes before."""
+    """Hold the EMA states in bfloat16 against the definition, bit for bit where no other rounding comes before."""
     for narrow in NARROW:
         for numel in (1, 1024, 5000):
             row = exact_row(numel, narrow)
             expected = copy.deepcopy(row)
             scalars = scalars_at(70_000, beta1=0.75, betas=(0.75, 0.75, 0.75), beta3_warmup=None)
-            ademamix_update(*expected[:5], scalars, pieces=expected.pieces)
-            moved = Row(*(None if x is None else x.to(device) for x in row))
+            ademamix_update(*expected[:5], scalars, element_ranges=expected.element_ranges)
+            moved = ParamTensors(*(None if x is None else x.to(device) for x in row))
             gpu.update([moved], scalars)
             for name in ("m1", "m2", "nu"):
                 assert torch.equal(getattr(moved, name).cpu(), getattr(expected, name)), (name, narrow, numel)
@@ -110,7 +110,7 @@ def check_rounding_with_steps_on_the_device():
         assert all(torch.equal(state[name], pairs[0][name]) for name in state)
 
 
-def compile_for(capability, is_rounded=False, num_pieces=None):
+def compile_for(capability, is_rounded=False, num_ranges=None):
     """Print the size of the machine code and what of PTX the promises rest on."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -118,13 +118,13 @@ def compile_for(capability, is_rounded=False, num_pieces=None):
 
     from anemoi_dist.optimizers._triton import ademamix_kernel
 
-    names = ("p_ptr", "g_ptr", "fast_ptr", "slow_ptr", "square_ptr", "copy_ptr", "numbers_ptr", "pieces_ptr")
+    names = ("p_ptr", "g_ptr", "fast_ptr", "slow_ptr", "square_ptr", "copy_ptr", "numbers_ptr", "ranges_ptr")
     kept = "*bf16" if is_rounded else "*fp32"
     types = ("*fp32", "*bf16", kept, kept, kept, "*bf16", "*fp32", "*i64")
-    signature = dict(zip(names, types, strict=True)) | {"numel": "i64", "num_pieces": "i32"}
+    signature = dict(zip(names, types, strict=True)) | {"numel": "i64", "num_ranges": "i32"}
     constants = {"has_fast": True, "has_copy": True, "is_rounded": is_rounded, "block": gpu.BLOCK}
-    if num_pieces is not None:  # Triton makes a kernel of its own for an argument of 1
-        constants["num_pieces"] = num_pieces
+    if num_ranges is not None:  # Triton makes a kernel of its own for an argument of 1
+        constants["num_ranges"] = num_ranges
     source = ASTSource(ademamix_kernel, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
     options = {"enable_fp_fusion": False}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -139,7 +139,7 @@ def test_interpreted():
 
 
 @needs_triton
-@pytest.mark.parametrize("arguments", ["", ", is_rounded=True", ", is_rounded=True, num_pieces=1"])
+@pytest.mark.parametrize("arguments", ["", ", is_rounded=True", ", is_rounded=True, num_ranges=1"])
 def test_compiles_for_sm_90_without_a_gpu(arguments):
     size, *found = python(f"t.compile_for(90{arguments})", TRITON_INTERPRET="0").split()
     assert int(size) > 1000

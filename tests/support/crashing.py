@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from anemoi_dist.checkpoint.saver import Outcome, Saver
-from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.config.schema import CheckpointConfig
 from support.saving import FACTS, Alone, read_all, save_values, shard
@@ -114,7 +114,7 @@ def points(folder: Path, log: Path) -> list[tuple[str, int]]:
 def check(folder: Path, status: int) -> str:
     """Return what is left, ``old`` or ``new``, after making sure that it is exactly that and that life goes on."""
     store = LocalStore(folder)
-    checkpoint = choose(store, world=Alone()).checkpoint
+    checkpoint = select(store, world=Alone()).checkpoint
     assert checkpoint is not None, "no checkpoint is left"
     step = checkpoint.manifest.step
     assert step in (OLD, NEW) and torch.equal(read_all(checkpoint), values(step)), f"step {step} is not what was saved"
@@ -125,7 +125,7 @@ def check(folder: Path, status: int) -> str:
         assert code in (SAVED, FAILED), f"the save ended with {code}"
         assert step == NEW or code == FAILED, "a save that was reported is not there"
     save_values(store, step=30, values=values(30))
-    after = choose(store, world=Alone(), strict=True).checkpoint
+    after = select(store, world=Alone(), strict=True).checkpoint
     assert after is not None and torch.equal(read_all(after), values(30)), "training does not go on"
     after.close()
     left = [path.name for path in folder.iterdir() if not re.fullmatch(r"step-\d{8}", path.name)]

@@ -27,7 +27,7 @@ import torch
 from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint import writer
 from anemoi_dist.checkpoint.reader import Checkpoint
-from anemoi_dist.checkpoint.select import choose
+from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.zero import _import_deepspeed
@@ -94,7 +94,7 @@ def run_rank(folder: Path, engine_name: str, attempt: int) -> None:
         validate=lambda split, step: [],
         facts={"engine": engine_name, "config_hash": "0", "versions": {}},
     )
-    checkpoint = choose(store, world=world).checkpoint
+    checkpoint = select(store, world=world).checkpoint
     if checkpoint is not None:
         trainer.resume(checkpoint)
         check_shards(engine, folder, checkpoint)
@@ -154,7 +154,7 @@ def check_newest(folder: Path) -> int:
     store = LocalStore(folder / "checkpoints")
     if not store.steps():
         return 0
-    checkpoint = choose(store, world=Alone(), strict=True).checkpoint  # type: ignore[arg-type]
+    checkpoint = select(store, world=Alone(), strict=True).checkpoint  # type: ignore[arg-type]
     assert checkpoint is not None
     loaded = {f"{fqn}:{kind}": read_all(checkpoint, fqn, kind) for fqn, kind in checkpoint.tensors()}
     step = checkpoint.manifest.step

@@ -132,7 +132,7 @@ def import_checkpoint(
     if not keep_adamw and "exp_avg" in kinds and kinds <= {*FROM_ADAMW}:
         shards = [replace(shard, kind=FROM_ADAMW.get(shard.kind, shard.kind)) for shard in shards]
         notes.append(
-            f"AdamW's averages are AdEMAMix's fast ones now, the slow one begins at zero: go on with "
+            f"AdamW's EMA states are AdEMAMix's fast ones now, the slow one begins at zero: go on with "
             f"++training.optimizer.schedule_start={step}, so that alpha and beta3 warm up from here"
         )
     run.create()
@@ -164,7 +164,7 @@ def _read(source: Path, format: str, *, trust: bool, weights_only: bool) -> tupl
 
 
 def _widened(shard: Shard) -> Shard:
-    """Return parameters and averages of 16 bits in float32, as masters are kept; that loses nothing."""
+    """Return parameters and EMA states of 16 bits in float32, as masters are kept; that loses nothing."""
     if shard.kind != "buffer" and shard.tensor.dtype in (torch.bfloat16, torch.float16):
         return replace(shard, tensor=shard.tensor.float())
     return shard

@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from anemoi_dist.checkpoint import writer
+from anemoi_dist.checkpoint.manifest import Origin
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.saver import Saver
 from anemoi_dist.checkpoint.shard import Shard
@@ -36,7 +37,7 @@ from anemoi_dist.optimizers.ademamix import AdEMAMix
 
 RESULTS = Path(__file__).parent / "results"
 GIB, MIB = 1024**3, 1024**2
-FACTS: dict[str, Any] = {"engine": "ddp", "config_hash": "0", "versions": {}}
+ORIGIN = Origin(engine="ddp", config_hash="0", versions={})
 EMAS = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
 
 
@@ -82,8 +83,7 @@ def save_ours(state: dict[str, torch.Tensor], folder: Path, *, read_back: bool =
     store = LocalStore(folder)
     save = store.begin(1, "0" * 16)
     report = writer.write_rank(save, shards_of(state), save_id="0" * 16, rank=0, read_back=read_back)
-    facts = {**FACTS, "save_id": "0" * 16, "step": 1, "samples_seen": 0}
-    writer.commit(store, save, [report], facts=facts, trainer={})
+    writer.commit(store, save, [report], save_id="0" * 16, step=1, samples_seen=0, origin=ORIGIN, trainer={})
 
 
 def save_ours_read_back(state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -214,7 +214,7 @@ def loop(training: Training, root: Path, world: World, *, method: str, num_steps
         LocalStore(folder),
         world=world,
         config=CheckpointConfig(keep_last=2),
-        facts=FACTS,
+        origin=ORIGIN,
         report=outcomes.append,
     )
     if method == "anemoi-dist":

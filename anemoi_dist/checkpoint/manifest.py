@@ -9,7 +9,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import xxhash
 
@@ -71,6 +71,53 @@ class TensorRecord:
     def size_bytes(self) -> int:
         """Bytes of the whole tensor."""
         return self.numel * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank has written: its file, and one record with one range for each of its shards."""
+
+    file: FileRecord
+    tensors: list[TensorRecord]
+
+    def to_json(self) -> str:
+        """Return the report as rank 0 gathers it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RankReport:
+        """Read what :meth:`to_json` returned on another rank."""
+        body = json.loads(text)
+        return cls(FileRecord(**body["file"]), [TensorRecord(**record) for record in body["tensors"]])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The program that saves: recorded in every manifest, read by people.
+
+    Attributes
+    ----------
+    engine : str
+        Name of the engine, or of the format that was imported.
+    config_hash : str
+        Hash of the run's configuration; empty where there was none.
+    versions : dict[str, str]
+        Package name -> version.
+    """
+
+    engine: str
+    config_hash: str
+    versions: dict[str, str]
+
+
+class TrainerState(TypedDict, total=False):
+    """``trainer.json``: what the trainer needs to go on, beside the tensors.
+
+    ``progress`` holds the trainer's counters, ``scores`` the metrics of this step's validation, where there was one.
+    """
+
+    progress: dict[str, int]
+    scores: dict[str, float]
 
 
 @dataclass

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
-from typing import Any
 
+from anemoi_dist.checkpoint.manifest import Origin, TrainerState
+from anemoi_dist.checkpoint.ranks import Ranks
 from anemoi_dist.checkpoint.retention import Policy, prune
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.staging import Staging, check_host_memory, required_bytes
@@ -19,7 +20,6 @@ from anemoi_dist.checkpoint.worker import Job, Worker
 from anemoi_dist.checkpoint.writer import SaveCancelledError, begin, commit, write_rank
 from anemoi_dist.config.schema import CheckpointConfig
 from anemoi_dist.distributed.control_word import Word
-from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import CheckpointError
 
 
@@ -70,7 +70,7 @@ class _Flight:
     step: int
     save_id: str
     folder: Folder
-    trainer: dict[str, Any]
+    trainer: TrainerState
     samples_seen: int
     cancel: threading.Event
     job: Job
@@ -91,14 +91,15 @@ class Saver:
     ----------
     store : Store
         Where checkpoints live; every rank sees the same.
-    world : World
+    world : Ranks
         The ranks that save.
     config : CheckpointConfig
         How to save, what to keep and what a failure means.
-    facts : dict[str, Any]
-        ``engine``, ``config_hash`` and ``versions``, for the manifest.
-    report : Callable[[Outcome], None]
-        Told how each save ended, on every rank, at a step boundary.
+    origin : Origin
+        The program that saves, for the manifest.
+    report : Callable[[Outcome], None], optional
+        Called with how each save ended, on every rank, at a step boundary. An attribute: whoever is handed a saver may
+        set it before the first save.
     broken : Collection[int], optional
         Steps whose checkpoints failed verification at the start.
     """
@@ -107,14 +108,14 @@ class Saver:
         self,
         store: Store,
         *,
-        world: World,
+        world: Ranks,
         config: CheckpointConfig,
-        facts: dict[str, Any],
-        report: Callable[[Outcome], None],
+        origin: Origin,
+        report: Callable[[Outcome], None] = lambda outcome: None,
         broken: Collection[int] = (),
     ) -> None:
-        self._store, self._world, self._config, self._facts = store, world, config, facts
-        self._report, self._broken = report, set(broken)
+        self._store, self._world, self._config, self._origin = store, world, config, origin
+        self.report, self._broken = report, set(broken)
         self._policy = Policy(config.keep_last, config.keep_every, config.keep_best)
         self._worker = Worker()
         self._staging: Staging | None = None
@@ -136,7 +137,7 @@ class Saver:
         self._staging = Staging(held, device=self._world.device)
 
     def save(
-        self, step: int, shards: Callable[[], Iterable[Shard]], *, samples_seen: int, trainer: dict[str, Any]
+        self, step: int, shards: Callable[[], Iterable[Shard]], *, samples_seen: int, trainer: TrainerState
     ) -> None:
         """Begin to save ``step``; without ``checkpoint.asynchronous``, save it.
 
@@ -147,7 +148,7 @@ class Saver:
         """
         begun = time.monotonic()
         if self._flight is not None and self._config.when_busy == "skip":
-            self._report(Outcome(step, skipped=True))
+            self.report(Outcome(step, skipped=True))
             return
         self.wait()
         self._number += 1
@@ -233,13 +234,16 @@ class Saver:
         )
 
     def _commit(self, flight: _Flight, reports: list[str]) -> str:
-        facts = {
-            **self._facts,
-            "save_id": flight.save_id,
-            "step": flight.step,
-            "samples_seen": flight.samples_seen,
-        }
-        name = commit(self._store, flight.folder, reports, facts=facts, trainer=flight.trainer)
+        name = commit(
+            self._store,
+            flight.folder,
+            reports,
+            save_id=flight.save_id,
+            step=flight.step,
+            samples_seen=flight.samples_seen,
+            origin=self._origin,
+            trainer=flight.trainer,
+        )
         self._broken.discard(flight.step)
         deleted, note = [], ""
         try:
@@ -294,7 +298,7 @@ class Saver:
             now = time.monotonic()
             waited_s = 0.0 if flight.waiting_since is None else now - flight.waiting_since
             outcome = replace(outcome, seconds=now - flight.begun, stalled_s=flight.stalled_s + waited_s)
-        self._report(outcome)
+        self.report(outcome)
         if outcome.error and self._config.on_error == "stop":
             raise CheckpointError(outcome.error)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from anemoi_dist.checkpoint.ranks import Ranks
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.store import Store
-from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import CheckpointError
 
 
@@ -27,14 +27,14 @@ class Selection:
     passed_over: dict[int, str] = field(default_factory=dict)
 
 
-def select(store: Store, *, world: World, strict: bool = False) -> Selection:
+def select(store: Store, *, world: Ranks, strict: bool = False) -> Selection:
     """Return the newest checkpoint that verifies. Collective.
 
     Parameters
     ----------
     store : Store
         Where checkpoints live; every rank sees the same.
-    world : World
+    world : Ranks
         The ranks that go on. Every block of every file is read by one of them.
     strict : bool, optional
         Refuse where a newer one than the chosen does not verify.

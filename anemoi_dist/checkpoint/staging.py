@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from anemoi_dist.checkpoint.ranks import Ranks
 from anemoi_dist.checkpoint.shard import Shard
-from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import PreflightError
 
 _ALIGNMENT_BYTES = 16
@@ -98,14 +98,14 @@ def _aligned(size_bytes: int) -> int:
     return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
-def check_host_memory(size_bytes: int, *, world: World) -> None:
+def check_host_memory(size_bytes: int, *, world: Ranks) -> None:
     """Refuse to stage what does not fit into the memory of some machine. Collective.
 
     Parameters
     ----------
     size_bytes : int
         What this rank is going to allocate.
-    world : World
+    world : Ranks
         All ranks that stage; those on one machine share its memory.
 
     Raises

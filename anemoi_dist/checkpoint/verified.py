@@ -18,6 +18,7 @@ from anemoi_dist.checkpoint.manifest import (
     FileRecord,
     Manifest,
     TensorRecord,
+    TrainerState,
 )
 from anemoi_dist.checkpoint.store import File, Folder
 from anemoi_dist.errors import CheckpointError
@@ -141,7 +142,7 @@ class SavedCheckpoint:
                 piece = out[(low - start) * item : (high - start) * item]
                 self._open(file).read_into(offset_bytes + (low - first) * item, piece)
 
-    def trainer(self) -> dict[str, Any]:
+    def trainer(self) -> TrainerState:
         """Return what the trainer saved beside the tensors."""
         data = bytearray(self.manifest.files[TRAINER_FILE].size_bytes)
         self._open(TRAINER_FILE).read_into(0, memoryview(data))

@@ -6,18 +6,27 @@ import json
 import secrets
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 import torch
 import xxhash
 
 from anemoi_dist.checkpoint.dtypes import DTYPE_NAMES
-from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, TRAINER_FILE, FileRecord, Manifest, TensorRecord, file_name
+from anemoi_dist.checkpoint.manifest import (
+    BLOCK_BYTES,
+    TRAINER_FILE,
+    FileRecord,
+    Manifest,
+    Origin,
+    RankReport,
+    TensorRecord,
+    TrainerState,
+    file_name,
+)
+from anemoi_dist.checkpoint.ranks import Ranks
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import File, Folder, Store, make_durable
 from anemoi_dist.checkpoint.verified import VerifiedFile
-from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import CheckpointError
 from anemoi_dist.telemetry.heartbeat import beat
 
@@ -167,67 +176,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data
 
 
-def save(
-    store: Store,
-    shards: Iterable[Shard],
-    *,
-    world: World,
-    step: int,
-    samples_seen: int,
-    trainer: dict[str, Any],
-    facts: dict[str, Any],
-) -> Folder:
-    """Save and commit a checkpoint, and wait for it. Collective.
-
-    Parameters
-    ----------
-    store : Store
-        Where committed checkpoints live; every rank sees the same.
-    shards : Iterable[Shard]
-        This rank's ranges.
-    world : World
-        The ranks that save.
-    step, samples_seen : int
-        Optimizer steps done and samples consumed.
-    trainer : dict[str, Any]
-        What else the trainer needs to go on; JSON.
-    facts : dict[str, Any]
-        ``engine``, ``config_hash`` and ``versions``, for the manifest.
-
-    Returns
-    -------
-    Folder
-        The committed checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        Some rank could not write, on every rank; the older checkpoints are as they were.
-    """
-    folder, save_id = begin(store, step, world=world)
-    try:
-        report = {"report": write_rank(folder, shards, save_id=save_id, rank=world.rank)}
-    except OSError as error:
-        report = {"error": f"rank {world.rank}: {error}"}
-    outcomes = [json.loads(text) for text in world.gather_text(json.dumps(report))]
-    answer: dict[str, str] = {}
-    if world.is_main:
-        try:
-            if failures := [outcome["error"] for outcome in outcomes if "error" in outcome]:
-                raise OSError("; ".join(failures))
-            reports = [outcome["report"] for outcome in outcomes]
-            facts = {**facts, "save_id": save_id, "step": step, "samples_seen": samples_seen}
-            answer = {"name": commit(store, folder, reports, facts=facts, trainer=trainer)}
-        except (OSError, CheckpointError) as error:
-            store.discard(folder)
-            answer = {"error": str(error)}
-    answer = json.loads(world.broadcast_text(json.dumps(answer) if world.is_main else None))
-    if "error" in answer:
-        raise CheckpointError(f"step {step} was not saved: {answer['error']}; older checkpoints are intact")
-    return store.path(step)
-
-
-def begin(store: Store, step: int, *, world: World) -> tuple[Folder, str]:
+def begin(store: Store, step: int, *, world: Ranks) -> tuple[Folder, str]:
     """Open a save: where every rank writes its file, and the save's id. Collective.
 
     Raises
@@ -286,24 +235,34 @@ def write_rank(
             written.verify()
         finally:
             written.close()
-    return json.dumps({"file": asdict(record), "tensors": [asdict(tensor) for tensor in tensors]})
+    return RankReport(record, tensors).to_json()
 
 
 def commit(
-    store: Store, folder: Folder, reports: Iterable[str], *, facts: dict[str, Any], trainer: dict[str, Any]
+    store: Store,
+    folder: Folder,
+    reports: Iterable[str],
+    *,
+    save_id: str,
+    step: int,
+    samples_seen: int,
+    origin: Origin,
+    trainer: TrainerState,
 ) -> str:
     """Write what rank 0 writes and make the save a checkpoint. On one rank.
 
     Parameters
     ----------
-    store, folder
-        Where the ranks have written.
+    store, folder, save_id
+        As :func:`begin` used and gave them; every rank has written its file.
     reports : Iterable[str]
         What :func:`write_rank` returned on each rank, in rank order.
-    facts : dict[str, Any]
-        ``save_id``, ``step``, ``samples_seen``, ``engine``, ``config_hash`` and ``versions``.
-    trainer : dict[str, Any]
-        What else the trainer needs to go on; JSON.
+    step, samples_seen : int
+        Optimizer steps done and samples consumed.
+    origin : Origin
+        For the manifest.
+    trainer : TrainerState
+        What else the trainer needs to go on.
 
     Returns
     -------
@@ -315,7 +274,7 @@ def commit(
     OSError
         It is not committed; the older checkpoints are as they were.
     """
-    parsed = [json.loads(report) for report in reports]
+    parsed = [RankReport.from_json(report) for report in reports]
     file = HashingFile(folder / TRAINER_FILE)
     try:
         file.write(json.dumps(trainer, indent=1).encode())
@@ -323,17 +282,26 @@ def commit(
     except BaseException:
         file.abandon()
         raise
-    files |= {file_name(rank): FileRecord(**report["file"]) for rank, report in enumerate(parsed)}
-    manifest = Manifest(world_size=len(parsed), files=files, tensors=_merge(parsed), **facts)
+    files |= {file_name(rank): report.file for rank, report in enumerate(parsed)}
+    manifest = Manifest(
+        save_id=save_id,
+        step=step,
+        samples_seen=samples_seen,
+        world_size=len(parsed),
+        engine=origin.engine,
+        config_hash=origin.config_hash,
+        versions=origin.versions,
+        files=files,
+        tensors=_merge(parsed),
+    )
     return store.commit(folder, manifest).name
 
 
-def _merge(reports: list[dict[str, Any]]) -> list[TensorRecord]:
+def _merge(reports: Iterable[RankReport]) -> list[TensorRecord]:
     """Join the ranges that the ranks hold of each tensor."""
     merged: dict[tuple[str, str], TensorRecord] = {}
     for report in reports:
-        for entry in report["tensors"]:
-            record = TensorRecord(**entry)
+        for record in report.tensors:
             known = merged.setdefault((record.fqn, record.kind), record)
             if known is not record:
                 known.ranges += record.ranges

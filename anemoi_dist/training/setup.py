@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from anemoi_dist.checkpoint.locate import open_store
+from anemoi_dist.checkpoint.manifest import Origin
 from anemoi_dist.checkpoint.select import select
 from anemoi_dist.config.batch import plan_batches
 from anemoi_dist.config.schema import Config
@@ -196,7 +197,7 @@ def _build(
         telemetry=telemetry,
         stop=stop,
         validate=Evaluation(config=config, world=world, engine=engine, run=run, telemetry=telemetry, train=dataset),
-        facts=_facts(config),
+        origin=_origin(config),
         broken=broken,
     )
 
@@ -218,13 +219,13 @@ def _announce(trainer: Trainer, *, run: RunDirectory, attempt: int, resumed: boo
         num_train_samples=num_samples,
         batch=asdict(plan),
         memory=memory,
-        **trainer.facts,
+        **asdict(trainer.origin),
     )
     if world.is_main:
         states = "\n".join(f"  rank {rank}: {_states_text(held)}" for rank, held in enumerate(memory[:4]))
         trainer.telemetry.message(
             f"run {run.run_id} in {run.path}\n"
-            f"{'resumes at step ' + str(step) if resumed else 'starts'}: {trainer.facts['engine']} on "
+            f"{'resumes at step ' + str(step) if resumed else 'starts'}: {trainer.origin.engine} on "
             f"{world.world_size} ranks ({_device_name(world.device)}), {trainer.engine.num_parameters()} parameters, "
             f"{num_samples} samples, {plan.global_size} a step = {world.world_size} ranks x {plan.accumulation} x "
             f"{plan.micro_size}\noptimizer states:\n{states}" + ("\n  ..." if len(memory) > 4 else "")
@@ -252,9 +253,9 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _facts(config: Config) -> dict[str, Any]:
+def _origin(config: Config) -> Origin:
     digest = hashlib.sha256(repr(asdict(config)).encode()).hexdigest()[:16]
-    return {"engine": config.engine.spec.name, "config_hash": digest, "versions": _versions()}
+    return Origin(engine=config.engine.spec.name, config_hash=digest, versions=_versions())
 
 
 def _versions() -> dict[str, str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from anemoi_dist.checkpoint.manifest import Origin
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.saver import Outcome, Saver
 from anemoi_dist.checkpoint.store import Store
@@ -67,8 +67,8 @@ class Trainer:
         This rank's own wish to stop.
     validate : Callable[[str, int], Sequence[Score]]
         Scores the forecast on a block of the data (``validation`` or ``test``) at a step. Collective.
-    facts : dict[str, Any]
-        ``engine``, ``config_hash`` and ``versions``, recorded in every checkpoint.
+    origin : Origin
+        Recorded in every checkpoint.
     broken : Collection[int], optional
         Steps whose checkpoints failed verification at the start.
     """
@@ -83,14 +83,14 @@ class Trainer:
         telemetry: Telemetry,
         stop: StopRequest,
         validate: Callable[[str, int], Sequence[Score]],
-        facts: dict[str, Any],
+        origin: Origin,
         broken: Collection[int] = (),
     ) -> None:
         self.config, self.world, self.engine = config, world, engine
-        self.telemetry, self.stop, self.validate, self.facts = telemetry, stop, validate, facts
+        self.telemetry, self.stop, self.validate, self.origin = telemetry, stop, validate, origin
         self.progress = Progress()
         self.saver = Saver(
-            store, world=world, config=config.checkpoint, facts=facts, report=self._record_save, broken=broken
+            store, world=world, config=config.checkpoint, origin=origin, report=self._record_save, broken=broken
         )
         self._clock = SaveClock(config.checkpoint.interval_minutes if world.is_main else None)
         self._saved_step: int | None = None

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 from support import toy
-from support.saving import FACTS, Alone, read_all, save_values, shard
+from support.saving import ORIGIN, SingleRank, read_all, save_values, shard
 
 from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, Manifest
@@ -85,20 +86,20 @@ def test_damage_is_found_and_the_older_checkpoint_is_taken(tmp_path: Path, file:
         newer.unlink()
     else:
         shutil.copy(tmp_path / "step-00000001" / file, newer)
-    selection = select(store, world=Alone())
+    selection = select(store, world=SingleRank())
     assert selection.checkpoint is not None and selection.checkpoint.manifest.step == 1
     assert list(selection.passed_over) == [2] and selection.passed_over[2]
     with pytest.raises(CheckpointError, match="step-00000002 is damaged") as raised:
-        select(store, world=Alone(), strict=True)
+        select(store, world=SingleRank(), strict=True)
     assert raised.value.exit_code == 4
 
 
 def test_none_that_is_whole_is_an_error_and_nothing_saved_is_not(tmp_path: Path) -> None:
-    assert select(LocalStore(tmp_path), world=Alone()).checkpoint is None
+    assert select(LocalStore(tmp_path), world=SingleRank()).checkpoint is None
     for step in (1, 2):
         (save_one(tmp_path, step=step) / MANIFEST_FILE).unlink()
     with pytest.raises(CheckpointError, match=r"(?s)none .* whole.*step-00000002.*step-00000001") as raised:
-        select(LocalStore(tmp_path), world=Alone())
+        select(LocalStore(tmp_path), world=SingleRank())
     assert raised.value.exit_code == 4
 
 
@@ -158,7 +159,7 @@ def test_a_killed_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path: Pat
     store = LocalStore(tmp_path)
     half = store.begin(5, "0123456789abcdef")
     (half / "rank-00000.safetensors").write_bytes(b"half")
-    assert select(store, world=Alone()).checkpoint is None
+    assert select(store, world=SingleRank()).checkpoint is None
     save_one(tmp_path, step=6)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000006"]
 
@@ -195,7 +196,7 @@ def test_order_of_names_not_of_time_decides(tmp_path: Path) -> None:
         save_one(tmp_path, step=step)
     os.utime(tmp_path / "step-00000002", (2e9, 2e9))
     os.utime(tmp_path / "step-00000010", (0, 0))
-    found = select(LocalStore(tmp_path), world=Alone()).checkpoint
+    found = select(LocalStore(tmp_path), world=SingleRank()).checkpoint
     assert found is not None and found.manifest.step == 10
 
 
@@ -225,7 +226,7 @@ def train_and_save(world: World, engine: str, folder: Path, steps: range, resume
             step=steps.stop,
             samples_seen=0,
             trainer={},
-            facts={**FACTS, "engine": engine},
+            origin=replace(ORIGIN, engine=engine),
         )
     result = {"loaded": loaded, "shards": toy.clone_shards(built), "losses": losses}
     built.close()
@@ -289,7 +290,7 @@ def _load_into_single(source: Checkpoint) -> None:
             yield from replicated_shards(self.module)
 
     config = toy.make_config("ddp")
-    Lone(toy.make_module(config), config=config, world=Alone()).load(source, num_updates=1)  # type: ignore[arg-type]
+    Lone(toy.make_module(config), config=config, world=SingleRank()).load(source, num_updates=1)  # type: ignore[arg-type]
 
 
 def _new(folder: Path) -> Path:

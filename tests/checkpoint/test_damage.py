@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import xxhash
-from support.saving import FACTS, Alone, read_all
+from support.saving import ORIGIN, SingleRank, read_all
 
 from anemoi_dist.checkpoint import writer
 from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, TRAINER_FILE
@@ -41,8 +41,8 @@ def save_two_ranks(folder: Path, *, step: int, fill: float) -> Path:
         )
         for rank in range(2)
     ]
-    facts = {**FACTS, "save_id": save_id, "step": step, "samples_seen": 0}
-    writer.commit(store, save, reports, facts=facts, trainer={"progress": {"step": step}, "fill": fill})
+    trainer = {"progress": {"step": step}, "fill": fill}
+    writer.commit(store, save, reports, save_id=save_id, step=step, samples_seen=0, origin=ORIGIN, trainer=trainer)
     return store.path(step)
 
 
@@ -92,7 +92,7 @@ def test_all_damage_is_found_by_name_and_the_older_is_used(pristine: Path, tmp_p
     original, tried = path.read_bytes(), 0
     for what, damage in damages(path, run, pristine / "other"):
         damage()
-        selection = select(LocalStore(run), world=Alone())  # type: ignore[arg-type]
+        selection = select(LocalStore(run), world=SingleRank())  # type: ignore[arg-type]
         assert selection.checkpoint is not None and selection.checkpoint.manifest.step == 1, f"{name} {what}: not found"
         selection.checkpoint.close()
         assert list(selection.passed_over) == [2]
@@ -104,7 +104,7 @@ def test_all_damage_is_found_by_name_and_the_older_is_used(pristine: Path, tmp_p
             path.rmdir()
         path.write_bytes(original)
         tried += 1
-    selection = select(LocalStore(run), world=Alone(), strict=True)  # type: ignore[arg-type]
+    selection = select(LocalStore(run), world=SingleRank(), strict=True)  # type: ignore[arg-type]
     assert torch.equal(read_all(selection.checkpoint), torch.arange(2.0 * HALF) * 2)  # type: ignore[arg-type]
     print(f"{name}: {tried} kinds of damage")
     assert tried > 20
@@ -171,7 +171,7 @@ def test_a_planted_pickle_is_never_executed(pristine: Path, tmp_path: Path) -> N
         (run / "step-00000002" / name).write_bytes(payload)
         for beside in ("data.pkl", ".metadata", "latest"):
             (run / "step-00000002" / beside).write_bytes(payload)
-        selection = select(LocalStore(run), world=Alone())  # type: ignore[arg-type]
+        selection = select(LocalStore(run), world=SingleRank())  # type: ignore[arg-type]
         assert selection.checkpoint is not None and selection.checkpoint.manifest.step == 1
         selection.checkpoint.trainer()
         read_all(selection.checkpoint)

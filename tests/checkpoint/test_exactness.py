@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from support import toy
-from support.saving import FACTS
+from support.saving import ORIGIN, save
 
 from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.distributed.world import World, seed_step
 
 NUM_BEFORE, NUM_AFTER = 5, 50
@@ -32,7 +31,7 @@ def train(world: World, engine: str, folder: Path, steps: range, **training: Any
         reports.append(built.train_step(toy.micro_batches(config, world, step)))
     if checkpoint is None:
         shards = built.shards()
-        save(LocalStore(folder), shards, world=world, step=steps.stop, samples_seen=0, trainer={}, facts=FACTS)
+        save(LocalStore(folder), shards, world=world, step=steps.stop, samples_seen=0, trainer={}, origin=ORIGIN)
     built.close()
     return [(report.loss, report.lr) for report in reports]
 

@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from support import changed, toy
+from support.saving import save
 
 from anemoi_dist.checkpoint.matching import FROM_ADAMW, match, renamed
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.shard import TensorInfo
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.config.engines import ENGINES
 from anemoi_dist.config.parse import from_yaml, to_yaml
 from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import CheckpointError, ConfigError
 
-FACTS = {"engine": "toy", "config_hash": "0", "versions": {}}
+ORIGIN = {"engine": "toy", "config_hash": "0", "versions": {}}
 
 
 class Source:
@@ -156,7 +156,7 @@ def train_and_save(world: World, engine: str, folder: Path) -> list:
     built = toy.build(world, config)
     for step in range(3):
         built.train_step(toy.micro_batches(config, world, step))
-    save(LocalStore(folder), built.shards(), world=world, step=3, samples_seen=0, trainer={}, facts=FACTS)
+    save(LocalStore(folder), built.shards(), world=world, step=3, samples_seen=0, trainer={}, origin=ORIGIN)
     shards = toy.clone_shards(built)
     built.close()
     return shards
@@ -186,7 +186,7 @@ def load_changed(world: World, engine: str, folder: Path, precision: str) -> dic
     loaded = toy.clone_shards(built)
     report = built.train_step(toy.micro_batches(config, world, 3))
     store = LocalStore(folder)
-    save(store, built.shards(), world=world, step=4, samples_seen=0, trainer={}, facts=FACTS)
+    save(store, built.shards(), world=world, step=4, samples_seen=0, trainer={}, origin=ORIGIN)
     trained = toy.clone_shards(built)
     built.close()
     again = toy.build(world, config)
@@ -279,7 +279,7 @@ def save_adamw(world: World, folder: Path) -> None:
     built = toy.build(world, config)
     for step in range(3):
         built.train_step(toy.micro_batches(config, world, step))
-    save(LocalStore(folder), built.shards(), world=world, step=3, samples_seen=0, trainer={}, facts=FACTS)
+    save(LocalStore(folder), built.shards(), world=world, step=3, samples_seen=0, trainer={}, origin=ORIGIN)
     built.close()
 
 

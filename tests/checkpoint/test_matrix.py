@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from support import reshard, toy
-from support.saving import FACTS
+from support.saving import ORIGIN, save
 
 from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.distributed.world import World
 
 SIZES = (1, 2, 3, 4)
@@ -31,7 +31,7 @@ def write(world: World, engine: str, folder: Path) -> list:
         step=NUM_STEPS,
         samples_seen=0,
         trainer={},
-        facts={**FACTS, "engine": engine},
+        origin=replace(ORIGIN, engine=engine),
     )
     shards = toy.clone_shards(built)
     built.close()

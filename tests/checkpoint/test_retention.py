@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.saving import Alone, save_values
+from support.saving import SingleRank, save_values
 
 from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
@@ -112,7 +112,7 @@ def test_a_kill_between_any_two_of_its_steps_costs_nothing(tmp_path: Path, monke
                 killed = False
             except KilledError:
                 killed = True
-        selection = select(store, world=Alone(), strict=True)
+        selection = select(store, world=SingleRank(), strict=True)
         assert selection.checkpoint is not None and selection.checkpoint.manifest.step == 4
         save_values(store, step=5, values=torch.ones(10))
         prune(store, Policy(2))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.saving import FACTS, Alone, read_all, save_values, shard
+from support.saving import ORIGIN, SingleRank, read_all, save_values, shard
 
 from anemoi_dist.checkpoint import saver as saver_module
 from anemoi_dist.checkpoint import staging, worker, writer
@@ -31,9 +31,9 @@ def make(folder: Path, *, world: Any = None, **config: Any) -> tuple[Saver, list
     outcomes: list[Outcome] = []
     saver = Saver(
         LocalStore(folder),
-        world=world or Alone(),
+        world=world or SingleRank(),
         config=CheckpointConfig(**config),
-        facts=FACTS,
+        origin=ORIGIN,
         report=outcomes.append,
     )
     return saver, outcomes
@@ -72,7 +72,7 @@ def test_training_goes_on_while_the_values_of_that_step_are_written(tmp_path: Pa
     values += 100  # the next step
     for _ in range(5):
         assert boundary(saver).written == 0 and not outcomes
-    assert select(LocalStore(tmp_path), world=Alone()).checkpoint is None
+    assert select(LocalStore(tmp_path), world=SingleRank()).checkpoint is None
     gate.set()
     deadline = time.monotonic() + 30
     while not outcomes and time.monotonic() < deadline:
@@ -195,7 +195,7 @@ def test_one_ranks_failure_reaches_all_at_the_same_step(
     assert [bool(error) for _, error in results[0]["outcomes"]] == [False, True, False]
     assert f"rank {rank}: [Errno {number}] Injected; older checkpoints are intact" in results[0]["outcomes"][1][1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000030"]
-    assert len(select(LocalStore(tmp_path), world=Alone()).checkpoint.manifest.files) == 3  # type: ignore[union-attr]
+    assert len(select(LocalStore(tmp_path), world=SingleRank()).checkpoint.manifest.files) == 3  # type: ignore[union-attr]
 
 
 def test_or_stops_all(ranks, tmp_path: Path) -> None:

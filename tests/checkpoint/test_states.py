@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support.saving import FACTS, Alone
+from support.saving import ORIGIN, SingleRank
 
 from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint import writer
@@ -165,7 +165,7 @@ class Checkpoints(RuleBasedStateMachine):
             self.step, self.state = 0, self.reference[0]
             return
         try:
-            selection = select(self.store, world=Alone())  # type: ignore[arg-type]
+            selection = select(self.store, world=SingleRank())  # type: ignore[arg-type]
         except CheckpointError:
             assert not self.whole
             raise
@@ -186,7 +186,7 @@ class Checkpoints(RuleBasedStateMachine):
             assert torch.equal(self.state[name], value), f"step {self.step} {name}"
         if not self.whole:
             return
-        checkpoint = select(self.store, world=Alone()).checkpoint  # type: ignore[arg-type]
+        checkpoint = select(self.store, world=SingleRank()).checkpoint  # type: ignore[arg-type]
         assert checkpoint is not None and checkpoint.manifest.step == max(self.whole)
         for name, value in self.reference[max(self.whole)].items():
             out = torch.empty(value.numel())
@@ -206,8 +206,9 @@ class Checkpoints(RuleBasedStateMachine):
             )
             for rank in range(self.num_ranks)
         ]
-        facts = {**FACTS, "save_id": save_id, "step": self.step, "samples_seen": 0}
-        writer.commit(self.store, folder, reports, facts=facts, trainer={})
+        writer.commit(
+            self.store, folder, reports, save_id=save_id, step=self.step, samples_seen=0, origin=ORIGIN, trainer={}
+        )
         self.whole.add(self.step)
         self.broken.discard(self.step)
 

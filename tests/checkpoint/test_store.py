@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from support.saving import Alone, read_all, save_values, shard
+from support.saving import SingleRank, read_all, save_values, shard
 
 from anemoi_dist.checkpoint.fsspec_store import FsspecStore
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
@@ -39,7 +39,7 @@ def values(step: int) -> torch.Tensor:
 
 
 def newest(store: Store, **options: Any) -> tuple[int, torch.Tensor] | None:
-    checkpoint = select(store, world=Alone(), **options).checkpoint  # type: ignore[arg-type]
+    checkpoint = select(store, world=SingleRank(), **options).checkpoint  # type: ignore[arg-type]
     if checkpoint is None:
         return None
     result = checkpoint.manifest.step, read_all(checkpoint)

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from support import toy
-from support.saving import FACTS
+from support.saving import ORIGIN, save
 
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.data.batch import Batch
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import Engine
@@ -209,7 +208,7 @@ def save_narrow(world: World, folder: Path) -> None:
     config = narrow_config("zero2", ALL_NARROW)
     engine = toy.build(world, config)
     step_with_given_gradients(world, engine, config, range(NUM_SAVED))
-    save(LocalStore(folder), engine.shards(), world=world, step=NUM_SAVED, samples_seen=0, trainer={}, facts=FACTS)
+    save(LocalStore(folder), engine.shards(), world=world, step=NUM_SAVED, samples_seen=0, trainer={}, origin=ORIGIN)
     engine.close()
 
 

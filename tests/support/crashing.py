@@ -24,7 +24,7 @@ from anemoi_dist.checkpoint.saver import Outcome, Saver
 from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.config.schema import CheckpointConfig
-from support.saving import FACTS, Alone, read_all, save_values, shard
+from support.saving import ORIGIN, SingleRank, read_all, save_values, shard
 
 #: Those that this kernel knows; strace passes over the others.
 CALLS = ("write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renameat2")
@@ -43,7 +43,11 @@ def save_new(folder: Path) -> int:
     """Save as the trainer does, with the thread; return what was reported."""
     outcomes: list[Outcome] = []
     saver = Saver(
-        LocalStore(folder), world=Alone(), config=CheckpointConfig(keep_last=1), facts=FACTS, report=outcomes.append
+        LocalStore(folder),
+        world=SingleRank(),
+        config=CheckpointConfig(keep_last=1),
+        origin=ORIGIN,
+        report=outcomes.append,
     )
     shards = [shard(values(NEW)), shard(torch.tensor([float(NEW)]), kind="step")]
     saver.prepare(shards)
@@ -114,7 +118,7 @@ def points(folder: Path, log: Path) -> list[tuple[str, int]]:
 def check(folder: Path, status: int) -> str:
     """Return what is left, ``old`` or ``new``, after making sure that it is exactly that and that life goes on."""
     store = LocalStore(folder)
-    checkpoint = select(store, world=Alone()).checkpoint
+    checkpoint = select(store, world=SingleRank()).checkpoint
     assert checkpoint is not None, "no checkpoint is left"
     step = checkpoint.manifest.step
     assert step in (OLD, NEW) and torch.equal(read_all(checkpoint), values(step)), f"step {step} is not what was saved"
@@ -125,7 +129,7 @@ def check(folder: Path, status: int) -> str:
         assert code in (SAVED, FAILED), f"the save ended with {code}"
         assert step == NEW or code == FAILED, "a save that was reported is not there"
     save_values(store, step=30, values=values(30))
-    after = select(store, world=Alone(), strict=True).checkpoint
+    after = select(store, world=SingleRank(), strict=True).checkpoint
     assert after is not None and torch.equal(read_all(after), values(30)), "training does not go on"
     after.close()
     left = [path.name for path in folder.iterdir() if not re.fullmatch(r"step-\d{8}", path.name)]

@@ -26,6 +26,7 @@ import torch
 
 from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint import writer
+from anemoi_dist.checkpoint.manifest import Origin
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
@@ -92,7 +93,7 @@ def run_rank(folder: Path, engine_name: str, attempt: int) -> None:
         telemetry=Silence(),  # type: ignore[arg-type]
         stop=Silence(),  # type: ignore[arg-type]
         validate=lambda split, step: [],
-        facts={"engine": engine_name, "config_hash": "0", "versions": {}},
+        origin=Origin(engine=engine_name, config_hash="0", versions={}),
     )
     checkpoint = select(store, world=world).checkpoint
     if checkpoint is not None:
@@ -149,12 +150,12 @@ def check_shards(engine: Any, folder: Path, checkpoint: Checkpoint) -> None:
 
 def check_newest(folder: Path) -> int:
     """Return the newest step, after comparing all of it with the truth."""
-    from support.saving import Alone, read_all
+    from support.saving import SingleRank, read_all
 
     store = LocalStore(folder / "checkpoints")
     if not store.steps():
         return 0
-    checkpoint = select(store, world=Alone(), strict=True).checkpoint  # type: ignore[arg-type]
+    checkpoint = select(store, world=SingleRank(), strict=True).checkpoint  # type: ignore[arg-type]
     assert checkpoint is not None
     loaded = {f"{fqn}:{kind}": read_all(checkpoint, fqn, kind) for fqn, kind in checkpoint.tensors()}
     step = checkpoint.manifest.step

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from anemoi_dist.checkpoint.importers.run import Alone
+from anemoi_dist.checkpoint.manifest import Origin
+from anemoi_dist.checkpoint.ranks import SingleRank
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.checkpoint.writer import save
+from support.saving import save
 
 
 def save_tensors(folder: Path, tensors: Mapping[tuple[str, str], torch.Tensor], *, step: int = 10) -> Path:
@@ -23,12 +23,11 @@ def save_tensors(folder: Path, tensors: Mapping[tuple[str, str], torch.Tensor], 
         for start, piece in ((0, flat[:cut]), (cut, flat[cut:])):
             if piece.numel():
                 shards.append(Shard(fqn, kind, tuple(tensor.shape), start, piece))
-    world: Any = Alone()
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"engine": "toy", "config_hash": "0", "versions": {"torch": "2"}}
+    origin = Origin(engine="toy", config_hash="0", versions={"torch": "2"})
     progress = {"progress": {"step": step, "num_skipped_in_row": 0}}
     store = LocalStore(folder)
-    save(store, shards, world=world, step=step, samples_seen=8 * step, trainer=progress, facts=facts)
+    save(store, shards, world=SingleRank(), step=step, samples_seen=8 * step, trainer=progress, origin=origin)
     return store.path(step)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support import toy
 
-from anemoi_dist.training.setup import _facts, _note_scaled_rate
+from anemoi_dist.training.setup import _note_scaled_rate, _origin
 
 
 class Recorder:
@@ -39,12 +39,12 @@ def test_a_rate_that_changes_with_the_ranks_is_shown_and_recorded() -> None:
     assert "4 ranks instead of 2" in recorder.messages[0] and "scale_with=none" in recorder.messages[0]
 
 
-def test_facts_name_the_engine_and_follow_the_configuration() -> None:
-    names = {engine: _facts(toy.make_config(engine))["engine"] for engine in toy.ENGINES}
+def test_the_origin_names_the_engine_and_follows_the_configuration() -> None:
+    names = {engine: _origin(toy.make_config(engine)).engine for engine in toy.ENGINES}
     assert names == {engine: engine for engine in toy.ENGINES}
-    first, second = _facts(toy.make_config("ddp")), _facts(toy.make_config("ddp", rollout=2))
-    assert first["config_hash"] == _facts(toy.make_config("ddp"))["config_hash"] != second["config_hash"]
-    assert first["versions"]["torch"]
+    first, second = _origin(toy.make_config("ddp")), _origin(toy.make_config("ddp", rollout=2))
+    assert first.config_hash == _origin(toy.make_config("ddp")).config_hash != second.config_hash
+    assert first.versions["torch"]
 
 
 def test_blocks_that_overlap_are_named(tmp_path) -> None:

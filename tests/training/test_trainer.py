@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import toy
+from support.saving import ORIGIN
 
 from anemoi_dist.checkpoint import saver as saver_module
 from anemoi_dist.checkpoint.reader import Checkpoint
@@ -106,7 +107,7 @@ def make(
         telemetry=recorder,  # type: ignore[arg-type]
         stop=Wish(recorder, at_step=stop_at),  # type: ignore[arg-type]
         validate=lambda split, step: scored.append((split, step)) or [],
-        facts={"engine": "toy", "config_hash": "0", "versions": {}},
+        origin=ORIGIN,
     )
     return trainer, recorder, scored
 
@@ -202,7 +203,7 @@ def fail_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     commit = saver_module.commit
 
     def failing(*args: Any, **kwargs: Any) -> str:
-        if kwargs["facts"]["step"] in steps:
+        if kwargs["step"] in steps:
             raise OSError(28, "No space left on device")
         return commit(*args, **kwargs)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,10 +15,13 @@ from anemoi_dist.checkpoint.importers.dcp import read_dcp
 from anemoi_dist.checkpoint.importers.deepspeed import read_deepspeed
 from anemoi_dist.checkpoint.importers.torch_file import read_torch_file
 from anemoi_dist.checkpoint.locate import store_of
+from anemoi_dist.checkpoint.manifest import Origin
 from anemoi_dist.checkpoint.matching import FROM_ADAMW, renamed
+from anemoi_dist.checkpoint.ranks import SingleRank
+from anemoi_dist.checkpoint.saver import Saver
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import Folder
-from anemoi_dist.checkpoint.writer import save
+from anemoi_dist.config.schema import CheckpointConfig
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.lock import owned
@@ -53,21 +55,6 @@ class Imported:
     format: str
     step: int
     notes: list[str] = field(default_factory=list)
-
-
-class Alone:
-    """The one process that imports, as the ranks of a save."""
-
-    rank, world_size, is_main = 0, 1, True
-
-    def broadcast_text(self, text: str | None) -> str:
-        """Return ``text``."""
-        assert text is not None
-        return text
-
-    def gather_text(self, text: str) -> list[str]:
-        """Return the one text."""
-        return [text]
 
 
 def detect(source: Path) -> str:
@@ -142,16 +129,14 @@ def import_checkpoint(
             raise ConfigError(
                 "--run", run.run_id, f"has a checkpoint of step {newer[0]}, not before step {step}", fix="another run"
             )
-        world: Any = Alone()
-        save(
+        saver = Saver(
             store,
-            shards,
-            world=world,
-            step=step,
-            samples_seen=0,
-            trainer={"progress": {"step": step, "num_skipped_in_row": 0}},
-            facts={"engine": f"{found} import", "config_hash": "", "versions": _versions()},
+            world=SingleRank(),
+            config=CheckpointConfig(asynchronous=False, on_error="stop", read_back=False, keep_last=None),
+            origin=Origin(engine=f"{found} import", config_hash="", versions=_versions()),
         )
+        progress = {"step": step, "num_skipped_in_row": 0}
+        saver.save(step, lambda: shards, samples_seen=0, trainer={"progress": progress})
     return Imported(store.path(step), found, step, notes)
 
 

@@ -6,17 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.saved import Alone, example_tensors, save_tensors
+from support.saved import example_tensors, save_tensors
+from support.saving import save
 
 from anemoi_dist.checkpoint.fsspec_store import FsspecStore
 from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE
+from anemoi_dist.checkpoint.ranks import SingleRank
 from anemoi_dist.checkpoint.shard import Shard
-from anemoi_dist.checkpoint.writer import save
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.launch import cli
 from anemoi_dist.run.directory import RunDirectory
@@ -165,17 +165,13 @@ def test_reading_needs_no_torch(root: Path, tmp_path: Path) -> None:
 
 def test_checkpoints_in_another_store(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     store = FsspecStore(f"file://{tmp_path}/bucket/away")
-    world: Any = Alone()
     for step in (1, 2):
         values = torch.full((4,), float(step))
         save(
             store,
             [Shard("w", "param", (4,), 0, values)],
-            world=world,
+            world=SingleRank(),
             step=step,
-            samples_seen=0,
-            trainer={},
-            facts={"engine": "toy", "config_hash": "0", "versions": {}},
         )
     RunDirectory(root / "away").create()
     (root / "away" / "config.yaml").write_text(f"checkpoint: {{url: 'file://{tmp_path}/bucket'}}\n")

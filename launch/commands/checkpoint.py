@@ -7,87 +7,29 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from anemoi_dist.checkpoint.compare import differences
+from anemoi_dist.checkpoint.locate import store_of
+from anemoi_dist.checkpoint.store import Folder
+from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import CheckpointError, ConfigError, ExitCode
+from anemoi_dist.telemetry.progress import format_bytes
 
-if TYPE_CHECKING:
-    from anemoi_dist.checkpoint.store import Folder
-    from anemoi_dist.checkpoint.verified import SavedCheckpoint
-    from anemoi_dist.run.directory import RunDirectory
+from .arguments import locate_run, name_run
 
 #: What ``diff`` returns where the checkpoints differ, as diff(1) does.
 DIFFERENT = 1
 
-_RUN_HELP = "a run's id, or the path of its directory"
-_ONE_HELP = "RUN, RUN@STEP, or the directory of a checkpoint"
 
-
-def add_commands(command: argparse.ArgumentParser) -> None:
-    """Add the commands below ``checkpoint`` to its parser."""
-    actions = command.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)
-
-    listing = _add(actions, "list", _list, "list the checkpoints of a run: step, size, whole or why not")
-    listing.add_argument("run", metavar="RUN", help=_RUN_HELP)
-    listing.add_argument("--json", action="store_true", help="print JSON")
-
-    show = _add(actions, "show", _show, "print what a checkpoint holds")
-    _add_one(show)
-    show.add_argument("--tensors", action="store_true", help="list every tensor")
-    show.add_argument("--json", action="store_true", help="print JSON")
-
-    verify = _add(actions, "verify", _verify, "check every byte; exit with 4 where one is not as it was saved")
-    verify.add_argument("run", metavar="RUN", help=f"{_ONE_HELP}; of a RUN all its checkpoints")
-    verify.add_argument("--step", type=int, help="check this one only")
-
-    diff = _add(actions, "diff", _diff, "compare two checkpoints tensor by tensor; exit with 1 where they differ")
-    diff.add_argument("a", metavar="A", help=_ONE_HELP)
-    diff.add_argument("b", metavar="B", help=_ONE_HELP)
-
-    export = _add(actions, "export", _export, "write the weights to one file")
-    _add_one(export)
-    export.add_argument("out", metavar="OUT", type=Path, help="FILE.safetensors, or FILE.pt (all in memory)")
-    export.add_argument("--with-optimizer", action="store_true", help="the optimizer's states too")
-    export.add_argument("--dtype", choices=("F32", "BF16", "F16"), help="type of the parameters (default: as saved)")
-    export.add_argument("--force", action="store_true", help="replace an existing file")
-    _add_import(actions)
-
-
-def _add_import(actions: Any) -> None:
-    command = _add(actions, "import", _import, "make another program's checkpoint one that train goes on from")
-    command.add_argument("source", metavar="SOURCE", type=Path, help="a file of torch.save, or a directory")
-    command.add_argument("--run", required=True, metavar="RUN", help=f"{_RUN_HELP}; created where it does not exist")
-    command.add_argument(
-        "--format", choices=("lightning", "torch", "deepspeed", "dcp"), help="default: what SOURCE looks like"
-    )
-    command.add_argument("--step", type=int, help="optimizer steps done, where SOURCE does not say it")
-    command.add_argument(
-        "--rename", action="append", default=[], metavar="OLD=NEW", help="a name or prefix; may be given several times"
-    )
-    command.add_argument("--weights-only", action="store_true", help="leave the optimizer's states")
-    command.add_argument("--keep-adamw", action="store_true", help="go on with AdamW, not AdEMAMix")
-    command.add_argument(
-        "--trust-pickle", action="store_true", help="run whatever code SOURCE holds; refused otherwise"
-    )
-
-
-def _add(actions: Any, name: str, function: object, summary: str) -> argparse.ArgumentParser:
-    description = summary[0].upper() + summary[1:] + "."
-    action = actions.add_parser(name, help=summary, description=description, allow_abbrev=False)
-    action.set_defaults(command=function)
-    action.add_argument("--root", default="runs", help="directory of the runs (default: %(default)s)")
-    return action
-
-
-def _add_one(action: argparse.ArgumentParser) -> None:
-    action.add_argument("run", metavar="RUN", help=_ONE_HELP)
-    action.add_argument("--step", type=int, help="which one (default: the newest that has a valid manifest)")
+def run(options: argparse.Namespace) -> int:
+    """Run the command below ``checkpoint`` and return its exit code."""
+    return _ACTIONS[options.action](options)
 
 
 def _list(options: argparse.Namespace) -> int:
-    from anemoi_dist.telemetry.progress import format_bytes
-
     rows = [_row(folder) for folder in _folders(options.run, options.root)]
     if options.json:
         _print_json(rows)
@@ -102,8 +44,6 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _row(folder: Folder) -> dict[str, Any]:
-    from anemoi_dist.checkpoint.verified import SavedCheckpoint
-
     row: dict[str, Any] = {
         "step": int(folder.name.removeprefix("step-")),
         "size_bytes": sum(f.stat().st_size for f in folder.iterdir()) if isinstance(folder, Path) else 0,
@@ -125,8 +65,6 @@ def _row(folder: Folder) -> dict[str, Any]:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from anemoi_dist.telemetry.progress import format_bytes
-
     checkpoint = _open(options.run, options.root, options.step)
     facts = _facts(checkpoint)
     if options.json:
@@ -184,7 +122,6 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _verify_one(folder: Folder) -> bool:
     """Print everything that is wrong with one checkpoint; return whether nothing is."""
-    from anemoi_dist.checkpoint.verified import SavedCheckpoint
     from anemoi_dist.telemetry.progress import format_bytes
 
     try:
@@ -206,8 +143,6 @@ def _verify_one(folder: Folder) -> bool:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from anemoi_dist.checkpoint.compare import differences
-
     a, b = _open(options.a, options.root, None), _open(options.b, options.root, None)
     for letter, checkpoint in (("A", a), ("B", b)):
         manifest = checkpoint.manifest
@@ -223,7 +158,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from anemoi_dist.checkpoint.export import export
+    from anemoi_dist.checkpoint.export import export  # may import torch, which no other action needs
 
     checkpoint = _open(options.run, options.root, options.step)
     export(checkpoint, options.out, with_optimizer=options.with_optimizer, dtype=options.dtype, force=options.force)
@@ -232,7 +167,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from anemoi_dist.checkpoint.importers.run import import_checkpoint
+    from anemoi_dist.checkpoint.importers.run import import_checkpoint  # imports torch
 
     rename = dict(entry.partition("=")[::2] for entry in options.rename)
     for entry in options.rename:
@@ -240,7 +175,7 @@ def _import(options: argparse.Namespace) -> int:
             raise ConfigError("--rename", entry, "must be OLD=NEW", fix="--rename encoder=model.encoder")
     imported = import_checkpoint(
         options.source,
-        _run(options.run, options.root),
+        name_run(options.run, options.root, content="checkpoints"),
         format=options.format,
         step=options.step,
         rename=rename,
@@ -259,8 +194,6 @@ def _import(options: argparse.Namespace) -> int:
 
 def _open(text: str, root: str, step: int | None) -> SavedCheckpoint:
     """Open the checkpoint that ``RUN``, ``RUN@STEP`` or a directory names; of a run the newest with a manifest."""
-    from anemoi_dist.checkpoint.verified import SavedCheckpoint
-
     folders = _folders(text, root, step)
     if len(folders) == 1:
         return SavedCheckpoint(folders[0])
@@ -278,8 +211,6 @@ def _path_of(folder: Folder) -> str:
 
 def _folders(text: str, root: str, step: int | None = None) -> list[Folder]:
     """Return the checkpoints that a name stands for, newest first."""
-    from anemoi_dist.checkpoint.locate import store_of
-
     path = Path(text)
     if re.fullmatch(r"step-\d{8,}", path.absolute().name) and path.is_dir():
         return [path.absolute()]
@@ -288,7 +219,7 @@ def _folders(text: str, root: str, step: int | None = None) -> list[Folder]:
         if step is not None and step != int(number):
             raise ConfigError("--step", step, f"is not the step of {text}", fix="give one of the two")
         text, step = name, int(number)
-    store = store_of(_existing_run(text, root))
+    store = store_of(locate_run(text, root, content="checkpoints"))
     steps = store.steps()
     if step is not None and step not in steps:
         known = ", ".join(map(str, steps)) or "none"
@@ -296,24 +227,15 @@ def _folders(text: str, root: str, step: int | None = None) -> list[Folder]:
     return [store.path(found) for found in steps if step in (None, found)]
 
 
-def _existing_run(text: str, root: str) -> RunDirectory:
-    run = _run(text, root)
-    if not run.checkpoints_dir.is_dir():
-        parent = run.path.parent
-        known = sorted(path.parent.name for path in parent.glob("*/checkpoints")) if parent.is_dir() else []
-        raise ConfigError("RUN", text, f"is not a run ({run.checkpoints_dir} is missing)", valid=known)
-    return run
-
-
-def _run(text: str, root: str) -> RunDirectory:
-    from anemoi_dist.run.directory import RunDirectory
-
-    is_path = "/" in text or Path(text, "checkpoints").is_dir()
-    return RunDirectory(Path(text).absolute()) if is_path else RunDirectory.locate(root, text)
-
-
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
-__all__ = ["DIFFERENT", "add_commands"]
+_ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "list": _list,
+    "show": _show,
+    "verify": _verify,
+    "diff": _diff,
+    "export": _export,
+    "import": _import,
+}

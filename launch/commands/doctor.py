@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -22,15 +23,22 @@ from anemoi_dist.preflight.machine import (
 )
 from anemoi_dist.process.parent_death import PARENT_PID
 from anemoi_dist.run.directory import RunDirectory
+from anemoi_dist.run.events import read_events
 
 from ..launchers import local
 from ..status.slurm_queue import QueueError, call
+from .arguments import compose_options
 
 #: Seconds for the ranks of ``--nodes``, their imports included.
 NODES_TIMEOUT_S = 180.0
 _PING_TIMEOUT_S = 20.0
 #: fp32 parameter and the three EMAs of AdEMAMix: what a checkpoint holds of each parameter.
 _BYTES_PER_PARAMETER = 16
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the findings and return 3 where one has failed, else 0."""
+    return run_doctor(compose_options(options).config, nodes=options.nodes, as_json=options.json)
 
 
 def run_doctor(config: Config, *, nodes: bool, as_json: bool) -> int:
@@ -120,8 +128,6 @@ def _checkpoint_sizes(run: RunDirectory) -> list[int]:
 
 def _num_parameters(run: RunDirectory) -> int:
     """Return what an earlier start of the run has counted; 0 for a new run."""
-    from anemoi_dist.run.events import read_events
-
     counts = [event.get("num_parameters", 0) for event in read_events(run.events_file) if event["event"] == "start"]
     return int(counts[-1]) if counts else 0
 

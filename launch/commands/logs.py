@@ -9,32 +9,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from anemoi_dist.errors import ConfigError, ExitCode
 from anemoi_dist.run.directory import RunDirectory
 
-from .arguments import add_command, locate_run
-from .status import add_run_argument, look_at
+from ..status.inspection import inspect_run
+from .arguments import locate_run
 
 #: Seconds between two looks at a file, and between two looks at whether the run goes on.
 _LOOK_S, _STATE_S = 0.5, 5.0
 _CHUNK_BYTES = 1 << 20
 
 
-def add_commands(commands: Any) -> None:
-    """Add ``logs``."""
-    logs = add_command(commands, "logs", _logs, "print what a rank has printed")
-    add_run_argument(logs)
-    logs.add_argument("--rank", type=int, help="default: 0")
-    logs.add_argument("--attempt", type=int, help="counted from 1 (default: the newest)")
-    logs.add_argument("--follow", action="store_true", help="go on printing, also what later attempts print")
-
-
-def _logs(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Print the log; with ``--follow`` until the run has ended."""
     run = locate_run(options.run, options.root)
     found = find(run, rank=options.rank, attempt=options.attempt)
-    if found is None and options.follow and look_at(run).may_go_on:
+    if found is None and options.follow and inspect_run(run).may_go_on:
         found = _wait(run, rank=options.rank, attempt=options.attempt)
     if found is None:
         raise ConfigError("RUN", options.run, _missing(run, options.rank, options.attempt), fix=_existing(run))
@@ -110,7 +101,7 @@ def _spans(numbers: list[int]) -> str:
 def _wait(run: RunDirectory, *, rank: int | None, attempt: int | None) -> Path | None:
     """Wait for the first log of a run that is on its way."""
     print(f"{_missing(run, rank, attempt)} yet; waiting", file=sys.stderr, flush=True)
-    ended = _rarely(lambda: not look_at(run).may_go_on)
+    ended = _rarely(lambda: not inspect_run(run).may_go_on)
     while (found := find(run, rank=rank, attempt=attempt)) is None and not ended():
         time.sleep(_LOOK_S)
     return found
@@ -118,7 +109,7 @@ def _wait(run: RunDirectory, *, rank: int | None, attempt: int | None) -> Path |
 
 def _follow(run: RunDirectory, file: Path, *, rank: int, later: bool) -> None:
     """Print a log as it grows, and where ``later`` those of the attempts after it, until the run has ended."""
-    ended = _rarely(lambda: not look_at(run).may_go_on)
+    ended = _rarely(lambda: not inspect_run(run).may_go_on)
     offset = 0
     while True:
         # Asked before the look at the file, so that what was written last is printed too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 from anemoi_dist.config.schema import Config
 from anemoi_dist.engines.memory_estimate import NOT_COUNTED, ExpectedMemory, ModelSize, Parameter, state_bytes
-from anemoi_dist.errors import ConfigError, PreflightError
+from anemoi_dist.errors import ConfigError, ExitCode, PreflightError
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.telemetry.progress import format_bytes
 
@@ -19,6 +20,7 @@ from ..launchers.base import Plan, plan
 from ..launchers.machine import look
 from ..launchers.memory_table import Row, memory_table
 from ..launchers.model_size import UnknownSizeError, model_size
+from .arguments import compose_options
 
 _GIB = 1024**3
 _MIB = 1024**2
@@ -31,6 +33,21 @@ class Sizes:
     model: ModelSize | None
     unknown: str
     device_bytes: int | None
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan, or with ``--sweep`` the table of engines."""
+    config = compose_options(options).config
+    print(
+        show(
+            config,
+            sweep=options.sweep,
+            as_json=options.json,
+            num_parameters=options.num_parameters,
+            device_gib=options.device_memory_gib,
+        )
+    )
+    return ExitCode.FINISHED
 
 
 def show(

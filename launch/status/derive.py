@@ -117,6 +117,11 @@ class RunStatus:
         """It is active, or nothing here can tell."""
         return self.is_active or self.state == "unknown"
 
+    @property
+    def described(self) -> str:
+        """The state with its detail, for a message."""
+        return f"{self.state} ({self.detail})" if self.detail else self.state
+
 
 def derive(facts: Facts, *, now: float, job: JobView | None = None, queue_error: str = "") -> RunStatus:
     """Tell what a run is doing; pure.

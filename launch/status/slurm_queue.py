@@ -152,6 +152,10 @@ class SlurmQueue:
         found |= self._sacct(missing)
         return {job_id: found.get(job_id, JobView(job_id, GONE)) for job_id in wanted}
 
+    def view(self, job_id: str) -> JobView:
+        """Return what is known of one job; see :meth:`views`."""
+        return self.views([job_id])[job_id]
+
     def cancel(self, job_id: str) -> None:
         """End a job at once; one that is over already is left alone.
 

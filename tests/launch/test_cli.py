@@ -14,7 +14,8 @@ from anemoi_dist.config.overrides import available_groups
 from anemoi_dist.engines.memory_estimate import ModelSize, Parameter
 from anemoi_dist.errors import DivergedError, ExitCode
 from anemoi_dist.launch import cli
-from anemoi_dist.launch.commands import plan
+from anemoi_dist.launch.commands import arguments as given
+from anemoi_dist.launch.commands import plan, report, train
 from anemoi_dist.launch.launchers import local
 
 
@@ -111,14 +112,14 @@ def test_other_errors_keep_their_code(monkeypatch, capsys):
     def diverge(options):
         raise DivergedError(11, 40)
 
-    monkeypatch.setattr(cli, "_train", diverge)
+    monkeypatch.setattr(train, "run", diverge)
     assert cli.main(["train"]) == 5
     assert capsys.readouterr().err.startswith("anemoi-dist: 11 updates in a row")
 
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_train", interrupt)
+    monkeypatch.setattr(train, "run", interrupt)
     assert cli.main(["train"]) == 130
 
 
@@ -143,11 +144,11 @@ def test_dry_run_prints_the_plan_and_touches_nothing(monkeypatch, capsys):
 def test_train_prepares_and_starts(monkeypatch, capsys):
     started = []
 
-    def train(run, config, *, num_ranks):
+    def start(run, config, *, num_ranks):
         started.append((run.path, config.training.max_steps, num_ranks))
         return 75
 
-    monkeypatch.setattr(local, "train", train)
+    monkeypatch.setattr(local, "train", start)
     arguments = ["train", "run.id=x", "launcher.ranks=2"]
     assert cli.main([*arguments, "training.max_steps=5"]) == 75
     assert capsys.readouterr().err == ""
@@ -180,10 +181,8 @@ def test_output_into_a_pipe_that_closes():
 
 
 def test_report_takes_an_id_or_a_path(monkeypatch, capsys):
-    from anemoi_dist.report import page
-
     seen = []
-    monkeypatch.setattr(page, "write_report", lambda run: seen.append(run.path) or run.report_dir / "index.html")
+    monkeypatch.setattr(report, "write_report", lambda run: seen.append(run.path) or run.report_dir / "index.html")
     for name in ("runs/one", "elsewhere/two"):
         Path(name).mkdir(parents=True)
         Path(name, "config.yaml").touch()
@@ -200,10 +199,8 @@ def test_report_takes_an_id_or_a_path(monkeypatch, capsys):
 @pytest.mark.parametrize("arguments", [["--strict", "run.id=x"], ["run.id=x", "--strict"]])
 def test_strict_is_short_for_the_key(arguments, monkeypatch):
     composed = []
-    compose = cli.compose_arguments
-    monkeypatch.setattr(
-        cli, "compose_arguments", lambda options: composed.append(options.overrides) or compose(options)
-    )
-    monkeypatch.setattr(plan, "show", lambda config: "")
+    compose = given.compose
+    monkeypatch.setattr(given, "compose", lambda overrides, **files: composed.append(overrides) or compose(overrides))
+    monkeypatch.setattr(train, "show", lambda config: "")
     assert cli.main(["train", "--dry-run", *arguments]) == 0
     assert composed == [["run.id=x", "checkpoint.strict=true"]]

@@ -17,7 +17,7 @@ from anemoi_dist.config.overrides import FREE_FORM, available_groups
 from anemoi_dist.config.parse import schema_keys
 from anemoi_dist.config.tree import leaves
 from anemoi_dist.errors import ExitCode
-from anemoi_dist.launch import cli
+from anemoi_dist.launch.commands.parser import build_parser
 from anemoi_dist.launch.commands.sweep import expand
 from anemoi_dist.launch.status.derive import STATES
 from anemoi_dist.optimizers import AdEMAMix, create_optimizer
@@ -85,7 +85,7 @@ def test_commands_compose(overrides: list[str]):
 
 
 def test_commands_exist():
-    parser = cli._parser()
+    parser = build_parser()
     [known] = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     used = {w[1] for p in PAGES for w in commands(p) if w[0].endswith("anemoi-dist")}
     used |= {name for p in PAGES for name in re.findall(r"`anemoi-dist ([a-z]+)", p.read_text(encoding="utf-8"))}

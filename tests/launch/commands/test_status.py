@@ -16,10 +16,13 @@ from support.many_runs import NOBODY, attempt, make_many, make_run, write_beat, 
 from anemoi_dist.config.compose import compose
 from anemoi_dist.config.parse import to_yaml
 from anemoi_dist.launch.cli import main
-from anemoi_dist.launch.commands import status as watch
+from anemoi_dist.launch.commands import runs
+from anemoi_dist.launch.commands import status as status_command
 from anemoi_dist.launch.status import files as facts_module
 from anemoi_dist.launch.status import journal
+from anemoi_dist.launch.status.derive import STATES
 from anemoi_dist.launch.status.files import gather
+from anemoi_dist.launch.status.inspection import follow, inspect_run
 
 COMMAND = [str(Path(sys.executable).with_name("anemoi-dist"))]
 
@@ -53,7 +56,7 @@ def test_a_run_that_runs(root):
     assert (facts.launcher_alive, facts.kind, facts.job_id) == (True, "local", None)
     assert [beat.rank for beat in facts.beats] == [0, 1]
     assert (facts.beats[0].loss, facts.beats[1].loss) == (0.4, None)
-    assert watch.look_at(running(root)).state == "running"
+    assert inspect_run(running(root)).state == "running"
 
 
 def test_a_launchers_pid_given_to_another_process_is_nobody(root):
@@ -134,7 +137,7 @@ def test_damaged_files_are_passed_over(root, text):
     found = gather(run)
     assert found.beats == () and found.launch == () and found.step_event is None
     assert bool(found.damage) == (b'"owner"' not in text)
-    assert watch.look_at(run).state in watch.STATES
+    assert inspect_run(run).state in STATES
 
 
 def test_of_a_huge_event_log_only_the_end_is_read(root):
@@ -164,7 +167,7 @@ def test_runs_are_listed_with_the_newest_last(root, slurm, capsys):
     slurm.answer("squeue", squeue_line("12", "PENDING", reason="Priority"))
     assert main(["runs", "--root", str(root)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == " ".join(watch._COLUMNS).split()
+    assert lines[0].split() == " ".join(runs._COLUMNS).split()
     assert [line.split()[0] for line in lines[1:5]] == ["old", "purged", "busy", "queued"]
     assert lines[3].split() == ["busy", "running", "1", "-", "40/1000", "12.0", "0.4000", "1", "s", "ago", "9:59"]
     assert lines[4].split() == ["queued", "submitted", "-", "12", "-", "-", "-", "-", "-"]
@@ -266,8 +269,7 @@ def test_of_many_runs_only_the_near_ones_are_named(two_hundred, capsys):
 
 def test_following_ends_with_the_run(root, monkeypatch, capsys):
     run = running(root)
-    monkeypatch.setattr(watch, "_LOOK_S", 0.05)
-    follower = watch.follow(run, look_s=0.02)
+    follower = follow(run, read_s=0.02)
     assert next(follower).state == "running"
     write_beat(run, 0, step=41)
     assert next(follower).step == 41
@@ -281,7 +283,7 @@ def test_following_goes_on_over_a_requeue_and_spares_slurm(root, slurm):
     write_launch(run, {"event": "launch", "kind": "slurm", "job_id": "12", "ago": 310})
     write_beat(run, 0)
     slurm.answer("squeue", squeue_line("12", "RUNNING"))
-    follower = watch.follow(run, look_s=0.01, ask_s=60)
+    follower = follow(run, read_s=0.01, ask_s=60)
     assert [next(follower).state for _ in range(5)] == ["running"] * 5
     assert len(slurm.asked()) == 1
     slurm.answer("squeue", squeue_line("12", "PENDING", reason="BeginTime", restarts=1))
@@ -292,8 +294,7 @@ def test_following_goes_on_over_a_requeue_and_spares_slurm(root, slurm):
 
 def test_follow_prints_what_changes(root, monkeypatch, capsys):
     run = running(root)
-    real = watch.follow
-    monkeypatch.setattr(watch, "follow", lambda run: real(run, look_s=0.02))
+    monkeypatch.setattr(status_command, "follow", lambda run: follow(run, read_s=0.02))
 
     def end() -> None:
         time.sleep(0.3)

@@ -10,9 +10,9 @@ from support.many_runs import attempt, make_run, write_beat
 from support.minislurm import MiniSlurm, wait_until
 
 from anemoi_dist.launch.cli import main
-from anemoi_dist.launch.commands.status import look_at
 from anemoi_dist.launch.status import journal
 from anemoi_dist.launch.status.derive import RunStatus
+from anemoi_dist.launch.status.inspection import inspect_run
 from anemoi_dist.launch.status.slurm_queue import GONE, SlurmQueue
 from anemoi_dist.run.directory import RunDirectory
 
@@ -34,7 +34,9 @@ def submit(cluster: MiniSlurm, run: RunDirectory, *options: str, command: str = 
 
 def wait_for(run: RunDirectory, state: str, timeout_s: float = 40) -> RunStatus:
     seen: list[RunStatus] = []
-    found = wait_until(lambda: seen.append(look_at(run)) or seen[-1].state == state, timeout_s=timeout_s, every_s=0.2)
+    found = wait_until(
+        lambda: seen.append(inspect_run(run)) or seen[-1].state == state, timeout_s=timeout_s, every_s=0.2
+    )
     assert found, [(status.state, status.detail) for status in seen[-3:]]
     return seen[-1]
 
@@ -55,13 +57,13 @@ def test_a_jobs_whole_life(cluster: MiniSlurm, run: RunDirectory):
     started = wait_for(run, "starting")
     assert started.nodes == "node[1-2]" and 0 < started.limit_s <= 600
     launch(run, job_id, life=0, number=1)
-    assert look_at(run).state == "running"
+    assert inspect_run(run).state == "running"
 
     cluster.run("scontrol", "requeue", job_id)
     said = set()
 
     def is_back() -> bool:
-        status = look_at(run)
+        status = inspect_run(run)
         said.add(status.state)
         return status.state == "starting" and status.restarts == 1
 
@@ -69,10 +71,10 @@ def test_a_jobs_whole_life(cluster: MiniSlurm, run: RunDirectory):
     assert said <= {"requeued", "starting"}, "never running, silent, crashed or lost in the minutes between"
     assert "requeued" in said
     launch(run, job_id, life=1, number=2)
-    assert (look_at(run).state, look_at(run).restarts) == ("running", 1)
+    assert (inspect_run(run).state, inspect_run(run).restarts) == ("running", 1)
 
     assert main(["cancel", str(run.path)]) == 0
-    assert look_at(run).state in ("stopping", "cancelled")
+    assert inspect_run(run).state in ("stopping", "cancelled")
     wait_for(run, "cancelled")
 
 
@@ -88,7 +90,7 @@ def test_scancel_and_failures_are_told_apart(cluster: MiniSlurm, run: RunDirecto
 def test_a_job_that_slurm_does_not_know(cluster: MiniSlurm, run: RunDirectory):
     journal.note(run, "submit", kind="slurm", job_id="4000000")
     assert SlurmQueue().views(["4000000"])["4000000"].state == GONE
-    assert look_at(run).state == "lost"
+    assert inspect_run(run).state == "lost"
 
 
 def test_slurmctld_down_is_said_within_seconds(cluster: MiniSlurm, run: RunDirectory, capsys):
@@ -97,7 +99,7 @@ def test_slurmctld_down_is_said_within_seconds(cluster: MiniSlurm, run: RunDirec
     launch(run, job_id, life=0, number=1)
     # Gently: one that is killed forgets a job that it has not written down yet.
     cluster.run("scontrol", "shutdown", "slurmctld")
-    assert wait_until(lambda: look_at(run).notes, timeout_s=20)
+    assert wait_until(lambda: inspect_run(run).notes, timeout_s=20)
     try:
         for command in (["runs", "--root", str(Path(run.path.parent))], ["status", str(run.path)]):
             began = time.monotonic()
@@ -108,5 +110,5 @@ def test_slurmctld_down_is_said_within_seconds(cluster: MiniSlurm, run: RunDirec
         assert main(["cancel", str(run.path)]) == 3
     finally:
         cluster.start_controller()
-    assert wait_until(lambda: not look_at(run).notes, timeout_s=30)
-    assert look_at(run).state == "running"
+    assert wait_until(lambda: not inspect_run(run).notes, timeout_s=30)
+    assert inspect_run(run).state == "running"

@@ -15,9 +15,10 @@ from anemoi_dist.config.parse import to_yaml
 from anemoi_dist.errors import PreflightError
 from anemoi_dist.launch import cli
 from anemoi_dist.launch.cli import main
-from anemoi_dist.launch.commands import stop
-from anemoi_dist.launch.commands.status import look_at
+from anemoi_dist.launch.commands import cancel, submit, train
 from anemoi_dist.launch.status import journal
+from anemoi_dist.launch.status.files import gather
+from anemoi_dist.launch.status.inspection import inspect_run
 from anemoi_dist.run.directory import RunDirectory
 
 
@@ -120,16 +121,16 @@ def test_cancel_ends_a_launcher_that_obeys(root, launched, capsys):
     assert process.wait(10) == 75
     assert "ended by SIGTERM" in capsys.readouterr().out
     assert [event["event"] for event in journal.read(run)] == ["launch", "cancel", "end"]
-    assert look_at(run).state == "cancelled"
+    assert inspect_run(run).state == "cancelled"
 
 
 def test_cancel_kills_a_launcher_that_does_not(root, launched, monkeypatch, capsys):
-    monkeypatch.setattr(stop, "_GRACE_S", 0.3)
+    monkeypatch.setattr(cancel, "_GRACE_S", 0.3)
     run, process = launched("deaf")
     assert say(root, "cancel") == 0
     assert process.wait(10) == -signal.SIGKILL
     assert "ended by SIGKILL" in capsys.readouterr().out
-    assert look_at(run).state == "cancelled"
+    assert inspect_run(run).state == "cancelled"
 
 
 def test_a_process_that_only_inherited_the_pid_is_left_alone(root, launched):
@@ -138,8 +139,8 @@ def test_a_process_that_only_inherited_the_pid_is_left_alone(root, launched):
     run.launch_file.unlink()
     write_launch(run, {**event, "started": event["started"] - 1})
     assert say(root, "cancel") == 2
-    assert look_at(run).state == "crashed"
-    assert stop._end(stop.gather(run), process.pid) is None
+    assert inspect_run(run).state == "crashed"
+    assert cancel._end(gather(run), process.pid) is None
     time.sleep(0.2)
     assert process.poll() is None
 
@@ -165,7 +166,7 @@ def test_cancel_of_a_job(root, slurm, capsys):
     assert slurm.asked()[-1] == ["scancel", "12"]
     assert "it was submitted (job 12 waits: Priority)" in capsys.readouterr().out
     slurm.answer("squeue", squeue_line("12", "CANCELLED"))
-    assert look_at(run).state == "cancelled"
+    assert inspect_run(run).state == "cancelled"
     assert say(root, "cancel") == 2
 
 
@@ -182,20 +183,13 @@ def test_cancel_while_slurmctld_is_down_notes_nothing(root, slurm, capsys):
 
 
 @pytest.fixture
-def entered(monkeypatch) -> list[list[str]]:
-    """Return what resume hands to train or submit, with the configuration composed from it."""
-    calls: list[list[str]] = []
-    real = cli.main
-
-    def enter(arguments: list[str]) -> int:
-        if arguments[0] == "resume":
-            return real(arguments)
-        given = [argument for argument in arguments[3:] if argument != "--dry-run"]
-        composed = compose(given, config_file=Path(arguments[2]))
-        calls.append([arguments[0], composed.config, *set(arguments[3:]) & {"--dry-run"}])
-        return 0
-
-    monkeypatch.setattr(cli, "main", enter)
+def entered(monkeypatch) -> list[list]:
+    """Return what resume hands to train or submit: the command, the configuration and whether it is a dry run."""
+    calls: list[list] = []
+    monkeypatch.setattr(train, "train", lambda config, *, dry_run: calls.append(["train", config, dry_run]) or 0)
+    monkeypatch.setattr(
+        submit, "submit_all", lambda runs, *, dry_run: calls.append(["submit", runs[0].config, dry_run]) or 0
+    )
     return calls
 
 
@@ -212,7 +206,7 @@ def resume(root: Path, *overrides: str) -> int:
 
 def test_resume_is_train_with_the_frozen_configuration(root, frozen, entered, tmp_path, monkeypatch):
     assert resume(root) == 0
-    [[command, config]] = entered
+    [[command, config, _]] = entered
     was = compose([], config_file=frozen.config_file).config
     was.run.root = str(root)
     assert command == "train" and config == was
@@ -221,7 +215,7 @@ def test_resume_is_train_with_the_frozen_configuration(root, frozen, entered, tm
 
 def test_resume_with_other_settings(root, frozen, entered):
     assert resume(root, "training.max_steps=777", "engine=zero1", "launcher=slurm", "launcher.nodes=3") == 0
-    [[command, config]] = entered
+    [[command, config, _]] = entered
     assert command == "submit"
     assert (config.training.max_steps, config.engine.stage, config.launcher.kind) == (777, 1, "slurm")
     assert (config.launcher.nodes, config.launcher.backoff_s, config.run.seed) == (3, 1.0, 5)
@@ -232,7 +226,7 @@ def test_resume_of_a_run_that_was_moved(root, frozen, entered, tmp_path):
     (tmp_path / "other root").mkdir()
     moved = frozen.path.rename(tmp_path / "other root" / "renamed")
     assert cli.main(["resume", str(moved)]) == 0
-    [[_, config]] = entered
+    [[_, config, _]] = entered
     assert (config.run.id, config.run.root) == ("renamed", str(moved.parent))
 
 
@@ -250,7 +244,7 @@ def test_resume_refuses(root, frozen, entered, capsys):
 def test_resume_passes_a_dry_run_on(root, frozen, entered):
     assert resume(root, "--dry-run", "training.max_steps=777") == 0
     [[command, config, flag]] = entered
-    assert (command, config.training.max_steps, flag) == ("train", 777, "--dry-run")
+    assert (command, config.training.max_steps, flag) == ("train", 777, True)
 
 
 def test_resume_of_a_finished_run_says_how_to_train_on(root, frozen, entered, capsys):
@@ -275,8 +269,8 @@ def test_resume_of_a_running_run_is_refused(root, launched, entered, capsys):
 
 def test_cancel_gives_up_on_a_process_that_cannot_end(root, launched, monkeypatch):
     run, process = launched("deaf")
-    monkeypatch.setattr(stop, "_GRACE_S", 0.1)
+    monkeypatch.setattr(cancel, "_GRACE_S", 0.1)
     monkeypatch.setattr(signal, "pidfd_send_signal", lambda handle, number: None)
     with pytest.raises(PreflightError, match="did not end"):
-        stop._end(stop.gather(run), process.pid)
+        cancel._end(gather(run), process.pid)
     assert process.poll() is None

@@ -12,6 +12,7 @@ from anemoi_dist.config.compose import compose
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.launch import cli
 from anemoi_dist.launch.commands import submit
+from anemoi_dist.launch.commands.parser import split_command
 from anemoi_dist.launch.launchers import model_size
 from anemoi_dist.run.attempt import Attempt
 from anemoi_dist.run.prepare import prepare_run
@@ -214,5 +215,5 @@ def test_the_id_of_a_command_follows_from_it() -> None:
 
 
 def test_only_submit_takes_a_command() -> None:
-    assert submit.split_command(["submit", "a=b", "--", "x", "--", "y"]) == (["submit", "a=b"], ["x", "--", "y"])
-    assert submit.split_command(["train", "--", "x"]) == (["train", "--", "x"], None)
+    assert split_command(["submit", "a=b", "--", "x", "--", "y"]) == (["submit", "a=b"], ["x", "--", "y"])
+    assert split_command(["train", "--", "x"]) == (["train", "--", "x"], None)

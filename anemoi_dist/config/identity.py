@@ -8,11 +8,13 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from anemoi_dist.config.schema import Config
 from anemoi_dist.config.tree import leaves
 from anemoi_dist.errors import ConfigError
+
+if TYPE_CHECKING:  # OmegaConf, which the schema imports, would slow down every command about a run
+    from anemoi_dist.config.schema import Config
 
 #: Not part of what a run computes: the same work elsewhere or with other logs is the same run.
 _NOT_IDENTITY = ("run.root", "run.id", "run.allow_changed", "checkpoint.strict", "launcher", "watchdog", "telemetry")

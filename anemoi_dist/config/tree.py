@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from anemoi_dist.errors import ConfigError
 
 
@@ -22,6 +20,8 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """Read a YAML file as Hydra does (dates stay texts), interpolations left alone."""
+    # Most users of this module read no file; both imports would slow down commands such as status.
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -7,10 +7,13 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from anemoi_dist.config.compose import Composed, compose
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from anemoi_dist.config.compose import Composed
 
 #: Of more runs than this an error names only those that are near to what was typed.
 _MOST_NAMES = 20
@@ -25,6 +28,9 @@ def compose_arguments(
     overrides: Sequence[str], *, config_file: Path | None = None, config_dir: Path | None = None
 ) -> Composed:
     """Compose a configuration, and print how what was typed is understood; as :func:`compose` otherwise."""
+    # Hydra and OmegaConf would slow down the commands that only name a run.
+    from anemoi_dist.config.compose import compose
+
     composed = compose(overrides, config_file=config_file, config_dir=config_dir)
     for message in composed.messages:
         print(f"note: {message}", file=sys.stderr)

@@ -10,11 +10,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from anemoi_dist import __version__
+from anemoi_dist.config.compose import compose
 from anemoi_dist.config.overrides import available_groups
 from anemoi_dist.engines.memory_estimate import ModelSize, Parameter
 from anemoi_dist.errors import DivergedError, ExitCode
 from anemoi_dist.launch import cli
-from anemoi_dist.launch.commands import arguments as given
 from anemoi_dist.launch.commands import plan, report, train
 from anemoi_dist.launch.launchers import local
 
@@ -199,8 +199,8 @@ def test_report_takes_an_id_or_a_path(monkeypatch, capsys):
 @pytest.mark.parametrize("arguments", [["--strict", "run.id=x"], ["run.id=x", "--strict"]])
 def test_strict_is_short_for_the_key(arguments, monkeypatch):
     composed = []
-    compose = given.compose
-    monkeypatch.setattr(given, "compose", lambda overrides, **files: composed.append(overrides) or compose(overrides))
+    record = lambda overrides, **files: composed.append(overrides) or compose(overrides)  # noqa: E731
+    monkeypatch.setattr("anemoi_dist.config.compose.compose", record)
     monkeypatch.setattr(train, "show", lambda config: "")
     assert cli.main(["train", "--dry-run", *arguments]) == 0
     assert composed == [["run.id=x", "checkpoint.strict=true"]]

@@ -10,11 +10,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from anemoi_dist.config.batch import plan_batches
 from anemoi_dist.config.compose import compose
-from anemoi_dist.config.identity import Change, changes_table
+from anemoi_dist.config.identity import changes_table
 from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.distributed.rendezvous import Meeting, meet
 from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
@@ -23,6 +23,7 @@ from anemoi_dist.run.attempt import Attempt, is_finished, record_end
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
 from anemoi_dist.run.lock import Hold, hold_launch
 from anemoi_dist.run.prepare import claim_run
+from anemoi_dist.run.records import Failure
 
 if TYPE_CHECKING:
     from anemoi_dist.distributed.world import World
@@ -128,11 +129,11 @@ def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
     return code
 
 
-def _failure(run: RunDirectory, number: int, error: str) -> dict[str, Any]:
-    """Say which rank failed, where and how, for the one who reads ``run.json``."""
+def _failure(run: RunDirectory, number: int, error: str) -> Failure:
+    """Return the record that this rank failed."""
     rank = int(os.environ.get("RANK", "0"))
-    place = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
-    return {**place, "error": error[-_MAX_ERROR_CHARS:], "log": str(run.log_file(number, rank))}
+    log = str(run.log_file(number, rank))
+    return Failure(rank, host=socket.gethostname(), pid=os.getpid(), error=error[-_MAX_ERROR_CHARS:], log=log)
 
 
 def _begin(run: RunDirectory, world: World) -> tuple[Attempt | None, dict[str, object]]:
@@ -149,7 +150,7 @@ def _begin(run: RunDirectory, world: World) -> tuple[Attempt | None, dict[str, o
             return None, {"exit_code": ExitCode.FINISHED}
         attempt = Attempt(run, world_size=world.world_size, max_steps=config.training.max_steps)
         if attempt.changes:
-            table = changes_table([Change(entry["key"], entry["was"], entry["is"]) for entry in attempt.changes])
+            table = changes_table(attempt.changes)
             print(f"differs from the last start of run {run.run_id}:\n{table}", flush=True)  # noqa: T201
         return attempt, {"path": str(run.path), "attempt": attempt.number, "config": text}
     except AnemoiDistError as error:

@@ -49,9 +49,9 @@ def is_below(key: str, nodes: Sequence[str]) -> bool:
 class Change:
     """One key that differs between the frozen configuration of a run and a new one; absent values are ``None``."""
 
-    key: str
-    was: Any
-    now: Any
+    key: str = ""
+    was: Any = None
+    now: Any = None
 
 
 def config_changes(was: dict[str, Any], now: dict[str, Any]) -> list[Change]:

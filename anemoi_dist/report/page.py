@@ -62,7 +62,7 @@ def write_report(run: RunDirectory) -> Path:
     skill = sections.skill(events)
     page = environment.get_template("template.html.j2").render(
         run_id=run.run_id,
-        state=run.read_state()["state"],
+        state=run.read_state().state,
         version=anemoi_dist.__version__,
         tiles=tiles(events, skill, config_text),
         facts=facts(events, config_text),

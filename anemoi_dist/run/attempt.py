@@ -7,12 +7,11 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
 from anemoi_dist.run.lock import Holder, hold_ranks
+from anemoi_dist.run.records import AttemptRecord, Failure, Owner, RunState
 
 _STATES = {
     ExitCode.FINISHED: "finished",
@@ -44,8 +43,8 @@ class Attempt:
     ----------
     number : int
         Attempts are counted from 1.
-    changes : list[dict[str, Any]]
-        What differs from the configuration of the last attempt: ``key``, ``was``, ``is``.
+    changes : list[Change]
+        Differences from the configuration of the last attempt.
 
     Raises
     ------
@@ -58,33 +57,34 @@ class Attempt:
         self._hold = hold_ranks(run, say=lambda text: print(text, flush=True))  # noqa: T201
         holder = Holder.here()
         with run.changing_state() as state:
-            self.number = len(state["attempts"]) + 1
-            # Of this attempt alone: a restart, which nobody prepares, changes nothing.
-            left: list[dict[str, Any]] = state.pop("changes", [])
-            self.changes = left if state["attempts"] else []
-            record = {"attempt": self.number, "started": time.time(), "world_size": world_size, "max_steps": max_steps}
-            state["attempts"].append({**record, "changes": self.changes, **_place(holder, world_size)})
-            state |= {"state": "running", "owner": {"pid": holder.pid, "host": holder.host, "started": holder.started}}
+            self.number = len(state.attempts) + 1
+            self.changes = (state.changes or []) if state.attempts else []
+            # They belong to this attempt alone: a restart, which nobody prepares, changes nothing.
+            state.changes = None
+            state.attempts.append(
+                AttemptRecord(
+                    self.number,
+                    started=time.time(),
+                    world_size=world_size,
+                    max_steps=max_steps,
+                    changes=self.changes,
+                    launcher=os.environ.get(LAUNCHED, "torchrun"),
+                    num_nodes=max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))),
+                    job_id=holder.job_id,
+                    life=holder.life,
+                )
+            )
+            state.state, state.owner = "running", Owner(holder.pid, host=holder.host, started=holder.started)
         run.logs_dir(self.number).mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def end(self, code: ExitCode, *, failure: Mapping[str, Any] | None = None) -> ExitCode:
+    def end(self, code: ExitCode, *, failure: Failure | None = None) -> ExitCode:
         """Record how the attempt ended and let go of the run; return what stands, as :func:`record_end` does."""
         code = record_end(self._run, self.number, code, failure=failure)
         self._hold.release()
         return code
 
 
-def _place(holder: Holder, world_size: int) -> dict[str, Any]:
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return {
-        "launcher": os.environ.get(LAUNCHED, "torchrun"),
-        "num_nodes": max(1, world_size // ranks_per_node),
-        "job_id": holder.job_id,
-        "life": holder.life,
-    }
-
-
-def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Mapping[str, Any] | None = None) -> ExitCode:
+def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Failure | None = None) -> ExitCode:
     """Record the end of an attempt, on whichever rank sees it first; the first record stands, and its code is returned.
 
     Of ranks that fail with the same error the lowest is named: rank 0 has said it on the terminal, and once is enough.
@@ -97,23 +97,24 @@ def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Mappi
         The attempt.
     code : ExitCode
         How it ended.
-    failure : Mapping[str, Any], optional
-        Of the rank that failed: ``rank``, ``host``, ``pid``, ``error`` (its traceback or message), ``log``; of a hang
-        also ``hang`` (:class:`anemoi_dist.telemetry.watchdog.Hang`).
+    failure : Failure, optional
+        Which rank failed, and how.
     """
     with run.changing_state() as state:
-        attempt = state["attempts"][number - 1]
-        if "exit_code" in attempt:
-            told = attempt.get("failure")
-            if told and failure and failure["error"] == told["error"] and failure["rank"] < told["rank"]:
-                attempt["failure"] = dict(failure)
-            return ExitCode(attempt["exit_code"])
-        ended = end_state(code)
-        attempt |= {"ended": time.time(), "exit_code": int(code), "state": ended}
-        if failure is not None:
-            attempt["failure"] = dict(failure)
-        state |= {"state": ended, "owner": None}
+        attempt = state.attempts[number - 1]
+        if attempt.exit_code is not None:
+            first = attempt.failure
+            if first and failure and failure.error == first.error and (failure.rank or 0) < (first.rank or 0):
+                attempt.failure = failure
+            return ExitCode(attempt.exit_code)
+        attempt.ended, attempt.failure = time.time(), failure
+        _end(state, attempt, code)
     return code
+
+
+def _end(state: RunState, attempt: AttemptRecord, code: ExitCode) -> None:
+    attempt.exit_code, attempt.state = int(code), end_state(code)
+    state.state, state.owner = attempt.state, None
 
 
 def record_killed(run: RunDirectory, *, rank: int, pid: int, number: signal.Signals, attempts_before: int) -> None:
@@ -133,30 +134,28 @@ def record_killed(run: RunDirectory, *, rank: int, pid: int, number: signal.Sign
         Attempts recorded when the ranks were started: the rank may have gone before there was one more.
     """
     with run.changing_state() as state:
-        if len(state["attempts"]) <= attempts_before:
+        if len(state.attempts) <= attempts_before:
             return
-        attempt = state["attempts"][-1]
-        told = attempt.get("failure")
-        if attempt.get("exit_code", ExitCode.INTERNAL) != ExitCode.INTERNAL:
+        attempt = state.attempts[-1]
+        if attempt.exit_code not in (None, ExitCode.INTERNAL):
             return
-        if told is not None and (told["rank"] == rank or not _LOST_PEER.search(told["error"])):
+        first = attempt.failure
+        if first is not None and (first.rank == rank or not _LOST_PEER.search(first.error or "")):
             return
         why = " (out of memory? dmesg says)" if number == signal.SIGKILL else ""
-        attempt["failure"] = {
-            "rank": rank,
-            "host": socket.gethostname(),
-            "pid": pid,
-            "error": f"killed by {number.name}{why}",
-            "signal": number.name,
-            "log": str(run.log_file(len(state["attempts"]), rank)),
-        }
-        ended = end_state(ExitCode.INTERNAL)
-        attempt.setdefault("ended", time.time())
-        attempt |= {"exit_code": int(ExitCode.INTERNAL), "state": ended}
-        state |= {"state": ended, "owner": None}
+        attempt.failure = Failure(
+            rank,
+            host=socket.gethostname(),
+            pid=pid,
+            error=f"killed by {number.name}{why}",
+            signal=number.name,
+            log=str(run.log_file(attempt.number, rank)),
+        )
+        attempt.ended = attempt.ended or time.time()
+        _end(state, attempt, ExitCode.INTERNAL)
 
 
 def is_finished(run: RunDirectory, *, max_steps: int) -> bool:
     """Whether the run has reached ``max_steps`` and was scored: there is nothing left to do."""
     state = run.read_state()
-    return state["state"] == "finished" and state["attempts"][-1].get("max_steps", 0) >= max_steps
+    return state.state == "finished" and (state.attempts[-1].max_steps or 0) >= max_steps

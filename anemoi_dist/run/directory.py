@@ -10,16 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from anemoi_dist.config.identity import check_run_id
 from anemoi_dist.errors import PreflightError
+from anemoi_dist.run.records import STATES, RunState, from_json, to_json
 
 #: Set in the ranks' environment by the launcher that owns the run, to its kind.
 LAUNCHED = "ANEMOI_DIST_LAUNCHED"
-
-
-STATES = ("planned", "submitted", "running", "preempted", "finished", "failed", "cancelled")
 
 
 def fsync_directory(path: Path) -> None:
@@ -166,7 +163,7 @@ class RunDirectory:
         ):
             folder.mkdir(mode=0o700, exist_ok=True)
 
-    def read_state(self) -> dict[str, Any]:
+    def read_state(self) -> RunState:
         """Return ``run.json``, or the state of a run that was never started.
 
         Raises
@@ -175,30 +172,33 @@ class RunDirectory:
             The file is not what this product wrote.
         """
         try:
-            state = json.loads(self.state_file.read_text(encoding="utf-8"))
-            if not isinstance(state["attempts"], list) or state["state"] not in STATES:
+            content = json.loads(self.state_file.read_text(encoding="utf-8"))
+            if not isinstance(content["attempts"], list) or content["state"] not in STATES:
                 raise ValueError("its state or its attempts make no sense")
         except FileNotFoundError:
-            return {"state": "planned", "attempts": []}
+            return RunState()
         except (ValueError, TypeError, KeyError) as error:
             raise PreflightError(
                 f"{self.state_file} is damaged ({error!r}); move it away: the run goes on from its checkpoints"
             ) from error
+        state = from_json(RunState, content)
+        for number, attempt in enumerate(state.attempts, start=1):
+            attempt.number = number
         return state
 
     @contextlib.contextmanager
-    def changing_state(self) -> Iterator[dict[str, Any]]:
+    def changing_state(self) -> Iterator[RunState]:
         """Yield ``run.json`` to be changed, and write it at the end, while no other process changes it."""
         with (self.path / ".run.json.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             state = self.read_state()
-            before = json.dumps(state)
+            before = json.dumps(to_json(state))
             yield state
-            if json.dumps(state) != before:
+            if json.dumps(to_json(state)) != before:
                 self.write_state(state)
 
-    def write_state(self, state: dict[str, Any]) -> None:
+    def write_state(self, state: RunState) -> None:
         """Write ``run.json`` atomically."""
-        if state["state"] not in STATES:
-            raise ValueError(f"state {state['state']!r} is not one of {', '.join(STATES)}")
-        write_atomically(self.state_file, json.dumps(state, indent=2) + "\n")
+        if state.state not in STATES:
+            raise ValueError(f"state {state.state!r} is not one of {', '.join(STATES)}")
+        write_atomically(self.state_file, json.dumps(to_json(state), indent=2) + "\n")

@@ -61,9 +61,8 @@ def _freeze(run: RunDirectory, config: Config) -> None:
     if changes or not run.config_file.exists():
         write_atomically(run.config_file, to_yaml(config))
     with run.changing_state() as state:
-        left = [{"key": change.key, "was": change.was, "is": change.now} for change in changes]
-        if state.get("changes", []) != left:
-            state["changes"] = left
+        if (state.changes or []) != changes:
+            state.changes = changes
 
 
 def _compare(run: RunDirectory, config: Config) -> list[Change]:

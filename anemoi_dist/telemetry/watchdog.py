@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -28,52 +27,12 @@ from anemoi_dist.process.deadman import Deadman
 from anemoi_dist.run.attempt import record_end
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import EventLog
+from anemoi_dist.run.records import Failure, Hang, Process, to_json
 from anemoi_dist.telemetry.heartbeat import Heartbeat, clear_beyond, read_heartbeat, read_heartbeats
 
 #: How much longer than the watchdog a rank waits for another in C code: who ends the run must still find it whole.
 _GRACE_S = 20.0
 _NUM_NAMED = 8
-
-
-@dataclass
-class Hang:
-    """Who is to blame for a hang, and what is known of it.
-
-    Attributes
-    ----------
-    rank : int
-        The rank that the others wait for; of several, the one that has been silent for longest.
-    host, pid : str, int
-        Where it is; empty and 0 for a rank that has never given a sign of life.
-    phase, step : str, int
-        What it was in, and the optimizer steps it has done.
-    silent_s : float
-        Seconds since its last sign of life.
-    where : str
-        The innermost lines of its training thread; empty where its watchdog did not answer.
-    behind : list[int]
-        All ranks that the others wait for, eight at most; empty where none has fallen behind.
-    unresponsive : list[dict[str, Any]]
-        ``rank``, ``host`` and ``pid`` of ranks whose watchdog does not answer, eight at most.
-    """
-
-    rank: int
-    host: str = ""
-    pid: int = 0
-    phase: str = "startup"
-    step: int = 0
-    silent_s: float = 0.0
-    where: str = ""
-    behind: list[int] = field(default_factory=list)
-    unresponsive: list[dict[str, Any]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        where = self.where or "it does not answer: stopped, or in C code that holds the interpreter lock"
-        place = f" on {self.host} (pid {self.pid})" if self.host else ""
-        return (
-            f"hang: rank {self.rank}{place} has given no sign of life for {self.silent_s:.0f} s, last in phase "
-            f"{self.phase} after step {self.step}; {where}"
-        )
 
 
 def find_hang(
@@ -117,20 +76,22 @@ def find_hang(
         silent_s=round(now - beat["time"], 1),
         where=beat.get("where", ""),
         behind=behind[:_NUM_NAMED] if len(behind) < world_size else [],
-        unresponsive=[{key: ranks[rank][key] for key in ("rank", "host", "pid")} for rank in silent if rank in beats][
-            :_NUM_NAMED
-        ],
+        unresponsive=[_process(beats[rank]) for rank in silent if rank in beats][:_NUM_NAMED],
     )
+
+
+def _process(beat: Mapping[str, Any]) -> Process:
+    return Process(beat["rank"], host=beat["host"], pid=beat["pid"])
 
 
 def record_hang(run: RunDirectory, attempt: int, hang: Hang) -> None:
     """Record the end of an attempt that has hung, and the event."""
-    place = {"rank": hang.rank, "host": hang.host, "pid": hang.pid, "log": str(run.log_file(attempt, hang.rank))}
-    failure = {**place, "error": str(hang), "hang": asdict(hang)}
+    log_file = str(run.log_file(attempt, hang.rank))
+    failure = Failure(hang.rank, host=hang.host, pid=hang.pid, error=str(hang), log=log_file, hang=hang)
     if record_end(run, attempt, ExitCode.HANG, failure=failure) != ExitCode.HANG:
         return
     log = EventLog(run.events_file)
-    log.write("hang", attempt=attempt, **asdict(hang))
+    log.write("hang", attempt=attempt, **to_json(hang))
     log.close()
 
 
@@ -139,13 +100,13 @@ def record_unsaid_hang(run: RunDirectory) -> None:
 
     For who has started the ranks and seen one end with code 6.
     """
-    attempts = run.read_state()["attempts"]
-    if not attempts or "exit_code" in attempts[-1]:
+    attempts = run.read_state().attempts
+    if not attempts or attempts[-1].exit_code is not None:
         return
-    number = len(attempts)
+    number = attempts[-1].number
     beats = read_heartbeats(run, attempt=number)
     # They have ended: none goes on, whatever the clocks say.
-    world_size = attempts[-1]["world_size"]
+    world_size = attempts[-1].world_size or 1
     hang = find_hang(beats, world_size=world_size, now=time.time(), timeout_s=0.0, margin_s=-math.inf)
     if hang is not None:
         record_hang(run, number, hang)
@@ -276,8 +237,8 @@ class Watchdog:
 
     def _recorded(self) -> Hang | None:
         """Return the hang that another rank has recorded."""
-        hang = (self._run.read_state()["attempts"][self._attempt - 1].get("failure") or {}).get("hang")
-        return None if hang is None else Hang(**hang)
+        failure = self._run.read_state().attempts[self._attempt - 1].failure
+        return None if failure is None else failure.hang
 
     def _where(self) -> str:
         frame = sys._current_frames().get(self._watched)
@@ -298,19 +259,18 @@ def place_of(frame: FrameType | None, *, depth: int = 4) -> str:
     return " < ".join(calls)
 
 
-def kill_siblings(processes: list[dict[str, Any]]) -> None:
+def kill_siblings(processes: list[Process]) -> None:
     """Kill those of ``processes`` that were started by who started this one: they cannot end themselves.
 
     torchrun asks a rank to end and waits for minutes; one that is stopped does not hear it.
     """
     for process in processes:
-        pid = int(process["pid"])
-        if pid == os.getpid() or process["host"] != socket.gethostname():
+        if process.pid == os.getpid() or process.host != socket.gethostname():
             continue
         with suppress(OSError, ValueError, IndexError):
-            parent = Path("/proc", str(pid), "stat").read_text(encoding="ascii", errors="replace")
+            parent = Path("/proc", str(process.pid), "stat").read_text(encoding="ascii", errors="replace")
             if int(parent.rpartition(")")[2].split()[1]) == os.getppid():
-                os.kill(pid, signal.SIGKILL)
+                os.kill(process.pid, signal.SIGKILL)
 
 
 @contextmanager

@@ -11,10 +11,11 @@ import time
 
 from anemoi_dist.errors import ConfigError, ExitCode, PreflightError
 from anemoi_dist.run.directory import RunDirectory
+from anemoi_dist.run.records import whole
 
 from ..status import journal
 from ..status.derive import RunStatus
-from ..status.files import Facts, gather, launcher_alive, whole
+from ..status.files import Facts, gather, launcher_alive
 from ..status.inspection import inspect_run
 from ..status.slurm_queue import SlurmQueue
 from .arguments import locate_run

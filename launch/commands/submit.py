@@ -217,7 +217,7 @@ def _dependency(options: argparse.Namespace, config: Config) -> tuple[str | None
     if not name:
         return None, None
     run = locate_run(name, config.run.root)
-    state = run.read_state()["state"]
+    state = run.read_state().state
     submitted = journal.last(journal.read(run), "submit")
     if submitted is None:
         if state == "finished":

@@ -45,7 +45,7 @@ def main() -> int:
     logging.disable(logging.ERROR)
     run = _run_directory(sys.argv)
     try:
-        attempts_before = len(run.read_state()["attempts"]) if run else 0  # no rank is there yet to add one
+        attempts_before = len(run.read_state().attempts) if run else 0  # no rank is there yet to add one
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = _cause(error)

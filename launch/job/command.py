@@ -21,6 +21,7 @@ from anemoi_dist.errors import AnemoiDistError, ExitCode
 from anemoi_dist.process.parent_death import PARENT_PID, die_with_parent, parent_in_environment
 from anemoi_dist.run.attempt import Attempt
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
+from anemoi_dist.run.records import Failure
 
 from ..status import slurm_queue
 from .allocation import Allocation, srun
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ended = _as_ours(code)
     said = f"{shlex.join(words)[:200]} returned {code}"
     print(f"run {run.run_id}: {said}", file=sys.stderr, flush=True)  # noqa: T201
-    attempt.end(ended, failure=None if ended != ExitCode.INTERNAL else {"returned": code, "error": said})
+    attempt.end(ended, failure=None if ended != ExitCode.INTERNAL else Failure(returned=code, error=said))
     return int(ended)
 
 

@@ -16,9 +16,9 @@ from anemoi_dist.config.schema import LauncherConfig
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.process.parent_death import PARENT_PID
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
+from anemoi_dist.run.records import AttemptRecord
 
 from ..status import journal
-from ..status.files import failure_line
 
 #: Ends that another start may mend: a crash, and a hang. What a rank said on purpose comes again.
 RESTARTED = (ExitCode.INTERNAL, ExitCode.HANG)
@@ -118,7 +118,7 @@ def supervise(job: Job, options: LauncherConfig) -> int:
 
 
 def _run_once(job: Job, stopper: _Stopper, restarts: int) -> Ending:
-    attempts_before = len(job.run.read_state()["attempts"])
+    attempts_before = len(job.run.read_state().attempts)
     environment = {**job.environment, LAUNCHED: job.kind, PARENT_PID: str(os.getpid())}
     # A session of its own: Ctrl-C in a terminal reaches this process alone, and the ranks hear of it once.
     process = subprocess.Popen(job.command(restarts), env=environment, start_new_session=True)
@@ -224,10 +224,10 @@ def read_ending(
     returns_codes : bool
         As in :class:`Job`.
     """
-    attempts = run.read_state()["attempts"]
+    attempts = run.read_state().attempts
     last = attempts[-1] if len(attempts) > attempts_before else None
-    if last is not None and last.get("exit_code") is not None:
-        return Ending(int(last["exit_code"]), _describe_failure(run, last), failure_line(last.get("failure")))
+    if last is not None and last.exit_code is not None:
+        return Ending(last.exit_code, _describe_failure(run, last, code=last.exit_code), last.failure_line)
     if interrupted:
         told = f"stopped before anything new was saved; the same command starts {run.run_id} again"
         return Ending(ExitCode.INTERRUPTED, told, "stopped before anything new was saved")
@@ -246,31 +246,30 @@ def read_ending(
             "no rank got as far as recording its start",
         )
     if ours and returns_codes and agent_code != ExitCode.FINISHED:
-        return Ending(agent_code, f"run {run.run_id}: attempt {last['attempt']} ended with {_name(agent_code)}")
+        return Ending(agent_code, f"run {run.run_id}: attempt {last.number} ended with {_name(agent_code)}")
     return Ending(
         ExitCode.INTERNAL,
-        f"run {run.run_id}: attempt {last['attempt']} ended without a word: a rank was killed or crashed (out of "
-        f"memory?); logs: {run.logs_dir(last['attempt'])}",
+        f"run {run.run_id}: attempt {last.number} ended without a word: a rank was killed or crashed (out of "
+        f"memory?); logs: {run.logs_dir(last.number)}",
         "a rank was killed or crashed without a word (out of memory?)",
     )
 
 
-def _describe_failure(run: RunDirectory, attempt: Mapping[str, Any]) -> str:
+def _describe_failure(run: RunDirectory, attempt: AttemptRecord, *, code: int) -> str:
     """Say which rank failed first and how; rank 0 has told its own story."""
-    code, failure = attempt["exit_code"], attempt.get("failure")
+    failure = attempt.failure
     if failure is None:
-        logs = run.logs_dir(attempt["attempt"])
+        logs = run.logs_dir(attempt.number)
         return "" if code not in RESTARTED else f"run {run.run_id}: {_name(code)}; logs: {logs}"
-    if "returned" in failure:
-        return f"run {run.run_id}: {failure_line(failure)}; `anemoi-dist logs {run.run_id}` has what it printed"
-    place = f"rank {failure['rank']} on {failure['host']} (pid {failure['pid']})"
-    if "signal" in failure:
-        return f"run {run.run_id}: {place} was {failure['error']}; its log: {failure['log']}"
-    if failure["rank"] == 0 and code not in RESTARTED:
+    if failure.returned is not None:
+        return f"run {run.run_id}: {failure.line}; `anemoi-dist logs {run.run_id}` has what it printed"
+    if failure.signal is not None:
+        return f"run {run.run_id}: {failure.place} was {failure.error}; its log: {failure.log}"
+    if failure.rank == 0 and code not in RESTARTED:
         return ""
-    first = f"run {run.run_id}: {place} failed first: {_name(code)}; its log: {failure['log']}"
-    has_said = failure["rank"] == 0 and "hang" not in failure
-    return "\n".join([first] if has_said else [first, *(f"  {line}" for line in failure["error"].splitlines())])
+    first = f"run {run.run_id}: {failure.place} failed first: {_name(code)}; its log: {failure.log}"
+    has_said = failure.rank == 0 and failure.hang is None
+    return "\n".join([first] if has_said else [first, *(f"  {line}" for line in (failure.error or "").splitlines())])
 
 
 def _name(code: int) -> str:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from anemoi_dist.errors import ExitCode
+from anemoi_dist.run.records import AttemptRecord, number, whole
 from anemoi_dist.telemetry.progress import format_duration
 
 from . import journal
-from .files import Attempt, Beat, Facts, number, whole
+from .files import Beat, Facts
 from .slurm_queue import GONE, JobView
 
 #: A rank that gave no sign of life for so long is called silent. Saving and scoring give signs; see ``watchdog``.
@@ -276,7 +277,7 @@ class _Derivation:
             if all(attempt.ended > start + slack_s for start in self._starts()):
                 if attempt.exit_code == ExitCode.FINISHED:
                     return self._over()
-                self.reason = attempt.failure
+                self.reason = attempt.failure_line
                 asked = self.facts.stop_requested or self._control_has_ended()
                 mended = attempt.exit_code in (ExitCode.INTERNAL, ExitCode.HANG) and not asked
                 ended = f"its ranks ended with code {attempt.exit_code}{self._ago(attempt.ended)}"
@@ -297,7 +298,7 @@ class _Derivation:
             since = begun["time"]
         return "starting", "its ranks are being started" + self._for(since)
 
-    def _silent_ranks(self, attempt: Attempt) -> list[SilentRank]:
+    def _silent_ranks(self, attempt: AttemptRecord) -> list[SilentRank]:
         """Return the ranks without a recent sign of life, the one to blame first."""
         beats, found = self.facts.beats, []
         for beat in beats:
@@ -359,7 +360,7 @@ class _Derivation:
             self.reason = ""
             return "cancelled", f"interrupted before anything new was saved{ago}"
         if not reason and self.attempt is not None and self._attempt_is_of_this_life():
-            self.reason = self.attempt.failure
+            self.reason = self.attempt.failure_line
         return "failed", f"code {code}: {_meaning(code)}{ago}"
 
     def _without_a_word(self) -> tuple[str, str]:
@@ -420,11 +421,11 @@ class _Derivation:
         signs = [sign for sign in (self.attempt.started, self.attempt.ended) if sign is not None]
         return not signs or max(signs) > self.begun["time"] - SKEW_S
 
-    def _current_attempt(self) -> Attempt | None:
+    def _current_attempt(self) -> AttemptRecord | None:
         """Return the attempt that runs; None where the newest is over, or of an earlier life."""
         beats, attempt = self.facts.beats, self.attempt
         if attempt is None and beats:
-            attempt = Attempt(beats[0].attempt)  # run.json is damaged: the ranks' own word counts
+            attempt = AttemptRecord(beats[0].attempt)  # run.json is damaged: the ranks' own word counts
         if attempt is None or attempt.exit_code is not None:
             return None
         signs = [attempt.started, *(beat.seen for beat in beats)]
@@ -441,7 +442,7 @@ class _Derivation:
             starts.append(self.job.start_time)
         return [start for start in starts if start <= self.now + SKEW_S]
 
-    def _has_events(self, attempt: Attempt) -> bool:
+    def _has_events(self, attempt: AttemptRecord) -> bool:
         written = self.facts.events_written
         return written is not None and (attempt.started is None or written > attempt.started)
 

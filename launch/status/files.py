@@ -16,6 +16,7 @@ from anemoi_dist.errors import PreflightError
 from anemoi_dist.process.parent_death import process_started
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import Event
+from anemoi_dist.run.records import AttemptRecord, Owner, RunState, number, whole
 
 from . import journal
 
@@ -25,20 +26,6 @@ TAIL_BYTES = 64 * 1024
 FRESH_S = 60.0
 #: A recorded attempt begins a moment after its process; clocks are not finer than this.
 _CLOCK_SLACK_S = 2.0
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One attempt as ``run.json`` records it; what it does not say is None."""
-
-    number: int
-    started: float | None = None
-    ended: float | None = None
-    exit_code: int | None = None
-    world_size: int | None = None
-    max_steps: int | None = None
-    job_id: str | None = None
-    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +67,7 @@ class Facts:
         A configuration is frozen in it.
     damage : str
         Why ``run.json`` is passed over; empty where it is sound.
-    attempts : tuple[Attempt, ...]
+    attempts : tuple[AttemptRecord, ...]
         In their order.
     launch : tuple[Event, ...]
         ``launch.jsonl``.
@@ -101,7 +88,7 @@ class Facts:
     run_id: str
     has_config: bool = True
     damage: str = ""
-    attempts: tuple[Attempt, ...] = ()
+    attempts: tuple[AttemptRecord, ...] = ()
     launch: tuple[Event, ...] = ()
     beats: tuple[Beat, ...] = ()
     step_event: Mapping[str, Any] | None = None
@@ -143,10 +130,9 @@ def gather(run: RunDirectory, *, every_rank: bool = True) -> Facts:
         Whether to open the heartbeat files of ranks that were written to a moment ago; rank 0's always is.
     """
     state, damage = _state(run)
-    attempts = _attempts(state)
+    attempts = tuple(state.attempts)
     launch = _launch(run)
-    owner = state.get("owner")
-    owner = owner if isinstance(owner, dict) else {}
+    owner = state.owner or Owner()
     step_event, written = _newest_step(run.events_file)
     return Facts(
         run_id=run.run_id,
@@ -160,30 +146,15 @@ def gather(run: RunDirectory, *, every_rank: bool = True) -> Facts:
         stop_requested=run.stop_file.exists(),
         launcher_alive=launcher_alive(launch),
         owner_alive=_owner_alive(owner, attempts),
-        owner_host=str(owner.get("host", "")),
+        owner_host=owner.host or "",
     )
 
 
-def number(value: Any) -> float | None:
-    """Return ``value`` where it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond all floats
-        return None
-
-
-def whole(value: Any) -> int | None:
-    """Return ``value`` where it is a whole number."""
-    return int(value) if (found := number(value)) is not None and found == int(found) else None
-
-
-def _state(run: RunDirectory) -> tuple[Mapping[str, Any], str]:
+def _state(run: RunDirectory) -> tuple[RunState, str]:
     try:
         return run.read_state(), ""
     except (PreflightError, OSError, RecursionError) as error:
-        return {}, " ".join(str(error).split())
+        return RunState(), " ".join(str(error).split())
 
 
 def _launch(run: RunDirectory) -> tuple[Event, ...]:
@@ -192,41 +163,6 @@ def _launch(run: RunDirectory) -> tuple[Event, ...]:
     except (OSError, RecursionError):
         return ()
     return tuple(event for event in events if event["event"] in journal.EVENTS and number(event.get("time")))
-
-
-def _attempts(state: Mapping[str, Any]) -> tuple[Attempt, ...]:
-    found = []
-    for index, record in enumerate(state.get("attempts", []), start=1):
-        if not isinstance(record, dict):
-            record = {}
-        found.append(
-            Attempt(
-                number=index,
-                started=number(record.get("started")),
-                ended=number(record.get("ended")),
-                exit_code=whole(record.get("exit_code")),
-                world_size=whole(record.get("world_size")),
-                max_steps=whole(record.get("max_steps")),
-                job_id=str(record["job_id"]) if record.get("job_id") else None,
-                failure=failure_line(record.get("failure")),
-            )
-        )
-    return tuple(found)
-
-
-def failure_line(failure: Any) -> str:
-    """Return who failed and how in one line, of what ``run.json`` says of a failure."""
-    if not isinstance(failure, dict):
-        return ""
-    if "returned" in failure:  # another program: its code says nothing but that it has failed
-        return f"the command returned {failure['returned']}"
-    if not isinstance(failure.get("error"), str):
-        return ""
-    lines = [line.strip() for line in failure["error"].splitlines() if line.strip()] or ["no word"]
-    # A traceback says at its end what happened, all else at its beginning.
-    said = lines[-1] if lines[0].startswith("Traceback") else lines[0].rstrip(":")
-    place = f"rank {failure.get('rank')} on {failure.get('host')} (pid {failure.get('pid')})"
-    return f"{place} was {said}" if "signal" in failure else f"{place}: {said}"
 
 
 # Who lives
@@ -244,13 +180,12 @@ def launcher_alive(launch: tuple[Event, ...]) -> bool | None:
     return started is not None and started == event.get("started", started)
 
 
-def _owner_alive(owner: Mapping[str, Any], attempts: tuple[Attempt, ...]) -> bool | None:
-    if not attempts or owner.get("host") != socket.gethostname():
+def _owner_alive(owner: Owner, attempts: tuple[AttemptRecord, ...]) -> bool | None:
+    if not attempts or owner.host != socket.gethostname():
         return None
-    pid, noted = whole(owner.get("pid")), whole(owner.get("started"))
-    ticks = None if pid is None else process_started(pid)
-    if ticks is None or noted is not None:
-        return ticks is not None and ticks == noted
+    ticks = None if owner.pid is None else process_started(owner.pid)
+    if ticks is None or owner.started is not None:
+        return ticks is not None and ticks == owner.started
     # Rank 0 recorded the attempt after it began; a process that began later has only inherited its number.
     began, recorded = _boot_time() + ticks / os.sysconf("SC_CLK_TCK"), attempts[-1].started
     return recorded is None or began <= recorded + _CLOCK_SLACK_S
@@ -263,7 +198,7 @@ def _boot_time() -> float:
 # Heartbeats
 
 
-def _beats(run: RunDirectory, attempts: tuple[Attempt, ...], *, every_rank: bool) -> tuple[Beat, ...]:
+def _beats(run: RunDirectory, attempts: tuple[AttemptRecord, ...], *, every_rank: bool) -> tuple[Beat, ...]:
     """Return the heartbeats of the newest attempt; files that others left behind are passed over."""
     fresh = math.inf if every_rank else time.time() - FRESH_S
     found = []

@@ -6,11 +6,14 @@ import signal
 from pathlib import Path
 
 import pytest
+from support.many_runs import read_state
 
+from anemoi_dist.config.identity import Change
 from anemoi_dist.errors import ExitCode, PreflightError
 from anemoi_dist.run import lock
 from anemoi_dist.run.attempt import Attempt, is_finished, record_end, record_killed
 from anemoi_dist.run.directory import RunDirectory
+from anemoi_dist.run.records import Failure
 
 
 @pytest.fixture
@@ -33,10 +36,10 @@ def run(tmp_path: Path) -> RunDirectory:
 def test_an_attempt_is_recorded_from_start_to_end(run: RunDirectory, code: ExitCode, state: str) -> None:
     attempt = Attempt(run, world_size=2, max_steps=10)
     assert attempt.number == 1
-    running = run.read_state()
+    running = read_state(run)
     assert running["state"] == "running" and running["owner"]["pid"] > 0
     attempt.end(code)
-    ended = run.read_state()
+    ended = read_state(run)
     assert ended["state"] == state and ended["owner"] is None
     assert ended["attempts"][0]["exit_code"] == code and ended["attempts"][0]["world_size"] == 2
     assert is_finished(run, max_steps=10) is (code == ExitCode.FINISHED)
@@ -46,14 +49,15 @@ def test_an_attempt_is_recorded_from_start_to_end(run: RunDirectory, code: ExitC
 
 def test_changes_belong_to_the_attempt_after_them(run: RunDirectory) -> None:
     Attempt(run, world_size=1, max_steps=1).end(ExitCode.INTERNAL)
-    changes = [{"key": "training.lr.rate", "was": 1, "is": 2}]
+    changes = [Change("training.lr.rate", was=1, now=2)]
     with run.changing_state() as state:
-        state["changes"] = changes
+        state.changes = changes
     second = Attempt(run, world_size=1, max_steps=1)
     second.end(ExitCode.INTERNAL)
     third = Attempt(run, world_size=1, max_steps=1)
     assert (second.changes, third.changes) == (changes, [])
-    assert [attempt["changes"] for attempt in run.read_state()["attempts"]] == [[], changes, []]
+    recorded = [{"key": "training.lr.rate", "was": 1, "is": 2}]
+    assert [attempt["changes"] for attempt in read_state(run)["attempts"]] == [[], recorded, []]
 
 
 def test_ranks_that_stay_are_named(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +65,7 @@ def test_ranks_that_stay_are_named(run: RunDirectory, monkeypatch: pytest.Monkey
     first = Attempt(run, world_size=1, max_steps=1)
     with pytest.raises(PreflightError, match=r"run r is held by process \d+ on "):
         Attempt(run, world_size=1, max_steps=1)
-    assert len(run.read_state()["attempts"]) == 1
+    assert len(read_state(run)["attempts"]) == 1
     first.end(ExitCode.FINISHED)
     Attempt(run, world_size=1, max_steps=1)
 
@@ -69,21 +73,21 @@ def test_ranks_that_stay_are_named(run: RunDirectory, monkeypatch: pytest.Monkey
 def test_the_first_record_of_an_end_stands(run: RunDirectory) -> None:
     attempt = Attempt(run, world_size=2, max_steps=1)
     failure = {"rank": 1, "host": "h", "pid": 2, "error": "It broke", "log": "l"}
-    record_end(run, attempt.number, ExitCode.INTERNAL, failure=failure)
+    record_end(run, attempt.number, ExitCode.INTERNAL, failure=Failure(**failure))
     attempt.end(ExitCode.FINISHED)
-    assert run.read_state()["attempts"][0]["failure"] == failure
-    assert run.read_state()["attempts"][0]["exit_code"] == ExitCode.INTERNAL
+    assert read_state(run)["attempts"][0]["failure"] == failure
+    assert read_state(run)["attempts"][0]["exit_code"] == ExitCode.INTERNAL
 
 
 @pytest.mark.parametrize(("error", "named"), [("betas: no", 0), ("betas: no, I say", 3)])
 def test_an_error_that_all_ranks_have_is_rank_0s(run: RunDirectory, error: str, named: int) -> None:
     attempt = Attempt(run, world_size=4, max_steps=1)
     for rank, text in ((3, "betas: no"), (0, error), (2, "betas: no")):
-        failure = {"rank": rank, "host": "h", "pid": 2, "error": text, "log": "l"}
+        failure = Failure(rank, host="h", pid=2, error=text, log="l")
         assert record_end(run, attempt.number, ExitCode.CONFIGURATION, failure=failure) == ExitCode.CONFIGURATION
         if rank == 0:
-            assert run.read_state()["attempts"][0]["failure"]["rank"] == named
-    assert run.read_state()["attempts"][0]["exit_code"] == ExitCode.CONFIGURATION
+            assert read_state(run)["attempts"][0]["failure"]["rank"] == named
+    assert read_state(run)["attempts"][0]["exit_code"] == ExitCode.CONFIGURATION
 
 
 @pytest.mark.parametrize(
@@ -100,9 +104,9 @@ def test_a_killed_rank_is_blamed_and_not_those_that_lost_it(
 ) -> None:
     attempt = Attempt(run, world_size=2, max_steps=1)
     if recorded is not None:
-        attempt.end(recorded, failure={"rank": 0, "host": "h", "pid": 2, "error": error, "log": "l"})
+        attempt.end(recorded, failure=Failure(0, host="h", pid=2, error=error, log="l"))
     record_killed(run, rank=1, pid=7, number=signal.SIGKILL, attempts_before=0)
-    state = run.read_state()
+    state = read_state(run)
     last = state["attempts"][0]
     assert last["failure"]["rank"] == blamed
     assert last["exit_code"] == (recorded or ExitCode.INTERNAL) and state["state"] == "failed" and not state["owner"]
@@ -112,6 +116,6 @@ def test_a_killed_rank_is_blamed_and_not_those_that_lost_it(
 
 def test_a_rank_killed_before_its_attempt_began_is_not_the_end_of_the_attempt_before(run: RunDirectory) -> None:
     Attempt(run, world_size=2, max_steps=1).end(ExitCode.FINISHED)
-    before = run.read_state()
+    before = read_state(run)
     record_killed(run, rank=1, pid=7, number=signal.SIGKILL, attempts_before=1)
-    assert run.read_state() == before
+    assert read_state(run) == before

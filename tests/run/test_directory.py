@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.hydra_cache import use_hydra_cache
+from support.many_runs import read_state, write_state
 
 from anemoi_dist.config.compose import compose
 from anemoi_dist.config.identity import changes_table, check_run_id, config_changes, derive_run_id
@@ -19,6 +20,7 @@ from anemoi_dist.errors import ConfigError, PreflightError
 from anemoi_dist.run.directory import RunDirectory, write_atomically
 from anemoi_dist.run.events import EventLog
 from anemoi_dist.run.prepare import prepare_run
+from anemoi_dist.run.records import AttemptRecord, RunState
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +74,12 @@ def test_directories_are_private(tmp_path):
 
 def test_state_round_trip(tmp_path):
     run = RunDirectory.locate(tmp_path, "r")
-    assert run.read_state() == {"state": "planned", "attempts": []}
+    assert run.read_state() == RunState("planned", attempts=[])
     run.create()
-    run.write_state({"state": "running", "attempts": [{"attempt": 1}]})
-    assert run.read_state()["attempts"] == [{"attempt": 1}]
+    run.write_state(RunState("running", attempts=[AttemptRecord(1)]))
+    assert run.read_state().attempts == [AttemptRecord(1)]
     with pytest.raises(ValueError, match="resting"):
-        run.write_state({"state": "resting", "attempts": []})
+        run.write_state(RunState("resting"))
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -140,7 +142,7 @@ def test_a_new_run_is_frozen():
     composed, run = prepare("engine=fsdp2")
     assert run.path == Path("runs/r").absolute()
     assert from_yaml(run.config_file.read_text()) == composed.config
-    assert run.read_state() == {"state": "planned", "attempts": []}
+    assert run.read_state() == RunState("planned", attempts=[])
 
 
 def test_the_same_again_writes_nothing():
@@ -155,21 +157,22 @@ def test_what_differs_is_left_for_the_trainer():
     prepare()
     composed, run = prepare("training.lr.rate=0.5", "~training.optimizer.alpha", "data.num_workers=3")
     assert from_yaml(run.config_file.read_text()) == composed.config
-    assert run.read_state()["changes"] == [
+    assert read_state(run)["changes"] == [
         {"key": "training.lr.rate", "was": 0.006, "is": 0.5},
         {"key": "training.optimizer.alpha", "was": 5.0, "is": None},
         {"key": "data.num_workers", "was": 1, "is": 3},
     ]
     prepare("training.lr.rate=0.5", "~training.optimizer.alpha", "data.num_workers=3")
-    assert run.read_state()["changes"] == []
+    assert read_state(run)["changes"] == []
 
 
 def test_other_entries_of_the_state_stay():
     _, run = prepare()
-    run.write_state({"state": "preempted", "attempts": [{"attempt": 1}], "owner": None})
+    attempt = {"attempt": 1, "started": 5.5, "changes": [], "job_id": None, "of a newer version": [1]}
+    write_state(run, {"state": "preempted", "attempts": [attempt], "owner": None})
     prepare("training.max_steps=500")
-    state = run.read_state()
-    assert (state["state"], state["attempts"]) == ("preempted", [{"attempt": 1}])
+    state = read_state(run)
+    assert (state["state"], state["attempts"]) == ("preempted", [attempt])
 
 
 @pytest.mark.parametrize(
@@ -236,7 +239,7 @@ def test_a_frozen_file_of_another_version_still_compares():
     _, run = prepare()
     run.config_file.write_text(run.config_file.read_text() + "former: {option: 1}\n")
     prepare()
-    assert run.read_state()["changes"] == [{"key": "former.option", "was": 1, "is": None}]
+    assert read_state(run)["changes"] == [{"key": "former.option", "was": 1, "is": None}]
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):

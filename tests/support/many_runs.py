@@ -23,8 +23,18 @@ def make_run(
     run.create()
     run.config_file.write_text(config)
     if state is not None:
-        run.write_state({"attempts": [], **state})
+        write_state(run, {"attempts": [], **state})
     return run
+
+
+def read_state(run: RunDirectory) -> dict[str, Any]:
+    """Return ``run.json`` as it stands on disk."""
+    return json.loads(run.state_file.read_text())
+
+
+def write_state(run: RunDirectory, content: dict[str, Any]) -> None:
+    """Write ``run.json``, whatever the content."""
+    run.state_file.write_text(json.dumps(content))
 
 
 def attempt(number: int = 1, *, started: float, code: int | None = None, ended: float | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from anemoi_dist.run.events import EventLog
+from support.many_runs import write_state
 
 MEMORY = {"parameters": 4096, "master": 2048, "states": {"exp_avg_fast": 1024, "exp_avg_slow": 1024}}
 BASELINES = {"persistence": (258.0, 0.93), "climatology": (903.0, None), "tide_tendency": (171.0, 0.96)}
@@ -69,5 +70,5 @@ def fill(run):
         "  optimizer: {_target_: anemoi_dist.optimizers.ademamix.AdEMAMix}\n"
         "model: {_target_: some.Model, note: <b>&bold}\n"
     )
-    run.write_state({"state": "finished", "attempts": []})
+    write_state(run, {"state": "finished", "attempts": []})
     write_forecast(run)

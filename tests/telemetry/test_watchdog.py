@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.many_runs import read_state
 
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.run.attempt import Attempt
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import read_events
+from anemoi_dist.run.records import Hang
 from anemoi_dist.telemetry import watchdog
 from anemoi_dist.telemetry.heartbeat import Heartbeat
-from anemoi_dist.telemetry.watchdog import Hang, Watchdog, find_hang, record_unsaid_hang
+from anemoi_dist.telemetry.watchdog import Watchdog, find_hang, record_unsaid_hang
 
 
 def beat(rank: int, *, time: float, collectives: int = 5, stalled: bool = False, **more: Any) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def test_a_hang_is_recorded_and_its_record_stands(run: RunDirectory, ended: list
     assert "watchdog.timeout_s=0.5 s, in phase checkpoint after step 4" in log
     assert "in test_a_hang_is_recorded" in log
     assert attempt.end(ExitCode.INTERNAL) == ExitCode.HANG
-    last = run.read_state()["attempts"][-1]
+    last = read_state(run)["attempts"][-1]
     assert (
         last["exit_code"] == 6 and last["failure"]["hang"]["rank"] == 0 and "hang: rank 0" in last["failure"]["error"]
     )
@@ -165,11 +167,11 @@ def test_who_decides_is_the_first_whose_watchdog_lives(run: RunDirectory) -> Non
 
 def test_who_started_a_lone_rank_records_its_hang(run: RunDirectory) -> None:
     record_unsaid_hang(run)  # nothing was begun
-    assert run.read_state()["attempts"] == []
+    assert run.read_state().attempts == []
     attempt = Attempt(run, world_size=1, max_steps=1)
     Heartbeat(run, rank=0, world_size=1, attempt=1).write(time=time.time() + 1.0)  # the file is rounded to 1 ms
     record_unsaid_hang(run)
-    assert run.read_state()["attempts"][-1]["exit_code"] == ExitCode.HANG
+    assert read_state(run)["attempts"][-1]["exit_code"] == ExitCode.HANG
     assert attempt.end(ExitCode.INTERNAL) == ExitCode.HANG
     assert len(read_events(run.events_file)) == 1
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.many_runs import read_state
 
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import read_events
@@ -72,7 +73,7 @@ def test_a_hang_ends_the_run_and_names_the_rank(tmp_path: Path, how: str, rank: 
     assert hang["rank"] == rank and hang["behind"] == [rank], output
     last_step = [event for event in events if event["event"] == "step"][-1]
     assert last_step["step"] == 3
-    attempt = run.read_state()["attempts"][-1]
+    attempt = read_state(run)["attempts"][-1]
     assert attempt["exit_code"] == 6 and attempt["failure"]["rank"] == rank
     assert attempt["ended"] - last_step["time"] < TIMEOUT_S + SLACK_S
     assert f"hang: rank {rank} on " in output
@@ -92,7 +93,7 @@ def test_a_hang_ends_the_run_and_names_the_rank(tmp_path: Path, how: str, rank: 
 def test_a_lone_rank_that_holds_the_interpreter_lock(tmp_path: Path) -> None:
     code, output, run, _ = train(tmp_path, "lock:0:4", "engine=ddp", "launcher.ranks=1")
     assert code == 6, output
-    attempt = run.read_state()["attempts"][-1]
+    attempt = read_state(run)["attempts"][-1]
     assert (attempt["exit_code"], attempt["failure"]["rank"]) == (6, 0)
     assert [event["rank"] for event in read_events(run.events_file) if event["event"] == "hang"] == [0]
     assert "in hang" in run.log_file(1, 0).read_text()
@@ -115,4 +116,4 @@ def test_without_a_timeout_nothing_watches_and_ranks_still_give_signs_of_life(tm
     code, output, run, _ = train(tmp_path, "sleep:9:9", "engine=ddp", "launcher.ranks=1", "watchdog.timeout_s=null")
     assert code == 0, output
     assert read_heartbeats(run, attempt=1)[0]["phase"] == "end"
-    assert "watchdog" not in json.dumps(run.read_state())
+    assert "watchdog" not in json.dumps(read_state(run))

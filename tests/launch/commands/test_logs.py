@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_slurm import FakeSlurm, squeue_line
-from support.many_runs import attempt, make_run, write_beat, write_launch
+from support.many_runs import attempt, make_run, write_beat, write_launch, write_state
 
 from anemoi_dist.launch.cli import main
 from anemoi_dist.launch.commands import logs
@@ -70,7 +70,7 @@ def test_before_any_rank_the_batch_script_speaks(run, capfd):
 
 
 def end(run: RunDirectory, code: int) -> None:
-    run.write_state({"state": "finished", "owner": None, "attempts": [attempt(started=300, code=code)]})
+    write_state(run, {"state": "finished", "owner": None, "attempts": [attempt(started=300, code=code)]})
     write_launch(run, {"event": "end", "code": code})
 
 
@@ -102,7 +102,7 @@ class Following(threading.Thread):
 def test_following_crosses_attempts_and_a_requeue_and_ends_with_the_run(run, quick, tmp_path, monkeypatch, capfd):
     slurm = FakeSlurm(tmp_path / "bin", monkeypatch)
     slurm.answer("squeue", squeue_line("12", "RUNNING"))
-    run.write_state({"state": "running", "owner": None, "attempts": [attempt(started=300)]})
+    write_state(run, {"state": "running", "owner": None, "attempts": [attempt(started=300)]})
     write_launch(run, {"event": "launch", "kind": "slurm", "job_id": "12", "ago": 310})
     write(run, 1, 0, "one\n")
     following = Following(run, capfd)
@@ -128,7 +128,7 @@ def test_following_crosses_attempts_and_a_requeue_and_ends_with_the_run(run, qui
 
 def test_following_one_attempt_ends_with_it(run, quick, capfd):
     write(run, 1, 0, "one\n")
-    run.write_state({"state": "running", "owner": {"host": "n1", "pid": 1}, "attempts": [attempt(started=300)]})
+    write_state(run, {"state": "running", "owner": {"host": "n1", "pid": 1}, "attempts": [attempt(started=300)]})
     write_beat(run, 0)
     following = Following(run, capfd, "--attempt", "1")
     following.wait_for("one\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_slurm import FakeSlurm, squeue_line
-from support.many_runs import NOBODY, attempt, make_many, make_run, write_beat, write_launch, write_steps
+from support.many_runs import NOBODY, attempt, make_many, make_run, write_beat, write_launch, write_state, write_steps
 
 from anemoi_dist.config.compose import compose
 from anemoi_dist.config.parse import to_yaml
@@ -23,6 +23,7 @@ from anemoi_dist.launch.status import journal
 from anemoi_dist.launch.status.derive import STATES
 from anemoi_dist.launch.status.files import gather
 from anemoi_dist.launch.status.inspection import follow, inspect_run
+from anemoi_dist.run.records import Failure, from_json
 
 COMMAND = [str(Path(sys.executable).with_name("anemoi-dist"))]
 
@@ -74,17 +75,17 @@ def test_an_owners_pid_given_to_another_process_is_nobody(root):
     owner = {"pid": os.getpid(), "host": os.uname().nodename}
     run = make_run(root, "r", state={"state": "running", "owner": owner, "attempts": [attempt(started=0)]})
     assert gather(run).owner_alive is True
-    run.write_state({"state": "running", "owner": owner, "attempts": [attempt(started=1e6)]})
+    write_state(run, {"state": "running", "owner": owner, "attempts": [attempt(started=1e6)]})
     assert gather(run).owner_alive is False, "this process began after the attempt"
     exact = {**owner, "started": journal.process_started(os.getpid())}
-    run.write_state({"state": "running", "owner": exact, "attempts": [attempt(started=1e6)]})
+    write_state(run, {"state": "running", "owner": exact, "attempts": [attempt(started=1e6)]})
     assert gather(run).owner_alive is True, "it says itself when it began"
     exact["started"] -= 1
-    run.write_state({"state": "running", "owner": exact, "attempts": [attempt(started=0)]})
+    write_state(run, {"state": "running", "owner": exact, "attempts": [attempt(started=0)]})
     assert gather(run).owner_alive is False
-    run.write_state({"state": "running", "owner": {**owner, "pid": NOBODY}, "attempts": [attempt(started=0)]})
+    write_state(run, {"state": "running", "owner": {**owner, "pid": NOBODY}, "attempts": [attempt(started=0)]})
     assert gather(run).owner_alive is False
-    run.write_state({"state": "running", "owner": {**owner, "host": "n7"}, "attempts": [attempt(started=0)]})
+    write_state(run, {"state": "running", "owner": {**owner, "host": "n7"}, "attempts": [attempt(started=0)]})
     assert (gather(run).owner_alive, gather(run).owner_host) == (None, "n7")
 
 
@@ -250,8 +251,8 @@ def test_of_a_failed_run_the_error_is_shown(root, capsys):
     assert main(["status", "r", "--root", str(root), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["nodes"] is None
     traced = {**failure, "error": "Traceback (most recent call last):\n  File x\nValueError: broke\n"}
-    assert facts_module.failure_line(traced) == "rank 0 on n0 (pid 7): ValueError: broke"
-    assert facts_module.failure_line({"error": 3}) == facts_module.failure_line(None) == ""
+    assert from_json(Failure, traced).line == "rank 0 on n0 (pid 7): ValueError: broke"
+    assert from_json(Failure, {"error": 3}).line == ""
 
 
 def test_an_unknown_run_has_near_matches(root, capsys):
@@ -273,7 +274,7 @@ def test_following_ends_with_the_run(root, monkeypatch, capsys):
     assert next(follower).state == "running"
     write_beat(run, 0, step=41)
     assert next(follower).step == 41
-    run.write_state({"state": "finished", "owner": None, "attempts": [attempt(started=300, code=0)]})
+    write_state(run, {"state": "finished", "owner": None, "attempts": [attempt(started=300, code=0)]})
     write_launch(run, {"event": "end", "code": 0})
     assert [status.state for status in follower] == ["finished"]
 
@@ -298,7 +299,7 @@ def test_follow_prints_what_changes(root, monkeypatch, capsys):
 
     def end() -> None:
         time.sleep(0.3)
-        run.write_state({"state": "preempted", "owner": None, "attempts": [attempt(started=300, code=75)]})
+        write_state(run, {"state": "preempted", "owner": None, "attempts": [attempt(started=300, code=75)]})
         write_launch(run, {"event": "end", "code": 75, "reason": "the stop file"})
 
     thread = threading.Thread(target=end)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.many_runs import attempt, make_run, write_beat
+from support.many_runs import attempt, make_run, write_beat, write_state
 from support.minislurm import MiniSlurm, wait_until
 
 from anemoi_dist.launch.cli import main
@@ -45,7 +45,7 @@ def launch(run: RunDirectory, job_id: str, life: int, number: int) -> None:
     """Write what the job's processes would."""
     journal.note(run, "launch", kind="slurm", job_id=job_id, life=life)
     older = [attempt(old + 1, started=600) for old in range(number - 1)]
-    run.write_state({"state": "running", "owner": None, "attempts": [*older, attempt(number, started=0)]})
+    write_state(run, {"state": "running", "owner": None, "attempts": [*older, attempt(number, started=0)]})
     for rank in range(2):
         write_beat(run, rank, number=number, ago=0)
 

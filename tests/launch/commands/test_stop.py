@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_slurm import FakeSlurm, squeue_line
-from support.many_runs import attempt, make_run, write_beat, write_launch
+from support.many_runs import attempt, make_run, write_beat, write_launch, write_state
 
 from anemoi_dist.config.compose import compose
 from anemoi_dist.config.parse import to_yaml
@@ -36,7 +36,7 @@ def slurm(tmp_path, monkeypatch) -> FakeSlurm:
 LAUNCHER = """
 import os, signal, sys, time
 from pathlib import Path
-from anemoi_dist.launch import journal
+from anemoi_dist.launch.status import journal
 from anemoi_dist.run.directory import RunDirectory
 run = RunDirectory(Path(sys.argv[1]))
 def end(*_):
@@ -248,7 +248,7 @@ def test_resume_passes_a_dry_run_on(root, frozen, entered):
 
 
 def test_resume_of_a_finished_run_says_how_to_train_on(root, frozen, entered, capsys):
-    frozen.write_state({"state": "finished", "attempts": [attempt(started=99, code=0)]})
+    write_state(frozen, {"state": "finished", "attempts": [attempt(started=99, code=0)]})
     assert resume(root) == 0 and entered == []
     assert "to train on: anemoi-dist resume r training.max_steps=N" in capsys.readouterr().out
     assert resume(root, "training.max_steps=2000") == 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
-from anemoi_dist.run.directory import RunDirectory
+from anemoi_dist.run.directory import RunDirectory, write_atomically
 
 
 def main() -> int:
@@ -79,11 +80,11 @@ def wait(stopped: list[int], *, then: int) -> int:
 
 
 def record(run: RunDirectory, what: dict, *, new: bool = False) -> None:
-    state = run.read_state()
+    state = json.loads(run.state_file.read_text()) if run.state_file.exists() else {"attempts": []}
     if new:
         state["attempts"].append({"attempt": len(state["attempts"]) + 1})
     state["attempts"][-1] |= what
-    run.write_state({**state, "state": "running"})
+    write_atomically(run.state_file, json.dumps({**state, "state": "running"}))
 
 
 if __name__ == "__main__":

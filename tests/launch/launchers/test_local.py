@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.many_runs import read_state
 
 from anemoi_dist.config.compose import compose
 from anemoi_dist.errors import ConfigError
@@ -180,7 +181,7 @@ def test_a_killed_rank_is_an_internal_error_with_directions(run):
     assert "SIGKILL" in errors
     assert str(run.logs_dir(1)) in errors
     assert "Traceback" not in errors
-    failure = run.read_state()["attempts"][0]["failure"]
+    failure = read_state(run)["attempts"][0]["failure"]
     assert failure["rank"] == 1 and failure["error"].startswith("killed by SIGKILL")
     assert f"(pid {failure['pid']}) was killed by SIGKILL" in errors
 
@@ -197,7 +198,7 @@ def test_the_rank_that_failed_first_is_shown(run):
 def test_a_killed_rank_restarts_in_place(run):
     code, errors = ended(start(run, "killed-once", restarts=1))
     assert code == 0, errors
-    assert len(run.read_state()["attempts"]) == 2
+    assert len(read_state(run)["attempts"]) == 2
     assert "restart 1 of 1 in 0.1 s" in errors
     assert "continues from the last checkpoint" not in errors, "it does, by itself"
     names = [(event["event"], event.get("code")) for event in journal.read(run)]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.many_runs import write_state
 
 from anemoi_dist.checkpoint.compare import differences
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
@@ -134,7 +135,7 @@ def test_an_mpirun_that_is_neither(tmp_path):
 def test_the_number_of_a_signal_is_no_code_of_ours(tmp_path):
     run = RunDirectory(tmp_path)
     run.create()
-    run.write_state({"state": "running", "attempts": [{"attempt": 1}]})
+    write_state(run, {"state": "running", "attempts": [{"attempt": 1}]})
     hydras = read_ending(run, signal.SIGABRT, attempts_before=0, interrupted=False, returns_codes=False)
     assert hydras.code == 70 and "ended without a word" in hydras.message
 
@@ -181,7 +182,7 @@ def test_an_mpi_that_hangs_as_it_starts_is_ended(tmp_path):
 def test_ranks_that_have_not_met_are_a_hang(tmp_path):
     run = RunDirectory(tmp_path)
     run.create()
-    run.write_state({"state": "running", "attempts": []})
+    write_state(run, {"state": "running", "attempts": []})
     ending = read_ending(run, 6, attempts_before=0, interrupted=False)
     assert ending.code == 6 and "the ranks have not met in time; where they stood is above" in ending.message
     hydras = read_ending(run, 6, attempts_before=0, interrupted=False, returns_codes=False)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from support.many_runs import write_state
 
 from anemoi_dist.launch.launchers import supervisor
 from anemoi_dist.run.directory import RunDirectory
@@ -35,7 +36,7 @@ def run(tmp_path) -> RunDirectory:
     ],
 )
 def test_ending(run, attempts, agent_code, interrupted, code, said):
-    run.write_state({"state": "running", "attempts": attempts})
+    write_state(run, {"state": "running", "attempts": attempts})
     ending = supervisor.read_ending(run, agent_code, attempts_before=1, interrupted=interrupted)
     assert ending.code == code
     assert said in ending.message

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anemoi_dist.launch.status.derive import ACTIVE, SILENT_AFTER_S, STATES, RunStatus, derive, format_ago
-from anemoi_dist.launch.status.files import Attempt, Beat, Facts
+from anemoi_dist.launch.status.files import Beat, Facts
 from anemoi_dist.launch.status.slurm_queue import GONE, JobView
+from anemoi_dist.run.records import AttemptRecord
 
 NOW = 1_000_000.0
 DOWN = "slurmctld does not answer (squeue was given 3 s); jobs go on without it"
@@ -30,9 +31,9 @@ def launch(ago: float, job: str | None = "12", life: int = 0) -> dict[str, Any]:
     return event("launch", ago, started=99, **more)
 
 
-def attempt(started: float, ended: float | None = None, code: int | None = None, number: int = 1) -> Attempt:
+def attempt(started: float, ended: float | None = None, code: int | None = None, number: int = 1) -> AttemptRecord:
     end = None if ended is None else NOW - ended
-    return Attempt(number, started=NOW - started, ended=end, exit_code=code, world_size=2, max_steps=500)
+    return AttemptRecord(number, started=NOW - started, ended=end, exit_code=code, world_size=2, max_steps=500)
 
 
 def beat(rank: int = 0, ago: float = 3.0, phase: str = "step", step: int = 40, number: int = 1, **more: Any) -> Beat:
@@ -55,7 +56,7 @@ class Case:
     state: str
     says: str = ""
     launch: tuple[dict[str, Any], ...] = ()
-    attempts: tuple[Attempt, ...] = ()
+    attempts: tuple[AttemptRecord, ...] = ()
     beats: tuple[Beat, ...] = ()
     job: JobView | None = None
     error: str = ""
@@ -885,7 +886,9 @@ numbers = st.one_of(st.none(), st.floats(-1e3, 1e9))
 all_facts = st.builds(
     Facts,
     st.just("r"),
-    attempts=st.lists(st.builds(Attempt, st.just(1), times, times, codes, st.none(), st.none()), max_size=2).map(tuple),
+    attempts=st.lists(st.builds(AttemptRecord, st.just(1), times, times, codes, st.none(), st.none()), max_size=2).map(
+        tuple
+    ),
     launch=st.lists(events, max_size=4).map(tuple),
     beats=st.lists(
         st.builds(

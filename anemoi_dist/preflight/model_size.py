@@ -1,15 +1,8 @@
-"""The size of a configuration's model, printed as JSON by ``python -m anemoi_dist.preflight.model_size < config.yaml``.
+"""Print the size of a configuration's model: ``python -m anemoi_dist.preflight.model_size < config.yaml``.
 
-A process of its own: building a model takes torch, and opening its dataset may take long. The control side has no
-torch; it starts this (:mod:`anemoi_dist.launch.launchers.model_size`) and goes on without an answer where it fails. The
-model is built without memory for its values (torch's ``meta`` device) where it can be.
-
-::
-
-    {"parameters": [[[401, 331], true], ...],  shape, takes a gradient
-     "buffer_bytes": 1024,
-     "largest_layer": ["model.wide", 133132]}  module, its own parameters
-    {"refused": {"key": "model.dilations", ...}}  the model cannot be built anywhere: what a ConfigError is made of
+It is a process of its own because building a model takes torch, which the control side does not import, and opening its
+dataset may take long. ``launch/launchers/model_size.py`` starts it. The output is one JSON object: a
+:class:`ModelSize`, or ``{"refused": {...}}`` with the arguments of the ConfigError that every machine would raise.
 """
 
 from __future__ import annotations
@@ -17,16 +10,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.config.schema import Config
+from anemoi_dist.engines.memory_estimate import ModelSize, Parameter
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 
 
 def main() -> int:
-    """Read a configuration, print the size of its model; what went wrong here is the last line of the error output."""
-    # The answer alone belongs on the standard output, whatever a model or a library prints.
+    """Read a configuration and print the size of its model; an error of this machine is the last line of stderr."""
+    # A model or a library may print while it is built: only the answer may go to the standard output.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
@@ -46,17 +41,19 @@ def main() -> int:
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         return int(ExitCode.INTERNAL)
     with answer:
-        json.dump(size, answer)
+        json.dump(asdict(size), answer)
     return int(ExitCode.FINISHED)
 
 
-def measure(config: Config) -> dict[str, Any]:
-    """Build the module of a configuration, its optimizer too, and return its sizes.
+def measure(config: Config) -> ModelSize:
+    """Build the module of a configuration, its optimizer too, and return its size.
+
+    The model is built without memory for its values (torch's ``meta`` device) if its code permits.
 
     Parameters
     ----------
     config : Config
-        ``data`` says what the model sees.
+        Its ``data`` determines the fields of the model.
     """
     from anemoi_dist.data.anemoi import open_split
 
@@ -66,11 +63,11 @@ def measure(config: Config) -> dict[str, Any]:
         name: sum(parameter.numel() for parameter in layer.parameters(recurse=False))
         for name, layer in module.named_modules()
     }
-    return {
-        "parameters": [[list(parameter.shape), parameter.requires_grad] for parameter in module.parameters()],
-        "buffer_bytes": sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
-        "largest_layer": max(own.items(), key=lambda layer: layer[1]),
-    }
+    return ModelSize(
+        parameters=[Parameter(tuple(each.shape), each.requires_grad) for each in module.parameters()],
+        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
+        largest_layer=max(own.items(), key=lambda layer: layer[1]),
+    )
 
 
 def _is_about_here(error: ConfigError) -> bool:

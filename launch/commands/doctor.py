@@ -61,6 +61,8 @@ def run_doctor(config: Config, *, nodes: bool, as_json: bool) -> int:
     if nodes and config.launcher.kind == "slurm" and "SLURM_JOB_ID" not in os.environ:
         findings.append(_only_here())
     elif nodes:
+        if not as_json:
+            print(f"starting ranks that check each other, which takes up to {NODES_TIMEOUT_S:g} s", flush=True)
         found = look_at_ranks(run, config, needed_bytes=needed_bytes)
         told = {finding.check for finding in found} - {"clock"}  # between nodes it is another one
         findings = [finding for finding in findings if finding.check not in told] + found

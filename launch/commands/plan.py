@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ _MIB = 1024**2
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known of the model and of the device; ``unknown`` says why there is no model."""
+    """Size of the model and of the device, None if unknown; ``unknown`` says why there is no model."""
 
     model: ModelSize | None
     unknown: str
@@ -93,7 +94,7 @@ def show(
     if planned is None:
         if sizes.model is None:
             raise PreflightError(f"the size of the model is unknown: {sizes.unknown}\n  fix: --num-parameters N")
-        rows = memory_table(config, sizes.model, device_bytes=sizes.device_bytes)
+        rows = memory_table(config, sizes.model)
         return _json(sweep_as_dict(config, sizes, rows)) if as_json else "\n".join(_sweep_lines(config, sizes, rows))
     planned = plan(config, run, machine, model=sizes.model, device_bytes=sizes.device_bytes)
     if as_json:
@@ -168,14 +169,14 @@ def sweep_as_dict(config: Config, sizes: Sizes, rows: Sequence[Row]) -> dict[str
     return {
         "sweep": [
             {
-                "engine": cell.engine,
-                "world_size": cell.world_size,
-                "fits": cell.fits,
+                "engine": engine,
+                "world_size": row.world_size,
+                "fits": None if sizes.device_bytes is None else memory.device <= sizes.device_bytes,
                 "batch_problem": row.batch_problem or None,
-                "memory": _memory_as_dict(cell.memory),
+                "memory": _memory_as_dict(memory),
             }
             for row in rows
-            for cell in row.cells
+            for engine, memory in row.memory.items()
         ],
         **_sizes_as_dict(config, sizes),
     }
@@ -282,18 +283,16 @@ def _notes(config: Config, sizes: Sizes) -> Iterator[str]:
 def _sweep_lines(config: Config, sizes: Sizes, rows: Sequence[Row]) -> Iterator[str]:
     yield from _model_lines(sizes)
     yield f"GiB of device memory of the fullest rank, at most, {config.training.precision}"
-    yield "   ranks" + "".join(f"{cell.engine:>15}" for cell in rows[0].cells)
+    yield "   ranks" + "".join(f"{engine:>15}" for engine in rows[0].memory)
+    limit = math.inf if sizes.device_bytes is None else sizes.device_bytes
     for row in rows:
-        cells = "".join(f"{cell.memory.device / _GIB:>14.2f}{'!' if cell.fits is False else ' '}" for cell in row.cells)
+        needed = [memory.device for memory in row.memory.values()]
+        cells = "".join(f"{size / _GIB:>14.2f}{'!' if size > limit else ' '}" for size in needed)
         yield f"{row.world_size:>7}{'*' if row.batch_problem else ' '}{cells}".rstrip()
     if sizes.device_bytes is not None:
         yield f"! does not fit into {format_bytes(sizes.device_bytes)}"
     if problem := next((row.batch_problem for row in rows if row.batch_problem), ""):
         yield f"* the batch cannot be cut over so many: {problem}"
-    offloaded = next(cell for cell in rows[0].cells if cell.engine == "zero3_offload")
-    last = next(cell for cell in rows[-1].cells if cell.engine == "zero3_offload")
-    yield (
-        f"zero3_offload: beside it {format_bytes(offloaded.memory.host)} of host memory for 1 rank, "
-        f"{format_bytes(last.memory.host)} for each of {last.world_size}"
-    )
+    one, many = (format_bytes(row.memory["zero3_offload"].host) for row in (rows[0], rows[-1]))
+    yield f"zero3_offload: beside it {one} of host memory for 1 rank, {many} for each of {rows[-1].world_size}"
     yield from _notes(config, sizes)

@@ -18,7 +18,7 @@ from anemoi_dist.run.directory import RunDirectory
 from ..status.files import gather
 from ..status.inspection import inspect_run
 from . import submit, train
-from .arguments import compose_arguments, locate_run
+from .arguments import announce_composing, compose_arguments, locate_run
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
             f"anemoi-dist resume {status.run_id} training.max_steps=N"
         )
         return ExitCode.FINISHED
+    if not options.dry_run:
+        announce_composing()
     with tempfile.TemporaryDirectory(prefix="anemoi-dist-") as folder:
         file, kind = _frozen(run, options.overrides, Path(folder))
         # Composed as the first time, with the frozen configuration laid over the defaults.

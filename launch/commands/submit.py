@@ -263,6 +263,9 @@ def submit(request: Request) -> str:
 
 def _check_models(configs: Sequence[Config]) -> None:
     """Refuse now what every rank would refuse after the wait in the queue."""
+    if not configs:
+        return
+    print("building the model here first (--no-check leaves that out)", flush=True)
     if unknown := check_models(configs):
         print(f"note: the model could not be built here, so the job is the first to try: {unknown}", file=sys.stderr)
 

@@ -13,7 +13,7 @@ from ..launchers import local, mpi
 from ..launchers.base import plan
 from ..launchers.machine import look
 from ..status.inspection import refuse_queued
-from .arguments import compose_options
+from .arguments import announce_composing, compose_options
 from .plan import show
 
 
@@ -21,6 +21,8 @@ def run(options: argparse.Namespace) -> int:
     """Train until the run ends and return its exit code; with ``--dry-run`` print the plan."""
     if options.strict:
         options.overrides.append("checkpoint.strict=true")
+    if not options.dry_run:
+        announce_composing()
     return train(compose_options(options).config, dry_run=options.dry_run)
 
 
@@ -56,6 +58,8 @@ def train(config: Config, *, dry_run: bool = False) -> int:
         mpi.check(config, machine)
     run, hold = claim_run(config)
     try:
+        # Before the first rank prints anything it imports torch, which takes seconds.
+        print(f"starting {planned.world_size} rank{'s' * (planned.world_size > 1)} of run {run.run_id}", flush=True)
         if planned.kind == "mpi":
             return mpi.train(run, config, planned)
         return local.train(run, config, num_ranks=planned.ranks_per_node)

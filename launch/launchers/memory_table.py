@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from anemoi_dist.config.batch import plan_batches
@@ -15,48 +15,26 @@ WORLD_SIZES = tuple(2**power for power in range(11))
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One engine on one number of ranks.
-
-    Attributes
-    ----------
-    engine : str
-        Its name for ``engine=``.
-    world_size : int
-        Ranks.
-    memory : ExpectedMemory
-        Of the fullest rank.
-    fits : bool, optional
-        Whether the device holds it, activations aside; None: its memory is not known.
-    """
-
-    engine: str
-    world_size: int
-    memory: ExpectedMemory
-    fits: bool | None
-
-
-@dataclass(frozen=True)
 class Row:
-    """One number of ranks.
+    """Memory on one number of ranks.
 
     Attributes
     ----------
     world_size : int
         Ranks.
+    memory : Mapping[str, ExpectedMemory]
+        Name for ``engine=`` -> memory of the fullest rank.
     batch_problem : str
-        Why the batch cannot be cut over so many; empty where it can.
-    cells : Sequence[Cell]
-        In the order of :data:`~anemoi_dist.config.engines.ENGINES`.
+        Why the batch cannot be divided among so many ranks; empty if it can.
     """
 
     world_size: int
+    memory: Mapping[str, ExpectedMemory]
     batch_problem: str
-    cells: Sequence[Cell]
 
 
-def memory_table(config: Config, model: ModelSize, *, device_bytes: int | None) -> list[Row]:
-    """Return what every engine would hold on 1 to 1024 ranks; everything else as configured.
+def memory_table(config: Config, model: ModelSize) -> list[Row]:
+    """Return the memory of a rank under every engine on 1 to 1024 ranks; everything else as configured.
 
     Parameters
     ----------
@@ -64,19 +42,16 @@ def memory_table(config: Config, model: ModelSize, *, device_bytes: int | None) 
         ``engine.options`` go to all stages of ZeRO if the configured engine is one.
     model : ModelSize
         The model.
-    device_bytes : int, optional
-        Memory of each rank's device.
     """
     variants = {name: replace(config, engine=_settings(spec, config.engine)) for name, spec in ENGINES.items()}
-    rows = []
-    for world_size in WORLD_SIZES:
-        cells = []
-        for name, variant in variants.items():
-            memory = expected_memory(variant, model, world_size=world_size)
-            fits = None if device_bytes is None else memory.device <= device_bytes
-            cells.append(Cell(name, world_size, memory, fits))
-        rows.append(Row(world_size, _batch_problem(config, world_size), cells))
-    return rows
+    return [
+        Row(
+            world_size,
+            {name: expected_memory(variant, model, world_size=world_size) for name, variant in variants.items()},
+            _batch_problem(config, world_size),
+        )
+        for world_size in WORLD_SIZES
+    ]
 
 
 def _settings(spec: EngineSpec, configured: EngineConfig) -> EngineConfig:

@@ -1,4 +1,4 @@
-"""The size of a configuration's model, asked of a process that has torch. No torch here."""
+"""The size of a configuration's model, from ``anemoi_dist.preflight.model_size`` in another process. No torch here."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def model_size(config: Config, *, timeout_s: float = TIMEOUT_S) -> ModelSize:
     Raises
     ------
     ConfigError
-        No machine can build it: every rank would say the same.
+        No machine can build it: every rank would refuse it.
     UnknownSizeError
         It has failed here, or taken longer.
     """
-    # A login node's GPU, where it has one, is no concern of this.
+    # A login node's GPU, if it has one, is not the job's: opening it takes seconds, and others use it.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
@@ -55,22 +55,22 @@ def model_size(config: Config, *, timeout_s: float = TIMEOUT_S) -> ModelSize:
         raise ConfigError(**json.loads(done.stdout)["refused"])
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
-        raise UnknownSizeError(said[-1])
+        raise UnknownSizeError(said[-1])  # a library's warnings stand before it
     found = json.loads(done.stdout)
     return ModelSize(
-        parameters=[Parameter(tuple(shape), trained) for shape, trained in found["parameters"]],
+        parameters=[Parameter(tuple(each["shape"]), each["trained"]) for each in found["parameters"]],
         buffer_bytes=found["buffer_bytes"],
         largest_layer=tuple(found["largest_layer"]),
     )
 
 
 def check_models(configs: Sequence[Config], *, timeout_s: float = TIMEOUT_S) -> str:
-    """Build the model of each configuration and return why that was not possible here, empty where it was.
+    """Build the model of each configuration and return why that was not possible here, empty if it was.
 
     Parameters
     ----------
     configs : Sequence[Config]
-        Of those with the same model and data one is built.
+        Those with the same model and data share one build.
     timeout_s : float
         For all of them.
 

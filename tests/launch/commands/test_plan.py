@@ -213,8 +213,8 @@ def test_the_table_keeps_the_options_of_deepspeed():
     options = {"zero_optimization": {"reduce_bucket_size": 1000}}
     config = compose(["engine=zero2", "run.id=x"]).config
     config.engine.options = options
-    first = memory_table(config, ModelSize([Parameter((10,))]), device_bytes=None)[0]
-    buckets = {cell.engine: cell.memory.communication for cell in first.cells}
+    first = memory_table(config, ModelSize([Parameter((10,))]))[0]
+    buckets = {engine: memory.communication for engine, memory in first.memory.items()}
     assert buckets == {"ddp": 40, "zero0": 40, **dict.fromkeys(("zero1", "zero2", "zero3", "zero3_offload"), 4000)} | {
         "fsdp2": 0
     }
@@ -269,7 +269,7 @@ def test_the_default_model_is_measured_without_memory(monkeypatch):
     monkeypatch.setattr(measured, "_build", lambda *given: built.append(original(*given)) or built[-1])
     found = measured.measure(compose(["run.id=x"]).config)
     assert {parameter.device.type for parameter in built[0].parameters()} == {"meta"}
-    assert sum(torch.Size(shape).numel() for shape, _ in found["parameters"]) == 99_393
+    assert found.num_parameters == 99_393
 
 
 def test_why_a_size_is_unknown(tmp_path, monkeypatch):
@@ -309,14 +309,14 @@ def test_an_optimizer_that_this_machine_alone_can_not_have_is_no_reason(monkeypa
     config = compose(["run.id=x"]).config
     fused = {"_target_": "torch.optim.AdamW", "fused": True}
     config.training.optimizer, unfused = fused, config.training.optimizer
-    assert measured.measure(config)["parameters"], "no fused step for parameters without memory"
+    assert measured.measure(config).parameters, "no fused step for parameters without memory"
     config.training.optimizer = {**unfused, "implementation": "triton"}
     monkeypatch.setattr(gpu, "has_triton", lambda: False)
-    assert measured.measure(config)["parameters"]
+    assert measured.measure(config).parameters
     config.security.allowed_targets = [__name__, "not_installed_here"]
     for name in (f"{__name__}.NeedsGpu", "not_installed_here.Optimizer"):
         config.training.optimizer = {"_target_": name}
-        assert measured.measure(config)["parameters"]
+        assert measured.measure(config).parameters
 
 
 class NeedsGpu(torch.optim.SGD):

@@ -145,7 +145,7 @@ def through_engine(module: Any, world: Any) -> tuple[Callable[[], None], Callabl
     batch = make_batch()
 
     def backward() -> None:
-        engine._backward(module.loss(engine._forward(batch, rollout=1), batch), is_last=True)
+        engine._backward(engine._forward(batch), is_last=True)
 
     return backward, engine._update
 
@@ -168,7 +168,7 @@ def through_deepspeed(module: Any, stage: int) -> tuple[Callable[[], None], Call
     optimizer = module.configure_optimizers()["optimizer"]
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     batch = make_batch()
-    return lambda: engine.backward(module.loss(engine(batch, rollout=1), batch)), engine.step
+    return lambda: engine.backward(engine(batch)), engine.step
 
 
 def measure(name: str, precision: str, *, numel: int, rounds: int) -> dict[str, object]:

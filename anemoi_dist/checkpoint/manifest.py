@@ -113,11 +113,13 @@ class Origin:
 class TrainerState(TypedDict, total=False):
     """``trainer.json``: what the trainer needs to go on, beside the tensors.
 
-    ``progress`` holds the trainer's counters, ``scores`` the metrics of this step's validation, where there was one.
+    ``progress`` holds the trainer's counters, ``scores`` the metrics of this step's validation, where there was one,
+    ``task`` what the task remembers.
     """
 
     progress: dict[str, int]
     scores: dict[str, float]
+    task: dict[str, Any]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +27,11 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """Copy to ``device``, without waiting where the batch is pinned."""
         return Batch(self.fields.to(device, non_blocking=True), self.dates.to(device, non_blocking=True))
+
+
+def collate(samples: Sequence[Batch]) -> Batch:
+    """Stack samples along a new first axis."""
+    return Batch(torch.stack([s.fields for s in samples]), torch.stack([s.dates for s in samples]))
 
 
 @dataclass(frozen=True)

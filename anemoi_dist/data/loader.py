@@ -9,17 +9,14 @@ import signal
 import struct
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from anemoi_dist.config.batch import BatchPlan
 from anemoi_dist.config.schema import DataConfig
-from anemoi_dist.data.batch import Batch
-from anemoi_dist.data.sampler import GlobalSampleOrder, MicroBatchSampler
+from anemoi_dist.data.sampler import MicroBatchSampler
 from anemoi_dist.process.parent_death import die_with_parent
 from anemoi_dist.telemetry.heartbeat import beat
 
@@ -29,7 +26,7 @@ _PATIENCE_S = (5.0, 15.0, 45.0)
 _PID = struct.Struct("=i")
 
 
-class BatchLoader(Iterator[list[Batch]]):
+class BatchLoader(Iterator[list[Any]]):
     """Yields the micro-batches of one optimizer step after another, without end.
 
     Attributes
@@ -38,12 +35,12 @@ class BatchLoader(Iterator[list[Batch]]):
         The processes that read ahead; empty for ``num_workers=0``.
     """
 
-    def __init__(self, batches: Iterator[Batch], workers: tuple[Any, ...], *, accumulation: int) -> None:
+    def __init__(self, batches: Iterator[Any], workers: tuple[Any, ...], *, accumulation: int) -> None:
         self._batches, self.workers, self._accumulation = batches, workers, accumulation
         # Also at exit, before multiprocessing joins its children: a worker that ignores SIGTERM would never return.
         self._close = weakref.finalize(self, _end, self._batches, self.workers)
 
-    def __next__(self) -> list[Batch]:
+    def __next__(self) -> list[Any]:
         if not self._close.alive:
             raise StopIteration
         return [next(self._batches) for _ in range(self._accumulation)]
@@ -54,12 +51,10 @@ class BatchLoader(Iterator[list[Batch]]):
 
 
 def build_loader(
-    dataset: Dataset,
+    samples: Any,
     *,
-    order: GlobalSampleOrder,
-    plan: BatchPlan,
-    rank: int,
-    start_step: int = 0,
+    sampler: MicroBatchSampler,
+    collate: Callable[[Sequence[Any]], Any],
     data_config: DataConfig,
     pin_memory: bool = False,
 ) -> BatchLoader:
@@ -69,23 +64,25 @@ def build_loader(
 
     Parameters
     ----------
-    dataset : Dataset
-        Gives samples by index (``WeatherDataset``).
-    order, plan, rank, start_step
-        Which samples, see :class:`MicroBatchSampler`.
+    samples : Samples
+        Gives samples by index.
+    sampler : MicroBatchSampler
+        Which samples, in what order.
+    collate : Callable[[Sequence[Any]], Any]
+        Joins samples into one batch.
     data_config : DataConfig
         ``num_workers`` (0 reads in this process) and ``prefetch_factor``.
     pin_memory : bool
         Hand out page-locked memory, for asynchronous copies to a GPU.
     """
     options: dict[str, Any] = {
-        "dataset": dataset,
-        "batch_sampler": MicroBatchSampler(order, plan=plan, rank=rank, start_step=start_step),
+        "dataset": samples,
+        "batch_sampler": sampler,
         "collate_fn": collate,
         "pin_memory": pin_memory,
     }
     if not data_config.num_workers:
-        return BatchLoader(iter(DataLoader(**options)), (), accumulation=plan.accumulation)
+        return BatchLoader(iter(DataLoader(**options)), (), accumulation=sampler.plan.accumulation)
     ready, say_ready = os.pipe()
     try:
         loader: DataLoader = DataLoader(
@@ -103,10 +100,10 @@ def build_loader(
     finally:
         os.close(ready)
         os.close(say_ready)
-    return BatchLoader(batches, workers, accumulation=plan.accumulation)
+    return BatchLoader(batches, workers, accumulation=sampler.plan.accumulation)
 
 
-def _start_workers(loader: DataLoader, ready: int) -> tuple[Iterator[Batch], tuple[Any, ...]]:
+def _start_workers(loader: DataLoader, ready: int) -> tuple[Iterator[Any], tuple[Any, ...]]:
     """Fork the workers, and again where one of them does not come to life.
 
     Before CPython 3.12 (github.com/python/cpython/issues/112275) a child hangs, before any line of Python, if another
@@ -137,11 +134,6 @@ def _all_ready(pids: set[int | None], ready: int, *, patience_s: float) -> bool:
                 silent -= {pid for (pid,) in _PID.iter_unpack(os.read(ready, 1024 * _PID.size))}
             beat()
     return not silent
-
-
-def collate(samples: list[Batch]) -> Batch:
-    """Stack samples along a new first axis."""
-    return Batch(torch.stack([s.fields for s in samples]), torch.stack([s.dates for s in samples]))
 
 
 def _start_worker(worker: int, *, parent_pid: int, say_ready: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from anemoi_dist.checkpoint.shard import Shard, ShardSource
-from anemoi_dist.data.batch import Batch
+from anemoi_dist.tasks.base import Batch
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,15 @@ class Engine(Protocol):
     def train_step(self, micro_batches: Sequence[Batch]) -> StepReport:
         """Do one optimizer step on this rank's micro-batches, then advance the learning rate. Collective."""
 
-    def predict(self, batch: Batch, *, rollout: int) -> torch.Tensor:
-        """Forecast without gradient. Collective: every rank calls it equally often.
+    def evaluate(self, batch: Batch, **evaluation: Any) -> torch.Tensor:
+        """Call the module without gradient, in evaluation mode. Collective: every rank calls it equally often.
 
-        Returns
-        -------
-        torch.Tensor
-            Physical units, float32, shape (batch, rollout, ensemble, grid, prognostic variable).
+        Parameters
+        ----------
+        batch : Batch
+            On this rank's device.
+        **evaluation : Any
+            What the task asks of its module's ``forward``.
         """
 
     def shards(self) -> Iterator[Shard]:

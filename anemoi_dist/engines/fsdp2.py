@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from anemoi_dist.data.batch import Batch
 from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, clipped, local, step_only
 from anemoi_dist.optimizers.norm import squared_norms, sum_of_squares
+from anemoi_dist.tasks.base import Batch
 
 
 class Fsdp2Engine(ShardedEngine):
@@ -56,12 +56,12 @@ class Fsdp2Engine(ShardedEngine):
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(self._square)
 
-    def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
-        prediction = self.module(batch, rollout=rollout)
+    def _forward(self, batch: Batch, **evaluation: Any) -> torch.Tensor:
+        result = self.module(batch, **evaluation)
         if not torch.is_grad_enabled():
             # The root stays gathered for a backward pass that does not come.
             cast(FSDPModule, self.module).reshard()
-        return prediction
+        return result
 
     def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         self._is_last = is_last

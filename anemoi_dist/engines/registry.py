@@ -11,15 +11,15 @@ from anemoi_dist.config.schema import Config
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import Engine
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.tasks.forecast.module import BaseGraphModule
+from anemoi_dist.tasks.base import TaskModule
 
 
-def create_engine(module: BaseGraphModule, *, config: Config, world: World) -> Engine:
+def create_engine(module: TaskModule, *, config: Config, world: World) -> Engine:
     """Spread a module over the ranks. Collective.
 
     Parameters
     ----------
-    module : BaseGraphModule
+    module : TaskModule
         Built from the same seed on every rank; moved to the rank's device here.
     config : Config
         The run's configuration; ``engine`` chooses.
@@ -31,7 +31,7 @@ def create_engine(module: BaseGraphModule, *, config: Config, world: World) -> E
     ConfigError
         A parameter is of a kind that cannot be cut into ranges.
     """
-    _check_parameters(module)
+    _check_parameters(module, config)
     module.to(world.device)
     module.train()
     # Imported only when chosen: DeepSpeed alone costs every rank most of a second.
@@ -40,7 +40,7 @@ def create_engine(module: BaseGraphModule, *, config: Config, world: World) -> E
     return engine(module, config=config, world=world)
 
 
-def _check_parameters(module: BaseGraphModule) -> None:
+def _check_parameters(module: TaskModule, config: Config) -> None:
     """Refuse by name what some engine or the checkpoint could not hold; lay out the rest row by row."""
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
@@ -55,4 +55,4 @@ def _check_parameters(module: BaseGraphModule) -> None:
             raise ConfigError("model", name, rule, fix="torch.nn.Parameter(torch.zeros(1)), float32, for a scalar")
         parameter.data = parameter.data.contiguous()  # ranges are of the flattened tensor, row by row
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ConfigError("model", module.config.model["_target_"], "has no parameter that takes a gradient")
+        raise ConfigError("model", config.model["_target_"], "has no parameter that takes a gradient")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from anemoi_dist.data.batch import Batch
 from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, clipped
 from anemoi_dist.optimizers.norm import squared_norms
+from anemoi_dist.tasks.base import Batch
 
 
 class DdpEngine(ShardedEngine):
@@ -29,8 +30,8 @@ class DdpEngine(ShardedEngine):
         )
         self._create_optimizer()
 
-    def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
-        return self._ddp(batch, rollout=rollout)
+    def _forward(self, batch: Batch, **evaluation: Any) -> torch.Tensor:
+        return self._ddp(batch, **evaluation)
 
     def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         with nullcontext() if is_last else self._ddp.no_sync():

@@ -21,14 +21,13 @@ from torch.distributed.tensor import DTensor
 from anemoi_dist.checkpoint.matching import FROM_ADAMW, match
 from anemoi_dist.checkpoint.shard import Shard, ShardSource, TensorInfo
 from anemoi_dist.config.schema import Config
-from anemoi_dist.data.batch import Batch
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import MemoryReport, StepReport
 from anemoi_dist.errors import CheckpointError, ConfigError
 from anemoi_dist.optimizers.ademamix import AdEMAMix, conversions, schedule_values
 from anemoi_dist.optimizers.learning_rate import set_num_updates
 from anemoi_dist.optimizers.rounding import ElementRange
-from anemoi_dist.tasks.forecast.module import BaseGraphModule
+from anemoi_dist.tasks.base import Batch, TaskModule
 from anemoi_dist.telemetry.heartbeat import beat
 
 
@@ -76,8 +75,8 @@ class ShardedEngine(ABC):
 
     Parameters
     ----------
-    module : BaseGraphModule
-        Model and loss, on this rank's device, the same values on every rank.
+    module : TaskModule
+        On this rank's device, the same values on every rank.
     config : Config
         The run's configuration.
     world : World
@@ -89,7 +88,7 @@ class ShardedEngine(ABC):
     #: sparse gradients, and Adafactor's factored states are neither of the parameter's shape nor element-wise.
     refused_optimizers: tuple[str, ...] = ("LBFGS", "SparseAdam", "Adafactor")
 
-    def __init__(self, module: BaseGraphModule, *, config: Config, world: World) -> None:
+    def __init__(self, module: TaskModule, *, config: Config, world: World) -> None:
         self.module, self.config, self.world = module, config, world
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._num_parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -110,8 +109,8 @@ class ShardedEngine(ABC):
         """Spread ``self.module`` over the ranks; set ``self.optimizer`` and ``self._scheduler``."""
 
     @abstractmethod
-    def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
-        """Run the module; normalised forecast."""
+    def _forward(self, batch: Batch, **evaluation: Any) -> torch.Tensor:
+        """Call the module through whatever wraps it."""
 
     @abstractmethod
     def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
@@ -140,8 +139,7 @@ class ShardedEngine(ABC):
         total = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches):
             beat()
-            prediction = self._forward(batch, rollout=self.config.training.rollout)
-            loss = self.module.loss(prediction, batch) / len(micro_batches)
+            loss = self._forward(batch) / len(micro_batches)
             total += loss.detach()
             is_last = index == len(micro_batches) - 1
             if is_last:
@@ -157,13 +155,13 @@ class ShardedEngine(ABC):
         return StepReport(loss=float(total), grad_norm=grad_norm, lr=lr, skipped=skipped)
 
     @torch.no_grad()
-    def predict(self, batch: Batch, *, rollout: int) -> torch.Tensor:
-        """Forecast without gradient, in physical units. Collective."""
+    def evaluate(self, batch: Batch, **evaluation: Any) -> torch.Tensor:
+        """Call the module without gradient, in evaluation mode. Collective."""
         self._agree_on_buffers()
         self.module.eval()
-        prediction = self._forward(batch, rollout=rollout)
+        result = self._forward(batch, **evaluation)
         self.module.train()
-        return self.module.denormalise(prediction)
+        return result
 
     def shards(self) -> Iterator[Shard]:
         """Yield the ranges that this rank has to save; over all ranks each element comes once. Collective."""

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from anemoi_dist.checkpoint.shard import TensorInfo
-from anemoi_dist.data.batch import Batch
 from anemoi_dist.engines.memory_estimate import REDUCE_BUCKET
 from anemoi_dist.engines.replicated import replicated_shards, step_replicated
 from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, clip_coefficient, clipped, step_only
@@ -26,6 +25,7 @@ from anemoi_dist.engines.zero_gradients import GradientPartitions
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.ademamix import AdEMAMix
 from anemoi_dist.optimizers.norm import squared_norms
+from anemoi_dist.tasks.base import Batch
 
 #: With ``engine.overlap``, a partition is stepped in so many pieces at most, of so many elements at least.
 NUM_BUCKETS = 8
@@ -53,8 +53,8 @@ class _ZeroEngine(ShardedEngine):
     def _install_hooks(self) -> None:
         """Put our own in the place of what DeepSpeed does with its partitions."""
 
-    def _forward(self, batch: Batch, *, rollout: int) -> torch.Tensor:
-        return self._engine(batch, rollout=rollout)
+    def _forward(self, batch: Batch, **evaluation: Any) -> torch.Tensor:
+        return self._engine(batch, **evaluation)
 
     def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from anemoi_dist.data.batch import Batch, DataSpec
 from anemoi_dist.data.dataset import WeatherDataset
 from anemoi_dist.data.fields import DAY_S, evenly_spaced, times_of_day
+from anemoi_dist.distributed.world import World
 from anemoi_dist.telemetry.heartbeat import beat
 
 PERSISTENCE = "persistence"
@@ -51,9 +51,7 @@ class Baselines:
         train: WeatherDataset,
         *,
         max_samples: int | None = 256,
-        rank: int = 0,
-        world_size: int = 1,
-        group: Any = None,
+        world: World | None = None,
     ) -> Baselines:
         """Fit to the training block. Collective: each rank reads its share, all get the same.
 
@@ -63,19 +61,17 @@ class Baselines:
             The training block.
         max_samples : int or None
             Samples read at most over all ranks, evenly spaced over the block and over the times of day; None: all.
-        rank, world_size : int
-            Which share is read here.
-        group : ProcessGroup, optional
-            One for CPU tensors, where the default group has none.
+        world : World, optional
+            This rank's place: each rank reads its share. None: all are read here.
         """
         spec = train.spec()
         sums = _Sums.empty(train, spec)
         picked = evenly_spaced(len(train), at_most=max_samples, frequency_s=spec.frequency_s)
-        for index in picked[rank::world_size]:
+        for index in share(picked, world):
             beat()
             sums.add(train[int(index)], spec)
         for total in (sums.state, sums.now, sums.before, sums.product, sums.square, sums.count):
-            all_reduce(total, group=group)
+            all_reduce(total, world=world)
         return sums.baselines(spec)
 
     def forecast(self, name: str, batch: Batch, *, rollout: int) -> Tensor:
@@ -193,7 +189,12 @@ def time_of_day(dates: Tensor, *, frequency_s: int) -> Tensor:
     return dates.remainder(DAY_S).div(DAY_S // times_of_day(frequency_s), rounding_mode="floor")
 
 
-def all_reduce(total: Tensor, *, group: Any = None) -> None:
-    """Add ``total`` over all ranks, in place; alone, do nothing."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total, group=group)
+def share(samples: np.ndarray, world: World | None) -> np.ndarray:
+    """Return every n-th of ``samples``, from this rank's number on."""
+    return samples if world is None else samples[world.rank :: world.world_size]
+
+
+def all_reduce(total: Tensor, *, world: World | None) -> None:
+    """Add a CPU tensor over all ranks, in place; alone, do nothing."""
+    if world is not None:
+        dist.all_reduce(total, group=world.control_group)

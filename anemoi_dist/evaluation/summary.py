@@ -63,6 +63,16 @@ def _acc(acc: float | None) -> str:
     return "-" if acc is None else f"{acc:.3f}"
 
 
+def metrics(scores: Sequence[Score]) -> dict[str, float]:
+    """Return every score that is a number by its name, such as ``rmse/msl/model/6h``."""
+    return {
+        f"{kind}/{score.variable}/{score.forecast}/{score.lead_s / 3600:g}h": value
+        for score in scores
+        for kind, value in (("rmse", score.rmse), ("acc", score.acc))
+        if value is not None
+    }
+
+
 def summarise(scores: Sequence[Score]) -> dict[str, float]:
     """Reduce the scores of one validation to one number for each of :data:`~anemoi_dist.config.schema.SAVE_METRICS`.
 

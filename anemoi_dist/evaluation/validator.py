@@ -6,24 +6,21 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from anemoi_dist.data.batch import Batch, DataSpec
+from anemoi_dist.data.batch import Batch, collate
 from anemoi_dist.data.dataset import WeatherDataset
 from anemoi_dist.data.fields import evenly_spaced
-from anemoi_dist.data.loader import collate
+from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.evaluation.baselines import BASELINES, PERSISTENCE, Baselines, all_reduce, latitude_weights
+from anemoi_dist.evaluation.baselines import BASELINES, PERSISTENCE, Baselines, all_reduce, latitude_weights, share
 from anemoi_dist.evaluation.summary import Score
 from anemoi_dist.telemetry.heartbeat import beat
 
 MODEL = "model"
-
-
 #: ``predict(batch, rollout)`` returns physical units, shape (batch, rollout, ensemble, grid, prognostic).
 Predict = Callable[[Batch, int], Tensor]
 
@@ -37,18 +34,14 @@ class Validator:
         The block, opened with a rollout of at least the longest lead.
     baselines : Baselines
         Fitted to the training block.
-    spec : DataSpec
-        Variables and grid.
     lead_steps : Sequence[int]
         Forecast steps to score, 1 is the first.
     max_samples : int or None
         Samples scored at most, evenly spaced over the block and over the times of day; None: all.
     batch_size : int
         Samples in one call of ``predict``.
-    rank, world_size : int
-        Which share of the samples is scored here.
-    group : ProcessGroup, optional
-        One for CPU tensors, where the default group has none.
+    world : World, optional
+        This rank's place: each rank scores its share of the samples. None: all are scored here.
     """
 
     def __init__(
@@ -56,30 +49,28 @@ class Validator:
         dataset: WeatherDataset,
         *,
         baselines: Baselines,
-        spec: DataSpec,
         lead_steps: Sequence[int],
         max_samples: int | None = None,
         batch_size: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        group: Any = None,
+        world: World | None = None,
     ) -> None:
-        self.dataset, self.baselines, self.spec, self.group = dataset, baselines, spec, group
+        self.dataset, self.baselines, self.spec, self._world = dataset, baselines, baselines.spec, world
         self.lead_steps = sorted(set(lead_steps))
         self.rollout = self.lead_steps[-1]
         if dataset.rollout < self.rollout:
             raise ConfigError(
                 "validation.lead_steps", list(lead_steps), f"must not exceed the dataset's rollout of {dataset.rollout}"
             )
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.samples = evenly_spaced(len(dataset), at_most=max_samples, frequency_s=spec.frequency_s)
-        self._weights = latitude_weights(spec.latitudes)
+        self.batch_size = batch_size
+        self.samples = evenly_spaced(len(dataset), at_most=max_samples, frequency_s=self.spec.frequency_s)
+        self._weights = latitude_weights(self.spec.latitudes)
         self._baseline_scores: list[Score] | None = None
 
     @property
     def num_calls(self) -> int:
         """How often every rank calls ``predict`` in one run."""
-        return math.ceil(math.ceil(len(self.samples) / self.world_size) / self.batch_size)
+        num_ranks = self._world.world_size if self._world else 1
+        return math.ceil(math.ceil(len(self.samples) / num_ranks) / self.batch_size)
 
     def run(self, predict: Predict) -> list[Score]:
         """Score ``predict`` and the baselines. Collective: every rank calls it, and ``predict`` equally often.
@@ -102,7 +93,7 @@ class Validator:
                 else:
                     forecast = self.baselines.forecast(name, batch, rollout=self.rollout)
                 sums[row] += torch.einsum("bkvs,b->kvs", self._terms(forecast, truth), counts)
-        all_reduce(sums, group=self.group)
+        all_reduce(sums, world=self._world)
         scores = [score for name, row in zip(names, sums, strict=True) for score in self._scores(name, row)]
         num_model = len(self.lead_steps) * len(self.spec.prognostic)
         if self._baseline_scores is None:
@@ -144,7 +135,7 @@ class Validator:
 
     def _batch(self, call: int) -> tuple[Batch, Tensor]:
         """Return this rank's batch and, per sample, 1 or the 0 of a repeat that only keeps ranks in step."""
-        mine = self.samples[self.rank :: self.world_size][call * self.batch_size :][: self.batch_size]
+        mine = share(self.samples, self._world)[call * self.batch_size :][: self.batch_size]
         padding = self.batch_size - len(mine)
         indices = [*mine, *[self.samples[0]] * padding]
         counts = torch.tensor([1.0] * len(mine) + [0.0] * padding, dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from anemoi_dist.config.schema import Config
 from anemoi_dist.engines.base import StepReport
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import EventLog
+from anemoi_dist.tasks.base import Evaluation
 from anemoi_dist.telemetry import heartbeat
 from anemoi_dist.telemetry.metrics import TensorBoardMetrics
 from anemoi_dist.telemetry.phases import PhaseTimer
@@ -23,7 +24,7 @@ from anemoi_dist.telemetry.progress import SpeedMeter, StepLine, open_progress
 _PHASES_OF_HEARTBEAT = {"data": "step"}
 
 
-class Telemetry:
+class Recorder:
     """Progress, event log and metrics of one attempt at a run.
 
     Every rank has one. Only the main rank's writes and shows anything; the others' measure phases and nothing else.
@@ -36,8 +37,6 @@ class Telemetry:
         ``config.telemetry`` is read.
     is_main : bool
         Whether this is rank 0.
-    total_steps : int
-        Optimizer steps of the whole run.
     first_step : int
         Optimizer steps done before this attempt: 0 for a new run.
 
@@ -47,16 +46,16 @@ class Telemetry:
         TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, run: RunDirectory, config: Config, *, is_main: bool, total_steps: int, first_step: int) -> None:
+    def __init__(self, run: RunDirectory, config: Config, *, is_main: bool, first_step: int) -> None:
         self._timer = PhaseTimer()
         self._is_main = is_main
         self._metrics: TensorBoardMetrics | None = None
         heartbeat.beat(step=first_step)
         if not is_main:
             return
+        self._total_steps = total_steps = config.training.max_steps
         heartbeat.note(total_steps=total_steps)
         self._interval_steps = config.telemetry.interval_steps
-        self._total_steps = total_steps
         self._speed = SpeedMeter(total_steps=total_steps)
         if config.telemetry.tensorboard:
             self._metrics = TensorBoardMetrics(run.metrics_dir, first_step=first_step)
@@ -122,7 +121,7 @@ class Telemetry:
             scalars = {f"training/{key}": float(value) for key, value in values.items() if value is not None}
             self._metrics.write(scalars, step=line.step)
 
-    def validation(self, step: int, split: str, scores: Sequence[Mapping[str, Any]], table_text: str) -> None:
+    def validation(self, step: int, split: str, evaluation: Evaluation) -> None:
         """Record the scores of one validation and show their table.
 
         Parameters
@@ -131,26 +130,15 @@ class Telemetry:
             Optimizer steps done.
         split : str
             ``validation`` or ``test``.
-        scores : Sequence[Mapping[str, Any]]
-            One for each forecast, variable and lead time: ``forecast``, ``variable``, ``lead_s``, ``rmse`` (physical
-            units), ``acc``.
-        table_text : str
-            The same for a reader.
+        evaluation : Evaluation
+            Scores and table.
         """
         if not self._is_main:
             return
-        self._log.write("validation", step=step, split=split, scores=list(scores))
-        self._progress.message(table_text)
+        self._log.write("validation", step=step, split=split, scores=list(evaluation.scores))
+        self._progress.message(f"{split} split after step {step}:\n{evaluation.table}")
         if self._metrics is not None:
-            self._metrics.write(
-                {
-                    f"{split}/{kind}/{score['variable']}/{score['forecast']}/{score['lead_s'] / 3600:g}h": score[kind]
-                    for score in scores
-                    for kind in ("rmse", "acc")
-                    if score.get(kind) is not None
-                },
-                step=step,
-            )
+            self._metrics.write({f"{split}/{name}": value for name, value in evaluation.metrics.items()}, step=step)
 
     def message(self, text: str) -> None:
         """Show a text that stays, above the bar where there is one."""

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from anemoi_dist.checkpoint.manifest import Origin
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.saver import Outcome, Saver
-from anemoi_dist.checkpoint.store import Store
 from anemoi_dist.config.schema import Config
-from anemoi_dist.data.batch import Batch
 from anemoi_dist.distributed.control_word import ControlWord, StopRequest
 from anemoi_dist.distributed.world import World, seed_step
 from anemoi_dist.engines.base import Engine, StepReport
 from anemoi_dist.errors import CheckpointError, DivergedError, StopRequestedError
-from anemoi_dist.evaluation.summary import Score, summarise
-from anemoi_dist.training.recorder import Telemetry
+from anemoi_dist.tasks.base import Batch, Task
+from anemoi_dist.training.recorder import Recorder
 
 
 @dataclass
@@ -59,18 +56,14 @@ class Trainer:
         This rank's place.
     engine : Engine
         Model, optimizer and schedule, spread over the ranks.
-    store : Store
-        Where checkpoints go.
-    telemetry : Telemetry
-        What is shown and recorded.
+    task : Task
+        Scores the model, and remembers what is neither tensor nor step.
+    saver : Saver
+        Saves what the engine holds.
+    recorder : Recorder
+        Shows and records what happens.
     stop : StopRequest
         This rank's own wish to stop.
-    validate : Callable[[str, int], Sequence[Score]]
-        Scores the forecast on a block of the data (``validation`` or ``test``) at a step. Collective.
-    origin : Origin
-        Recorded in every checkpoint.
-    broken : Collection[int], optional
-        Steps whose checkpoints failed verification at the start.
     """
 
     def __init__(
@@ -79,26 +72,24 @@ class Trainer:
         config: Config,
         world: World,
         engine: Engine,
-        store: Store,
-        telemetry: Telemetry,
+        task: Task,
+        saver: Saver,
+        recorder: Recorder,
         stop: StopRequest,
-        validate: Callable[[str, int], Sequence[Score]],
-        origin: Origin,
-        broken: Collection[int] = (),
     ) -> None:
         self.config, self.world, self.engine = config, world, engine
-        self.telemetry, self.stop, self.validate, self.origin = telemetry, stop, validate, origin
+        self.task, self.saver, self.recorder, self.stop = task, saver, recorder, stop
         self.progress = Progress()
-        self.saver = Saver(
-            store, world=world, config=config.checkpoint, origin=origin, report=self._record_save, broken=broken
-        )
+        saver.report = self._record_save
         self._clock = SaveClock(config.checkpoint.interval_minutes if world.is_main else None)
         self._saved_step: int | None = None
-        self._scores: tuple[int, dict[str, float]] = (0, {})
+        self._scores: tuple[int, Mapping[str, float]] = (0, {})
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
-        self.progress = Progress(**checkpoint.trainer()["progress"])
+        saved = checkpoint.trainer()
+        self.progress = Progress(**saved["progress"])
+        self.task.load_state_dict(saved.get("task", {}))  # 0.1.0 saved none
         self.engine.load(checkpoint, num_updates=self.progress.step)
         self._saved_step = self.progress.step
 
@@ -115,9 +106,9 @@ class Trainer:
         word = ControlWord(self.world)
         self.saver.prepare(self.engine.shards())
         while self.progress.step < self.config.training.max_steps:
-            with self.telemetry.phase("data"):
+            with self.recorder.phase("data"):
                 micro_batches = [batch.to(self.world.device) for batch in next(batches)]
-            with self.telemetry.phase("step"):
+            with self.recorder.phase("step"):
                 seed_step(self.config.run.seed, step=self.progress.step, rank=self.world.rank)
                 report = self.engine.train_step(micro_batches)
             self.progress.step += 1
@@ -125,7 +116,7 @@ class Trainer:
             if self._is_due(self.config.validation.interval_steps):
                 self._validate("validation")
             agreed = word.exchange(self.saver.word(stop=self.stop.value(), save_due=self._clock.is_due()))
-            with self.telemetry.phase("checkpoint"):
+            with self.recorder.phase("checkpoint"):
                 self.saver.advance(agreed)
                 if agreed.save_due or self._is_due(self.config.checkpoint.interval_steps):
                     self._save()
@@ -139,7 +130,7 @@ class Trainer:
         self.stop.clear()  # a request that came too late must not stop a continuation with more steps
 
     def _record(self, report: StepReport) -> None:
-        self.telemetry.step(
+        self.recorder.step(
             self.progress.step,
             report,
             num_samples=self.config.training.global_batch_size,
@@ -156,10 +147,11 @@ class Trainer:
         return interval_steps is not None and step % interval_steps == 0 and step < self.config.training.max_steps
 
     def _validate(self, split: str) -> None:
-        with self.telemetry.phase("validation"):
-            scores = self.validate(split, self.progress.step)
+        with self.recorder.phase("validation"):
+            evaluation = self.task.evaluate(split, evaluate=self.engine.evaluate, world=self.world)
+            self.recorder.validation(self.progress.step, split, evaluation)
         if split == "validation":
-            self._scores = (self.progress.step, summarise(scores))
+            self._scores = (self.progress.step, evaluation.summary)
 
     def _save(self) -> None:
         """Begin to save, unless this step is saved already."""
@@ -174,13 +166,14 @@ class Trainer:
             samples_seen=self.progress.step * self.config.training.global_batch_size,
             trainer={
                 "progress": dict(vars(self.progress)),
-                "scores": scores if scored_step == self.progress.step else {},
+                "scores": dict(scores) if scored_step == self.progress.step else {},
+                "task": self.task.state_dict(),
             },
         )
 
     def _save_and_wait(self) -> None:
         """Save and be sure of it: nothing comes after that could make up for a failure."""
-        with self.telemetry.phase("checkpoint"):
+        with self.recorder.phase("checkpoint"):
             self.saver.wait()
             self._save()
             self.saver.wait()
@@ -193,10 +186,10 @@ class Trainer:
             if self._saved_step == outcome.step:
                 self._saved_step = None
             reason = outcome.error or f"step {outcome.step} is not saved: the save before is not done"
-            self.telemetry.event("save_failed", step=outcome.step, reason=reason, skipped=outcome.skipped)
-            self.telemetry.message(reason)
+            self.recorder.event("save_failed", step=outcome.step, reason=reason, skipped=outcome.skipped)
+            self.recorder.message(reason)
             return
-        self.telemetry.event(
+        self.recorder.event(
             "checkpoint",
             step=outcome.step,
             path=outcome.name,
@@ -205,11 +198,11 @@ class Trainer:
             stalled_s=round(outcome.stalled_s, 4),
         )
         if outcome.note:
-            self.telemetry.message(f"warning: {outcome.note}")
-            self.telemetry.event("prune_failed", step=outcome.step, error=outcome.note)
+            self.recorder.message(f"warning: {outcome.note}")
+            self.recorder.event("prune_failed", step=outcome.step, error=outcome.note)
 
     def _leave(self, reason: str) -> None:
-        self.telemetry.event("stop_requested", step=self.progress.step, reason=reason)
+        self.recorder.event("stop_requested", step=self.progress.step, reason=reason)
         self._save_and_wait()
         self.stop.clear()
         raise StopRequestedError(self.progress.step, reason)

@@ -11,16 +11,18 @@ import torch
 
 from anemoi_dist.config.batch import BatchPlan
 from anemoi_dist.data.anemoi import open_split
-from anemoi_dist.data.loader import build_loader, collate
-from anemoi_dist.data.sampler import GlobalSampleOrder
+from anemoi_dist.data.batch import collate
+from anemoi_dist.data.loader import build_loader
+from anemoi_dist.data.sampler import GlobalSampleOrder, MicroBatchSampler
 
 PLAN = BatchPlan(global_size=8, micro_size=2, accumulation=2, world_size=2)
 
 
-def loader(data, **arguments):
+def loader(data, *, start_step=0):
     dataset = open_split(data, "train", rollout=1)
     order = GlobalSampleOrder(len(dataset), seed=5)
-    return build_loader(dataset, order=order, plan=PLAN, rank=1, data_config=data, **arguments)
+    sampler = MicroBatchSampler(order, plan=PLAN, rank=1, start_step=start_step)
+    return build_loader(dataset, sampler=sampler, collate=collate, data_config=data)
 
 
 def steps(data, count, **arguments):
@@ -105,7 +107,8 @@ def test_an_error_in_a_worker_reaches_the_trainer(waves):
         def __getitem__(self, index):
             raise OSError(f"sample {index} can't be read")
 
-    batches = build_loader(Broken(), order=GlobalSampleOrder(8, seed=0), plan=PLAN, rank=0, data_config=waves)
+    sampler = MicroBatchSampler(GlobalSampleOrder(8, seed=0), plan=PLAN, rank=0)
+    batches = build_loader(Broken(), sampler=sampler, collate=collate, data_config=waves)
     try:
         with pytest.raises(OSError, match="can't be read"):
             next(batches)
@@ -115,15 +118,17 @@ def test_an_error_in_a_worker_reaches_the_trainer(waves):
 
 SCRIPT = """
     import os, signal, sys, time
-    from anemoi_dist.config.schema import BatchPlan, DataConfig
+    from anemoi_dist.config.batch import BatchPlan
+    from anemoi_dist.config.schema import DataConfig
+    from anemoi_dist.data.batch import collate
     from anemoi_dist.data.anemoi import open_split
     from anemoi_dist.data.loader import build_loader
-    from anemoi_dist.data.sampler import GlobalSampleOrder
+    from anemoi_dist.data.sampler import GlobalSampleOrder, MicroBatchSampler
 
     data = DataConfig(kind="synthetic", dataset={"field_shape": [4, 8], "num_dates": 20}, num_workers=2)
     dataset = open_split(data, "train", rollout=1)
-    plan = BatchPlan(2, 2, 1, 1)
-    batches = build_loader(dataset, order=GlobalSampleOrder(len(dataset), seed=0), plan=plan, rank=0, data_config=data)
+    sampler = MicroBatchSampler(GlobalSampleOrder(len(dataset), seed=0), plan=BatchPlan(2, 2, 1, 1), rank=0)
+    batches = build_loader(dataset, sampler=sampler, collate=collate, data_config=data)
     next(batches)
     print(*(worker.pid for worker in batches.workers), flush=True)
 """

@@ -26,7 +26,7 @@ def train(world: World, engine: str, **training: int) -> tuple[list[float], list
     built = toy.build(world, config)
     losses = [built.train_step(toy.micro_batches(config, world, step)).loss for step in range(NUM_STEPS)]
     shards = toy.clone_shards(built)
-    prediction = built.predict(toy.make_batch(9), rollout=1)
+    prediction = built.evaluate(toy.make_batch(9), rollout=1)
     built.close()
     return losses, shards, prediction
 

@@ -45,7 +45,7 @@ def train(world: World, engine_name: str, training: dict[str, Any], poisoned: di
             for shard in before:
                 if shard.kind != "buffer":
                     assert torch.equal(after[shard.fqn, shard.kind], shard.tensor), f"{shard.fqn} {shard.kind}"
-    prediction = engine.predict(toy.make_batch(99, rollout=2), rollout=2)
+    prediction = engine.evaluate(toy.make_batch(99, rollout=2), rollout=2)
     result = {
         "shards": toy.clone_shards(engine),
         "reports": reports,

@@ -195,10 +195,10 @@ def gather_ahead(world: World) -> dict[str, Any]:
     saved: list[Any] = [None] * world.world_size
     dist.all_gather_object(saved, toy.clone_shards(engine))
     batch = toy.micro_batches(engine.config, world, 1)[0]
-    forecast = engine.predict(batch, rollout=1)
+    forecast = engine.evaluate(batch, rollout=1)
     engine.train_step(toy.micro_batches(engine.config, world, 1))
     engine.load(Whole(toy.whole_tensors(saved)), num_updates=1)  # makes stale what that step began to gather
-    is_same = torch.equal(engine.predict(batch, rollout=1), forecast)
+    is_same = torch.equal(engine.evaluate(batch, rollout=1), forecast)
     engine.close()
     return {"order": first_order, "num_squared": num_squared[0], "is_same": is_same}
 

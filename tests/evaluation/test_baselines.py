@@ -124,7 +124,7 @@ def test_reads_are_bounded_and_cover_the_day():
 
 def fit_on_rank(world):
     train = open_split(load("era5_sample"), "train", rollout=1)
-    baselines = Baselines.fit(train, rank=world.rank, world_size=world.world_size)
+    baselines = Baselines.fit(train, world=world)
     return baselines.climatology.numpy(), baselines.tide.numpy(), baselines.damping.numpy()
 
 

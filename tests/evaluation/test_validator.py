@@ -17,7 +17,7 @@ def validator(split="test", *, name="era5_sample", leads=(1, 2, 4), rollout=None
     train = open_split(data, "train", rollout=1)
     dataset = open_split(data, split, rollout=rollout or max(leads))
     baselines = Baselines.fit(train)
-    return Validator(dataset, baselines=baselines, spec=train.spec(), lead_steps=leads, **arguments)
+    return Validator(dataset, baselines=baselines, lead_steps=leads, **arguments)
 
 
 def noisy_persistence(batch, rollout):
@@ -94,7 +94,7 @@ def run_on_rank(world, batch_size, max_samples):
         calls += 1
         return noisy_persistence(batch, rollout)
 
-    check = validator(batch_size=batch_size, max_samples=max_samples, rank=world.rank, world_size=world.world_size)
+    check = validator(batch_size=batch_size, max_samples=max_samples, world=world)
     return check.run(predict), calls
 
 

@@ -45,28 +45,3 @@ def test_the_origin_names_the_engine_and_follows_the_configuration() -> None:
     first, second = _origin(toy.make_config("ddp")), _origin(toy.make_config("ddp", rollout=2))
     assert first.config_hash == _origin(toy.make_config("ddp")).config_hash != second.config_hash
     assert first.versions["torch"]
-
-
-def test_blocks_that_overlap_are_named(tmp_path) -> None:
-    from anemoi_dist.config.compose import compose
-    from anemoi_dist.data.anemoi import open_split
-    from anemoi_dist.run.directory import RunDirectory
-    from anemoi_dist.training.setup import Evaluation
-
-    def messages(*overrides: str) -> list[str]:
-        config = compose(list(overrides)).config
-        recorder = Recorder()
-        train = open_split(config.data, "train", rollout=1)
-        Evaluation(
-            config=config,
-            world=None,  # type: ignore[arg-type]
-            engine=None,  # type: ignore[arg-type]
-            run=RunDirectory(tmp_path),
-            telemetry=recorder,  # type: ignore[arg-type]
-            train=train,
-        )
-        return recorder.messages
-
-    assert messages() == []
-    (message,) = messages("data.train.end=2025-12-23")
-    assert "8 of the 16 dates of the validation block are in the training block" in message

@@ -16,12 +16,13 @@ from support.saving import ORIGIN
 
 from anemoi_dist.checkpoint import saver as saver_module
 from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.checkpoint.saver import Saver
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.distributed.control_word import REASONS
 from anemoi_dist.engines.base import StepReport
 from anemoi_dist.errors import CheckpointError, DivergedError, StopRequestedError
-from anemoi_dist.evaluation.summary import Score
+from anemoi_dist.tasks.base import Evaluation
 from anemoi_dist.training.trainer import SaveClock, Trainer
 
 
@@ -45,14 +46,38 @@ class CountingEngine:
     def schedule_values(self) -> dict[str, Any]:
         return {}
 
+    def evaluate(self, batch: Any, **evaluation: Any) -> torch.Tensor:
+        return self.count
+
+
+class CountingTask:
+    """Counts what it is asked for, and remembers the count."""
+
+    def __init__(self) -> None:
+        self.num_evaluated, self.summary = 0, {}
+
+    def evaluate(self, split: str, **_: Any) -> Evaluation:
+        self.num_evaluated += 1
+        return Evaluation(summary=self.summary)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_evaluated": self.num_evaluated}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_evaluated = state.get("num_evaluated", 0)
+
 
 class Recorder:
-    """Telemetry that remembers."""
+    """A recorder that remembers."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
         self.steps: list[int] = []
         self.messages: list[str] = []
+        self.scored: list[tuple[str, int]] = []
+
+    def validation(self, step: int, split: str, evaluation: Evaluation) -> None:
+        self.scored.append((split, step))
 
     def event(self, name: str, *, step: int, **fields: Any) -> None:
         self.events.append((name, step))
@@ -98,18 +123,22 @@ def make(
         setattr(config.checkpoint, key, value)
     config.validation.interval_steps = 3
     recorder = Recorder()
-    scored: list[tuple[str, int]] = []
+    task = CountingTask()
     trainer = Trainer(
         config=config,
         world=world,
         engine=CountingEngine(bad_steps=set(bad_steps)),  # type: ignore[arg-type]
-        store=LocalStore(folder),
-        telemetry=recorder,  # type: ignore[arg-type]
+        task=task,  # type: ignore[arg-type]
+        saver=Saver(
+            LocalStore(folder),
+            world=world,
+            config=config.checkpoint,
+            origin=ORIGIN,
+        ),
+        recorder=recorder,  # type: ignore[arg-type]
         stop=Wish(recorder, at_step=stop_at),  # type: ignore[arg-type]
-        validate=lambda split, step: scored.append((split, step)) or [],
-        origin=ORIGIN,
     )
-    return trainer, recorder, scored
+    return trainer, recorder, recorder.scored
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +219,7 @@ def test_the_best_by_its_score_is_kept(world, tmp_path: Path) -> None:
     trainer, _, _ = make(world, tmp_path, checkpoint=checkpoint)
     trainer.config.validation.interval_steps = 2
 
-    def validate(split: str, step: int) -> list[Score]:
-        return [Score("model", "msl", 1, rmse[step], 0.5), Score("persistence", "msl", 1, 1.0, 0.5)]
-
-    trainer.validate = validate
+    trainer.task.evaluate = lambda split, **_: Evaluation(summary={"rmse": rmse[trainer.progress.step], "acc": 0.5})
     trainer.fit(batches())
     assert LocalStore(tmp_path).steps() == [10, 4]
     assert Checkpoint(tmp_path / "step-00000004").trainer()["scores"] == {"rmse": 0.3, "acc": 0.5}
@@ -256,3 +282,16 @@ def test_skipped_updates_that_are_not_in_a_row_are_borne(world, tmp_path: Path) 
     trainer, recorder, _ = make(world, tmp_path, bad_steps={1, 2, 4, 5, 7, 8})
     trainer.fit(batches())
     assert recorder.steps[-1] == 10
+
+
+def test_what_the_task_remembers_is_saved_and_given_back(world, tmp_path: Path) -> None:
+    trainer, _, _ = make(world, tmp_path, stop_at=5)
+    with pytest.raises(StopRequestedError):
+        trainer.fit(batches())
+    num_evaluated = trainer.task.num_evaluated
+    assert num_evaluated > 0
+    again, _, _ = make(world, tmp_path)
+    checkpoint = Checkpoint(LocalStore(tmp_path).path(trainer.progress.step))
+    again.resume(checkpoint)
+    checkpoint.close()
+    assert again.task.num_evaluated == num_evaluated

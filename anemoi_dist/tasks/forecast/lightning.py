@@ -61,8 +61,6 @@ def as_lightning(module: BaseGraphModule) -> LightningModule:
             set_num_updates(scheduler, self.trainer.global_step)
 
         def _loss(self, batch: Batch) -> Tensor:
-            batch = Batch(*batch)
-            rollout = self.module.config.training.rollout
-            return self.module.loss(self.module(batch, rollout=rollout), batch)
+            return self.module(Batch(*batch))
 
     return LightningBaseGraphModule()

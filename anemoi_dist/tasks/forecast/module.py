@@ -20,6 +20,7 @@ from anemoi_dist.data.batch import Batch, DataSpec
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.factory import create_optimizer
 from anemoi_dist.optimizers.learning_rate import create_scheduler, scaled_rate
+from anemoi_dist.tasks.base import TaskModule
 
 
 class Float32Constants(nn.Module):
@@ -56,7 +57,7 @@ class Float32Constants(nn.Module):
         return self
 
 
-class BaseGraphModule(nn.Module):
+class BaseGraphModule(TaskModule):
     """Model, loss, optimizer and scheduler of one configuration.
 
     Parameters
@@ -73,24 +74,37 @@ class BaseGraphModule(nn.Module):
     model : torch.nn.Module
         Normalised states (batch, time, ensemble, grid, variable) to the normalised tendency
         (batch, ensemble, grid, prognostic variable).
-    compute_dtype : torch.dtype
-        What the model's input is cast to. An engine that casts the model's weights sets this too.
-    autocast_dtype : torch.dtype or None
-        What the model computes in under autocast. For an engine that keeps float32 weights.
     """
 
     def __init__(self, config: Config, *, spec: DataSpec, world_size: int = 1) -> None:
         super().__init__()
         self.config, self.spec, self.world_size = config, spec, world_size
         self.allowed_targets = tuple(config.security.allowed_targets)
-        self.compute_dtype = torch.float32
-        self.autocast_dtype: torch.dtype | None = None
         self.model = build_model(config.model, spec, self.allowed_targets)
         self.constants = _constants(spec)
         self._prognostic: Tensor
         self.register_buffer("_prognostic", torch.tensor(spec.prognostic_indices), persistent=False)
 
-    def forward(self, batch: Batch, *, rollout: int) -> Tensor:
+    def forward(self, batch: Batch, *, rollout: int | None = None) -> Tensor:  # type: ignore[override]
+        """Return the loss of a batch; with ``rollout``, its forecast in physical units.
+
+        Parameters
+        ----------
+        batch : Batch
+            Physical units. For the loss with the true states of ``training.rollout`` forecast steps.
+        rollout : int, optional
+            Steps to forecast.
+
+        Returns
+        -------
+        torch.Tensor
+            float32: a scalar, or shape (batch, rollout, ensemble, grid, prognostic variable).
+        """
+        if rollout is not None:
+            return self.denormalise(self.forecast(batch, rollout=rollout))
+        return self.loss(self.forecast(batch, rollout=self.config.training.rollout), batch)
+
+    def forecast(self, batch: Batch, *, rollout: int) -> Tensor:
         """Forecast ``rollout`` steps, each from the forecasts before it and the true forcings of its date.
 
         Parameters
@@ -129,7 +143,7 @@ class BaseGraphModule(nn.Module):
         Parameters
         ----------
         prediction : torch.Tensor
-            What :meth:`forward` returned.
+            What :meth:`forecast` returned.
         batch : Batch
             The same batch, with the true states of all forecast steps.
 

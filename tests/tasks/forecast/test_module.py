@@ -78,7 +78,7 @@ def make_batch(*, states: int = 4, size: int = 2) -> Batch:
 
 def test_zero_tendency_is_persistence_in_physical_units():
     module, batch = make_module(), make_batch()
-    forecast = module.denormalise(module(batch, rollout=2))
+    forecast = module.denormalise(module.forecast(batch, rollout=2))
     expected = batch.fields[:, 1:2][..., [0, 2]].expand(-1, 2, -1, -1, -1)
     torch.testing.assert_close(forecast, expected, rtol=1e-6, atol=0)
     assert forecast.dtype == torch.float32
@@ -86,13 +86,13 @@ def test_zero_tendency_is_persistence_in_physical_units():
 
 def test_one_normalised_tendency_is_one_tendency_stdev():
     module, batch = make_module(model={"_target_": f"{__name__}.Constant", "value": 1.0}), make_batch()
-    change = module.denormalise(module(batch, rollout=1))[:, 0] - batch.fields[:, 1][..., [0, 2]]
+    change = module.denormalise(module.forecast(batch, rollout=1))[:, 0] - batch.fields[:, 1][..., [0, 2]]
     torch.testing.assert_close(change, torch.tensor([250.0, 2.0]).expand_as(change), rtol=1e-4, atol=0.02)
 
 
 def test_rollout_sees_its_own_forecasts_and_the_true_forcings():
     module, batch = make_module(model={"_target_": f"{__name__}.Constant", "value": 1.0}), make_batch(states=5)
-    forecast = module(batch, rollout=3)
+    forecast = module.forecast(batch, rollout=3)
     truth = module.normalise(batch.fields)
     for step, seen in enumerate(module.model.seen):
         assert torch.equal(seen[..., 1], truth[:, step : step + 2, ..., 1])
@@ -103,21 +103,21 @@ def test_rollout_sees_its_own_forecasts_and_the_true_forcings():
 def test_the_last_true_state_is_not_needed_to_forecast():
     module, batch = make_module(), make_batch(states=4)
     short = Batch(batch.fields[:, :3], batch.dates)
-    assert torch.equal(module(batch, rollout=2), module(short, rollout=2))
+    assert torch.equal(module.forecast(batch, rollout=2), module.forecast(short, rollout=2))
     with pytest.raises(ValueError, match="needs 4 states"):
-        module(short, rollout=3)
+        module.forecast(short, rollout=3)
 
 
 def test_forecast_does_not_read_the_future():
     module, batch = make_module(), make_batch(states=4)
     future = batch.fields.clone()
     future[:, 2:, ..., [0, 2]] = torch.nan
-    assert torch.equal(module(batch, rollout=2), module(Batch(future, batch.dates), rollout=2))
+    assert torch.equal(module.forecast(batch, rollout=2), module.forecast(Batch(future, batch.dates), rollout=2))
 
 
 def test_loss_is_the_area_weighted_error_in_tendency_units():
     module, batch = make_module(), make_batch()
-    prediction = module(batch, rollout=2)
+    prediction = module.forecast(batch, rollout=2)
     weight = np.cos(np.deg2rad(SPEC.latitudes))
     weight /= weight.mean()
     fields = batch.fields.double().numpy()
@@ -130,7 +130,7 @@ def test_loss_is_the_area_weighted_error_in_tendency_units():
 
 def test_an_error_at_the_pole_row_costs_nothing():
     module, batch = make_module(), make_batch()
-    prediction = module(batch, rollout=1)
+    prediction = module.forecast(batch, rollout=1)
     worse = prediction.clone()
     worse[..., 0, :] += 10
     torch.testing.assert_close(module.loss(worse, batch), module.loss(prediction, batch))
@@ -151,7 +151,7 @@ def test_constants_stay_float32_to_the_last_digit(dtype):
 def test_low_precision_model_forecasts_float32():
     module, batch = make_module().bfloat16(), make_batch()
     module.compute_dtype = torch.bfloat16
-    forecast = module(batch, rollout=2)
+    forecast = module.forecast(batch, rollout=2)
     assert module.model.seen[0].dtype == torch.bfloat16
     assert forecast.dtype == torch.float32
     torch.testing.assert_close(module.denormalise(forecast)[:, 0], batch.fields[:, 1][..., [0, 2]], rtol=1e-6, atol=0)
@@ -161,7 +161,7 @@ def test_autocast_computes_low_with_float32_weights():
     node = {"_target_": f"{__name__}.Linear"}
     module, batch = make_module(model=node), make_batch()
     module.autocast_dtype = torch.bfloat16
-    forecast = module(batch, rollout=2)
+    forecast = module.forecast(batch, rollout=2)
     module.loss(forecast, batch).backward()
     assert module.model.computed_in == torch.bfloat16
     assert forecast.dtype == torch.float32
@@ -224,7 +224,7 @@ def test_training_lowers_the_loss():
     optimizer = module.configure_optimizers()["optimizer"]
     first = last = math.nan
     for step in range(20):
-        loss = module.loss(module(batch, rollout=2), batch)
+        loss = module.loss(module.forecast(batch, rollout=2), batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

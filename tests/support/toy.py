@@ -148,7 +148,7 @@ def reference(config: Config, num_steps: int) -> tuple[dict[str, torch.Tensor], 
     losses, norms = [], []
     for step in range(num_steps):
         batch = make_batch(step, rollout=config.training.rollout)
-        loss = module.loss(module(batch, rollout=config.training.rollout), batch)
+        loss = module(batch)
         loss.backward()
         limit = config.training.clip_grad_norm or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), limit)))

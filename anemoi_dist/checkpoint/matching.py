@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from anemoi_dist.checkpoint.shard import ShardSource, TensorInfo
+from anemoi_dist.config.tree import is_below
 from anemoi_dist.errors import CheckpointError
 
 Key = tuple[str, str]
@@ -36,7 +37,7 @@ def renamed(name: str, rename: Mapping[str, str]) -> str:
     for old in sorted(rename, key=len, reverse=True):
         if name == old:
             return rename[old]
-        if not old or name.startswith(f"{old}."):
+        if not old or is_below(name, (old,)):
             rest = name[len(old) :].lstrip(".")
             return f"{rename[old]}.{rest}" if rename[old] else rest
     return name
@@ -204,7 +205,7 @@ def _rename(available: Mapping[Key, TensorInfo], rename: Mapping[str, str], repo
     names: dict[Key, Key] = {}
     fqns = {fqn for fqn, _ in available}
     for old, new in rename.items():
-        if not any(_is_below(fqn, old) for fqn in fqns) and not any(_is_below(fqn, new) for fqn in fqns):
+        if old and new and not any(is_below(fqn, (old, new)) for fqn in fqns):
             near = difflib.get_close_matches(old, sorted(fqns), n=3)
             report.renames.append(f"  {old}: not in the checkpoint" + (f"; nearest: {', '.join(near)}" if near else ""))
     for key in available:
@@ -213,10 +214,6 @@ def _rename(available: Mapping[Key, TensorInfo], rename: Mapping[str, str], repo
             report.renames.append(f"  {names[ours][0]} and {key[0]} would both be {ours[0]} ({ours[1]})")
         names[ours] = key
     return names
-
-
-def _is_below(name: str, prefix: str) -> bool:
-    return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
 def _difference(kind: str, info: TensorInfo, found: TensorInfo | None) -> str | None:

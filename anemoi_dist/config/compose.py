@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,18 @@ from typing import Any
 import yaml
 
 from anemoi_dist.config.identity import derive_run_id
-from anemoi_dist.config.overrides import CONFIGS_DIR, KeyEdit, available_groups, check_edit, parse_overrides
-from anemoi_dist.config.parse import from_container, refuse_missing, refuse_unknown, schema_keys, unknown_keys
+from anemoi_dist.config.overrides import CONFIGS_DIR, KeyEdit, available_groups, parse_overrides
+from anemoi_dist.config.parse import (
+    from_container,
+    refuse_missing,
+    refuse_unknown,
+    schema_keys,
+    unknown_key,
+    unknown_keys,
+)
 from anemoi_dist.config.profiles import absolute_profile, read_profile
 from anemoi_dist.config.provenance import COMMAND_LINE, DERIVED, Provenance
-from anemoi_dist.config.schema import Config
+from anemoi_dist.config.schema import FREE_FORM, Config
 from anemoi_dist.config.tree import find, leaves, place, read_yaml, remove
 from anemoi_dist.errors import ConfigError
 
@@ -145,7 +152,7 @@ class _Builder:
         replacing = {f"{node}.{choice}" for node, choice in CHOICE_NODES.items()}
         known = schema_keys()
         for edit in sorted(edits, key=lambda edit: edit.key not in replacing):
-            check_edit(edit, self.container, known=known)
+            _check_edit(edit, self.container, known=known)
             if edit.action == "delete":
                 if find(self.container, edit.key)[0]:
                     remove(self.container, edit.key)
@@ -186,6 +193,19 @@ class _Builder:
             config.run.id = derive_run_id(config, choices=self.choices)
             provenance["run.id"] = DERIVED
         return Composed(config, provenance, self.messages, self.choices)
+
+
+def _check_edit(edit: KeyEdit, container: dict[str, Any], *, known: Iterable[str]) -> None:
+    """Raise :class:`ConfigError` where Hydra forbids the edit: ``key=`` needs an existing key, ``+key=`` a new one."""
+    exists, present = find(container, edit.key)
+    if edit.action == "add" and exists:
+        raise ConfigError(edit.key, edit.value, f"exists already ({present!r})", fix=f"{edit.text[1:]} changes it")
+    if edit.action == "delete" and exists and edit.value is not None and edit.value != present:
+        raise ConfigError(edit.key, edit.value, f"is {present!r}, so nothing was deleted", fix=f"~{edit.key}")
+    needs_key = edit.action == "delete" or (edit.action == "set" and edit.key not in set(known))
+    if needs_key and not exists:
+        hint = f"+{edit.text} adds it" if edit.action == "set" and edit.key.startswith(FREE_FORM) else ""
+        raise unknown_key(edit.key, edit.value, known=[key for key, _ in leaves(container)], hint=hint)
 
 
 def _hydra_compose(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from anemoi_dist.config.tree import leaves
+from anemoi_dist.config.tree import is_below, leaves
 from anemoi_dist.errors import ConfigError
 
 if TYPE_CHECKING:  # OmegaConf, which the schema imports, would slow down every command about a run
@@ -38,11 +38,6 @@ def derive_run_id(config: Config, *, choices: dict[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
     parts = [re.sub(r"[^A-Za-z0-9_.]+", "-", choices[group]).strip("-._")[:16] for group in ("data", "model", "engine")]
     return "-".join([*filter(None, parts), digest])
-
-
-def is_below(key: str, nodes: Sequence[str]) -> bool:
-    """Whether a dotted key is one of ``nodes`` or lies below one."""
-    return any(key == node or key.startswith(f"{node}.") for node in nodes)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from anemoi_dist.config.schema import LauncherConfig, SlurmConfig
 from anemoi_dist.errors import ConfigError
-
-if TYPE_CHECKING:
-    from anemoi_dist.config.schema import LauncherConfig
 
 #: ``#SBATCH`` options that follow from other keys, with the key to set instead; ours alone where there is none.
 TAKEN_OPTIONS = {
@@ -86,6 +84,9 @@ def _longer(limit_s: int, signal_s: int) -> str:
 def check_launcher(launcher: LauncherConfig) -> None:
     """Raise :class:`ConfigError` for the first rule that ``launcher`` breaks."""
     slurm = launcher.slurm
+    if launcher.hostfile is not None and launcher.kind != "mpi":
+        rule = f"has no effect with launcher.kind={launcher.kind}"
+        raise ConfigError("launcher.hostfile", launcher.hostfile, rule, fix="launcher=mpi, or leave it out")
     if launcher.kind == "local":
         _refuse_without_effect(launcher)
     if launcher.time is not None:
@@ -129,8 +130,6 @@ def _refuse_without_effect(launcher: LauncherConfig) -> None:
         raise ConfigError(
             "launcher.nodes", launcher.nodes, "is more than this machine", fix="launcher=slurm, launcher=mpi, or 1"
         )
-    from anemoi_dist.config.schema import LauncherConfig, SlurmConfig
-
     for prefix, group, defaults, keys in (
         ("", launcher, LauncherConfig(), ("profile", "time", "max_requeues", "max_retries", "ranks_by")),
         ("slurm.", launcher.slurm, SlurmConfig(), vars(launcher.slurm)),

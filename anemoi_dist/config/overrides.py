@@ -7,13 +7,12 @@ lies between the two. No torch, and Hydra only when something is parsed: ``--hel
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import anemoi_dist.configs
-from anemoi_dist.config.tree import find
 from anemoi_dist.errors import ConfigError
 
 #: The package's own groups.
@@ -163,41 +162,3 @@ def _choose(edit: KeyEdit, groups: dict[str, tuple[str, ...]], choices: dict[str
     if group in choices:
         raise ConfigError(group, option, f"the group was already set to {choices[group]!r}", fix="give one of the two")
     choices[group] = option
-
-
-def check_edit(edit: KeyEdit, container: dict[str, Any], *, known: Iterable[str]) -> None:
-    """Raise :class:`ConfigError` where Hydra forbids the edit: ``key=`` needs an existing key, ``+key=`` a new one.
-
-    Parameters
-    ----------
-    edit : KeyEdit
-        The edit.
-    container : dict[str, Any]
-        The configuration that it will be applied to.
-    known : Iterable[str]
-        Keys that exist by schema though the configuration does not mention them.
-    """
-    from anemoi_dist.config.parse import unknown_key
-    from anemoi_dist.config.tree import leaves
-
-    exists, present = find(container, edit.key)
-    if edit.action == "add" and exists:
-        raise ConfigError(edit.key, edit.value, f"exists already ({present!r})", fix=f"{edit.text[1:]} changes it")
-    if edit.action == "delete" and exists and edit.value is not None and edit.value != present:
-        raise ConfigError(edit.key, edit.value, f"is {present!r}, so nothing was deleted", fix=f"~{edit.key}")
-    needs_key = edit.action == "delete" or (edit.action == "set" and edit.key not in set(known))
-    if needs_key and not exists:
-        hint = f"+{edit.text} adds it" if edit.action == "set" and edit.key.startswith(FREE_FORM) else ""
-        raise unknown_key(edit.key, edit.value, known=[key for key, _ in leaves(container)], hint=hint)
-
-
-#: Nodes whose keys belong to somebody else: a model's or an optimizer's arguments, open_dataset's options.
-FREE_FORM = (
-    "model.",
-    "training.optimizer.",
-    "training.scheduler.",
-    "engine.options.",
-    "data.options.",
-    "data.dataset.",
-    "launcher.slurm.options.",
-)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from anemoi_dist.config.tree import leaves
+from anemoi_dist.config.tree import is_below, leaves
 
 DEFAULT = "default (anemoi_dist/config/schema.py)"
 
@@ -36,7 +36,7 @@ class Provenance:
 
     def forget(self, key: str) -> None:
         """Drop ``key`` and what is below it."""
-        for name in [name for name in self._origins if name == key or name.startswith(f"{key}.")]:
+        for name in [name for name in self._origins if is_below(name, (key,))]:
             del self._origins[name]
 
     def of(self, container: dict[str, Any]) -> dict[str, str]:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from anemoi_dist.config.timm_scheduler import load_timm_scheduler
+from anemoi_dist.config.tree import is_below
 from anemoi_dist.errors import ConfigError
 
 BUILT_IN_ALLOWED = ("torch.optim", "timm.scheduler", "anemoi_dist", "anemoi.models")
@@ -53,17 +55,17 @@ def resolve_target(
     if not isinstance(name, str) or not _DOTTED.fullmatch(name) or "__" in name:
         raise ConfigError(key, name, "must be an import path such as torch.optim.AdamW", valid=prefixes)
     name = ALIASES.get(name, name)
-    if not _covered(name, prefixes):
+    if not is_below(name, prefixes):
         raise _refusal(key, name, name, prefixes)
     target = _walk(name, key=key, prefixes=prefixes)
     if not callable(target):
         raise ConfigError(key, name, f"must name a class or function, not a {type(target).__name__}")
     # An instance or a partial has no name of its own, so nothing says where it is from.
     canonical = f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', None)}"
-    if not _covered(canonical, prefixes):
+    if not is_below(canonical, prefixes):
         raise _refusal(key, name, canonical, prefixes)
     is_kind = isinstance(target, type) and issubclass(target, base)
-    if not is_kind and (isinstance(target, type) or not _covered(canonical, trusted)):
+    if not is_kind and (isinstance(target, type) or not is_below(canonical, trusted)):
         kinds = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in _as_tuple(base))
         raise ConfigError(
             key,
@@ -104,7 +106,7 @@ def _walk(name: str, *, key: str, prefixes: tuple[str, ...]) -> Any:
             if found is None:
                 near = difflib.get_close_matches(part, dir(target), n=5, cutoff=0.5)
                 raise ConfigError(key, name, f"{'.'.join(parts[:depth])} has no {part!r}", valid=near)
-        if isinstance(found, ModuleType) and found.__name__ != path and not _covered(found.__name__, prefixes):
+        if isinstance(found, ModuleType) and found.__name__ != path and not is_below(found.__name__, prefixes):
             raise _refusal(key, name, found.__name__, prefixes)
         target = found
     return target
@@ -112,12 +114,10 @@ def _walk(name: str, *, key: str, prefixes: tuple[str, ...]) -> Any:
 
 def _first_module(name: str, *, key: str, prefixes: tuple[str, ...]) -> tuple[ModuleType, int]:
     """Import the longest part of ``name`` that a prefix spells out and that is a module."""
-    if _covered(name, ("timm.scheduler",)):
-        from anemoi_dist.config.timm_scheduler import load_timm_scheduler
-
+    if is_below(name, ("timm.scheduler",)):
         return load_timm_scheduler(), 2
     parts = name.split(".")
-    longest = max(len(prefix.split(".")) for prefix in prefixes if _covered(name, (prefix,)))
+    longest = max(len(prefix.split(".")) for prefix in prefixes if is_below(name, (prefix,)))
     for depth in range(1, longest + 1):
         path = ".".join(parts[:depth])
         try:
@@ -143,10 +143,6 @@ def _import_if_there(path: str, *, key: str, name: str) -> ModuleType | None:
         raise ConfigError(key, name, f"cannot be imported: {error}", fix=f"install {error.name}") from error
     except ImportError as error:
         raise ConfigError(key, name, f"cannot be imported: {error}") from error
-
-
-def _covered(name: str, prefixes: Iterable[str]) -> bool:
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _checked_prefixes(allowed: Iterable[str]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,11 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}.{name}" if prefix else str(name))
     elif prefix:
         yield prefix, node
+
+
+def is_below(key: str, nodes: Iterable[str]) -> bool:
+    """Whether a dotted key is one of ``nodes`` or lies below one."""
+    return any(key == node or key.startswith(f"{node}.") for node in nodes)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from anemoi_dist.config.identity import HARMLESS, Change, changes_table, config_changes, is_below
+from anemoi_dist.config.identity import HARMLESS, Change, changes_table, config_changes
 from anemoi_dist.config.parse import to_yaml
 from anemoi_dist.config.schema import GUARDED, Config
-from anemoi_dist.config.tree import leaves, read_yaml
+from anemoi_dist.config.tree import is_below, leaves, read_yaml
 from anemoi_dist.errors import ConfigError, PreflightError
 from anemoi_dist.run.directory import RunDirectory, write_atomically
 from anemoi_dist.run.lock import Hold, hold_launch

@@ -20,7 +20,7 @@ from anemoi_dist.config.identity import config_changes
 from anemoi_dist.config.launcher_checks import parse_time_limit
 from anemoi_dist.config.provenance import DERIVED
 from anemoi_dist.config.schema import GUARDED, Config
-from anemoi_dist.config.tree import read_yaml
+from anemoi_dist.config.tree import is_below, read_yaml
 from anemoi_dist.errors import ConfigError, ExitCode, PreflightError
 from anemoi_dist.run.attempt import is_finished
 from anemoi_dist.run.directory import RunDirectory, write_atomically
@@ -136,7 +136,7 @@ def _is_finished(request: Request) -> bool:
     if request.command is not None or not run.config_file.is_file() or not is_finished(run, max_steps=max_steps):
         return False
     changes = config_changes(read_yaml(run.config_file), asdict(request.config))
-    if any(change.key == node or change.key.startswith(f"{node}.") for change in changes for node in GUARDED.values()):
+    if any(is_below(change.key, GUARDED.values()) for change in changes):
         return False  # of another run: preparing it says what is wrong
     print(
         f"run {run.run_id} is finished (training.max_steps={max_steps}); "

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from anemoi_dist.config.compose import Composed, compose
-from anemoi_dist.config.overrides import FREE_FORM, available_groups
+from anemoi_dist.config.overrides import available_groups
 from anemoi_dist.config.parse import schema_keys
+from anemoi_dist.config.schema import FREE_FORM
 from anemoi_dist.config.tree import leaves
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.launch.commands.parser import build_parser

@@ -22,6 +22,7 @@ from anemoi_dist.checkpoint.saver import Saver
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import Folder
 from anemoi_dist.config.schema import CheckpointConfig
+from anemoi_dist.config.tree import is_below
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.lock import owned
@@ -160,7 +161,7 @@ def _named(shards: list[Shard], rename: Mapping[str, str]) -> list[Shard]:
     wrapped = all(shard.fqn.startswith("module.") for shard in shards)
     plain = {shard.fqn: shard.fqn.removeprefix("module.") if wrapped else shard.fqn for shard in shards}
     for old in rename:
-        if old and not any(name == old or name.startswith(f"{old}.") for name in plain.values()):
+        if old and not any(is_below(name, (old,)) for name in plain.values()):
             raise ConfigError("--rename", old, "is the name of nothing in the source", valid=_near(old, plain.values()))
     taken: dict[str, str] = {}
     for name in plain.values():

@@ -11,12 +11,11 @@ import time
 
 from anemoi_dist.errors import ConfigError, ExitCode, PreflightError
 from anemoi_dist.run.directory import RunDirectory
-from anemoi_dist.run.records import whole
 
 from ..status import journal
-from ..status.derive import RunStatus
 from ..status.files import Facts, gather, launcher_alive
 from ..status.inspection import inspect_run
+from ..status.run_status import RunStatus
 from ..status.slurm_queue import SlurmQueue
 from .arguments import locate_run
 
@@ -24,7 +23,7 @@ from .arguments import locate_run
 _GRACE_S = 5.0
 #: The first lets the ranks save if they can in that time, the second kills them, the third does not even ask.
 _SIGNALS = {"SIGTERM": signal.SIGTERM, "a second SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
-_LOOK_S = 0.05
+_POLL_S = 0.05
 
 
 def run(options: argparse.Namespace) -> int:
@@ -54,32 +53,32 @@ def _cancel_job(run: RunDirectory, job_id: str, status: RunStatus) -> None:
 
 def _cancel_process(run: RunDirectory, facts: Facts) -> None:
     """End the launcher on this machine; its ranks end with it."""
-    event = journal.last(facts.launch, "launch")
-    if event is None:
+    launched = journal.last(facts.launch, "launch")
+    if launched is None:
         host = f" on {facts.owner_host}" if facts.owner_host else ""
         raise PreflightError(
             f"run {run.run_id} was not started by anemoi-dist{host}: end what started it, torchrun for one; "
             f"`anemoi-dist stop {run.run_id}` asks it to save and stop"
         )
-    host, pid = str(event.get("host", "?")), whole(event.get("pid"))
-    if host != socket.gethostname():
+    pid = launched.pid
+    if launched.host != socket.gethostname():
         raise PreflightError(
-            f"run {run.run_id} was started on {host} by process {pid}: cancel it there; "
+            f"run {run.run_id} was started on {launched.host or '?'} by process {pid}: cancel it there; "
             f"`anemoi-dist stop {run.run_id}` asks it from here to save and stop"
         )
     journal.note_if_possible(run, "cancel")
-    by = _end(facts, pid or 0)
-    print(f"process {pid} was gone already" if by is None else f"process {pid} was ended by {by}")
+    means = _end(facts, pid or 0)
+    print(f"process {pid} was gone already" if means is None else f"process {pid} was ended by {means}")
 
 
 def _end(facts: Facts, pid: int) -> str | None:
-    """End the launcher and return by what; its pid may have been given to another process meanwhile: never that one."""
+    """End the launcher and return by which signal; None if it is gone. A process that reuses its pid is left alone."""
     try:
         handle = os.pidfd_open(pid)
     except (OSError, ValueError, OverflowError):
         return None
     try:
-        # The handle stands for one process for good; is it the one that was noted?
+        # The handle names one process for good, so the check that it is the launcher cannot be outdated.
         if not launcher_alive(facts.launch):
             return None
         for name, number in _SIGNALS.items():
@@ -89,7 +88,7 @@ def _end(facts: Facts, pid: int) -> str | None:
             while launcher_alive(facts.launch):
                 if time.monotonic() > deadline:
                     break
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
             else:
                 return name
         raise PreflightError(f"process {pid} did not end, not even by SIGKILL: it may wait for a file system")

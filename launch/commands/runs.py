@@ -13,9 +13,9 @@ from anemoi_dist.errors import ConfigError, ExitCode
 from anemoi_dist.telemetry.progress import format_duration, format_number
 
 from ..status import journal
-from ..status.derive import RunStatus, format_ago
 from ..status.files import Facts, gather
 from ..status.inspection import all_runs, inspect_runs
+from ..status.run_status import RunStatus, format_ago
 from ..status.slurm_queue import SlurmQueue
 
 _COLUMNS = ("run", "state", "attempt", "job", "step", "samples/s", "loss", "last seen", "time left")
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
 def _since(facts: Facts) -> tuple[float, str]:
     """Return what sorts runs: those started last are at the end, where the eye is."""
     begun = journal.last(facts.launch, "submit", "launch")
-    times = [begun["time"] if begun is not None else 0.0]
+    times = [begun.time if begun is not None else 0.0]
     times += [attempt.started for attempt in facts.attempts[-1:] if attempt.started is not None]
     return max(times), facts.run_id
 

@@ -14,8 +14,8 @@ from anemoi_dist.errors import ExitCode
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.telemetry.progress import format_duration, format_number
 
-from ..status.derive import STATES, RunStatus, format_ago
 from ..status.inspection import follow, inspect_run
+from ..status.run_status import STATES, RunStatus, format_ago
 from .arguments import locate_run
 
 #: A line comes at least so often while a run is followed and nothing changes.

@@ -7,9 +7,9 @@ import argparse
 from anemoi_dist.errors import ConfigError, ExitCode
 
 from ..status import journal
-from ..status.derive import RunStatus
 from ..status.files import gather
 from ..status.inspection import inspect_run
+from ..status.run_status import RunStatus
 from .arguments import locate_run
 
 

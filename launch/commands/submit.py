@@ -226,7 +226,7 @@ def _dependency(options: argparse.Namespace, config: Config) -> tuple[str | None
             f"run {run.run_id} was never submitted and is not finished: there is no job to wait for\n"
             f"  fix: `anemoi-dist submit run.id={run.run_id} ...` first, or leave --after out"
         )
-    job = SlurmQueue().view(str(submitted["job_id"]))
+    job = SlurmQueue().view(str(submitted.job_id))
     if not job.is_over:
         return run.run_id, f"{'afterok' if options.after else 'afterany'}:{job.job_id}"
     if options.after and state != "finished" and job.exit_code != 0:
@@ -301,7 +301,7 @@ def _refuse_other_kind(request: Request) -> None:
     """Refuse a directory that holds another command, or a run of the trainer: its records would be mixed."""
     run = request.directory()
     submitted = journal.last(journal.read(run), "submit")
-    before = None if submitted is None else submitted.get("command")
+    before = None if submitted is None else submitted.command
     command = None if request.command is None else list(request.command)
     if run.config_file.is_file() and before != command and (submitted is not None or command is not None):
         what = "another command" if before and command else "a command" if before else "a run of the trainer"

@@ -22,13 +22,14 @@ from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.config.schema import Config, LauncherConfig
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
 from anemoi_dist.run.directory import RunDirectory
-from anemoi_dist.run.events import Event, read_events
+from anemoi_dist.run.events import read_events
 from anemoi_dist.run.lock import LEAVE, ask_to_stop, hold_launch, withdraw_stop
 
 from ..launchers.local import rank_environment
 from ..launchers.slurm import num_ranks_per_node
 from ..launchers.supervisor import RESTARTED, Job, supervise
 from ..status import journal, slurm_queue
+from ..status.journal import Entry
 from .allocation import Allocation, interface_variables, meeting_files, start_command
 
 #: Begins the stop file that this process writes: what another life has left there asks nothing of this one.
@@ -139,11 +140,11 @@ class Life:
             self._requeue(ended, decision)
         return code
 
-    def _asked_by_person(self, events: Sequence[Event]) -> str | None:
+    def _asked_by_person(self, events: Sequence[Entry]) -> str | None:
         """Return ``stop`` or ``cancel`` where a person has asked this life for it."""
-        begun = max((place for place, event in enumerate(events) if event["event"] == "launch"), default=0)
+        begun = max((place for place, event in enumerate(events) if event.event == "launch"), default=0)
         asked = journal.last(events[begun:], "stop", "cancel")
-        return None if asked is None else str(asked["event"])
+        return None if asked is None else asked.event
 
     def _is_being_ended(self) -> bool:
         """Whether SLURM ends this job, and not because its time is up: scancel by hand, for one."""
@@ -287,12 +288,12 @@ class Past:
     barren: bool = False
 
     @classmethod
-    def of(cls, events: Sequence[Event], job_id: str) -> Past:
+    def of(cls, journal_entries: Sequence[Entry], job_id: str) -> Past:
         """Count in ``launch.jsonl``."""
-        requeues = [event for event in events if event["event"] == "requeue" and event.get("job_id") == job_id]
-        retries = sum(event["code"] in RESTARTED for event in requeues)
-        last = requeues[-1] if requeues else {}
-        barren = last.get("code") == ExitCode.INTERRUPTED and not last.get("progress")
+        requeues = [entry for entry in journal_entries if entry.event == "requeue" and entry.job_id == job_id]
+        retries = sum(entry.code in RESTARTED for entry in requeues)
+        last = requeues[-1] if requeues else None
+        barren = last is not None and last.code == ExitCode.INTERRUPTED and not last.progress
         return cls(len(requeues) - retries, retries, barren)
 
 

@@ -1,4 +1,4 @@
-"""What the files of a run say, read once, quickly, and without trust: any of them may be missing, torn or damaged."""
+"""Read the files of a run once, quickly and without trust: any of them may be missing, torn or damaged."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from anemoi_dist.errors import PreflightError
 from anemoi_dist.process.parent_death import process_started
 from anemoi_dist.run.directory import RunDirectory
-from anemoi_dist.run.events import Event
-from anemoi_dist.run.records import AttemptRecord, Owner, RunState, number, whole
+from anemoi_dist.run.records import AttemptRecord, Owner, RunState, from_json, number, whole
 
 from . import journal
+from .journal import Entry
 
 #: Of an events.jsonl of any size only so much is read, from its end.
 TAIL_BYTES = 64 * 1024
@@ -58,6 +56,17 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class StepEvent:
+    """The newest ``step`` event of ``events.jsonl``, as far as it stands in for a heartbeat."""
+
+    step: int
+    time: float | None = None
+    loss: float | None = None
+    samples_per_s: float | None = None
+    eta_s: float | None = None
+
+
+@dataclass(frozen=True)
 class Facts:
     """All that is known of a run without asking a scheduler.
 
@@ -69,12 +78,12 @@ class Facts:
         Why ``run.json`` is passed over; empty where it is sound.
     attempts : tuple[AttemptRecord, ...]
         In their order.
-    launch : tuple[Event, ...]
+    launch : tuple[Entry, ...]
         ``launch.jsonl``.
     beats : tuple[Beat, ...]
         Of the newest attempt: rank 0's, and all others or those that are not fresh.
-    step_event : Event or None
-        The newest ``step`` event within reach.
+    step_event : StepEvent or None
+        The newest one in the tail of ``events.jsonl``.
     events_written : float or None
         When ``events.jsonl`` was last written to.
     stop_requested : bool
@@ -89,9 +98,9 @@ class Facts:
     has_config: bool = True
     damage: str = ""
     attempts: tuple[AttemptRecord, ...] = ()
-    launch: tuple[Event, ...] = ()
+    launch: tuple[Entry, ...] = ()
     beats: tuple[Beat, ...] = ()
-    step_event: Mapping[str, Any] | None = None
+    step_event: StepEvent | None = None
     events_written: float | None = None
     stop_requested: bool = False
     launcher_alive: bool | None = None
@@ -104,19 +113,19 @@ class Facts:
         begun = journal.last(self.launch, "submit", "launch")
         if begun is None:
             return self.attempts[-1].job_id if self.attempts else None
-        return str(begun["job_id"]) if begun.get("job_id") else None
+        return begun.job_id
 
     @property
     def is_command(self) -> bool:
         """It is another program: it records no attempts, and knows no stop request."""
         submitted = journal.last(self.launch, "submit")
-        return submitted is not None and bool(submitted.get("command"))
+        return submitted is not None and bool(submitted.command)
 
     @property
     def kind(self) -> str | None:
-        """What launched it last: ``local``, ``slurm``, ``mpi``."""
+        """The launcher of the last start: ``local``, ``slurm`` or ``mpi``."""
         begun = journal.last(self.launch, "submit", "launch")
-        return None if begun is None else str(begun.get("kind") or "") or None
+        return None if begun is None else begun.kind
 
 
 def gather(run: RunDirectory, *, every_rank: bool = True) -> Facts:
@@ -157,27 +166,26 @@ def _state(run: RunDirectory) -> tuple[RunState, str]:
         return RunState(), " ".join(str(error).split())
 
 
-def _launch(run: RunDirectory) -> tuple[Event, ...]:
+def _launch(run: RunDirectory) -> tuple[Entry, ...]:
     try:
-        events = journal.read(run)
+        return tuple(journal.read(run))
     except (OSError, RecursionError):
         return ()
-    return tuple(event for event in events if event["event"] in journal.EVENTS and number(event.get("time")))
 
 
 # Who lives
 
 
-def launcher_alive(launch: tuple[Event, ...]) -> bool | None:
+def launcher_alive(launch: tuple[Entry, ...]) -> bool | None:
     """Whether the process that launched last lives; None where it is on another host, or nobody launched.
 
     A pid alone proves nothing: it may have been given to another process since.
     """
-    event = journal.last(launch, "launch")
-    if event is None or event.get("host") != socket.gethostname() or whole(event.get("pid")) is None:
+    entry = journal.last(launch, "launch")
+    if entry is None or entry.host != socket.gethostname() or entry.pid is None:
         return None
-    started = process_started(event["pid"])
-    return started is not None and started == event.get("started", started)
+    started = process_started(entry.pid)
+    return started is not None and entry.started in (None, started)
 
 
 def _owner_alive(owner: Owner, attempts: tuple[AttemptRecord, ...]) -> bool | None:
@@ -229,30 +237,16 @@ def _beat(text: bytes, written: float) -> Beat | None:
         return None
     if not isinstance(content, dict):
         return None
-    rank, attempt, seen = whole(content.get("rank")), whole(content.get("attempt")), number(content.get("time"))
-    if rank is None or attempt is None or seen is None:
+    seen = number(content.get("time"))
+    if seen is None or whole(content.get("rank")) is None or whole(content.get("attempt")) is None:
         return None
-    return Beat(
-        rank=rank,
-        attempt=attempt,
-        seen=min(seen, written),
-        written=written,
-        step=whole(content.get("step")),
-        phase=str(content.get("phase", "")),
-        host=str(content.get("host", "")),
-        pid=whole(content.get("pid")),
-        collectives=whole(content.get("collectives")),
-        total_steps=whole(content.get("total_steps")),
-        loss=number(content.get("loss")),
-        samples_per_s=number(content.get("samples_per_s")),
-        eta_s=number(content.get("eta_s")),
-    )
+    return from_json(Beat, {**content, "seen": min(seen, written), "written": written})
 
 
 # Events
 
 
-def _newest_step(path: Path) -> tuple[Mapping[str, Any] | None, float | None]:
+def _newest_step(path: Path) -> tuple[StepEvent | None, float | None]:
     """Return the newest ``step`` event in the tail of the event log, and when the log was written to."""
     try:
         with path.open("rb") as stream:
@@ -269,5 +263,5 @@ def _newest_step(path: Path) -> tuple[Mapping[str, Any] | None, float | None]:
         except (ValueError, RecursionError):  # torn, or the first line of the tail
             continue
         if isinstance(event, dict) and event.get("event") == "step" and whole(event.get("step")) is not None:
-            return event, status.st_mtime
+            return from_json(StepEvent, event), status.st_mtime
     return None, status.st_mtime

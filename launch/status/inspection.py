@@ -10,8 +10,9 @@ from anemoi_dist.errors import PreflightError
 from anemoi_dist.run.directory import RunDirectory
 
 from . import journal
-from .derive import RunStatus, derive
+from .derive import derive
 from .files import Facts, gather
+from .run_status import RunStatus
 from .slurm_queue import JobView, Queue, QueueError, SlurmQueue
 
 #: Seconds between two readings of the files, and between two questions to the scheduler, which serves many.
@@ -50,7 +51,7 @@ def _ask(queue: Queue, facts: Sequence[Facts]) -> tuple[dict[str, JobView], str]
 
 def _is_settled(facts: Facts) -> bool:
     """Whether the run has done its work, so that no scheduler need be asked; after any other end SLURM may go on."""
-    return bool(facts.launch) and facts.launch[-1]["event"] == "end" and facts.launch[-1].get("code") == 0
+    return bool(facts.launch) and facts.launch[-1].event == "end" and facts.launch[-1].code == 0
 
 
 def follow(
@@ -93,7 +94,7 @@ def refuse_queued(run: RunDirectory) -> None:
     submitted = journal.last(journal.read(run), "submit")
     if submitted is None:
         return
-    view = SlurmQueue().view(str(submitted["job_id"]))
+    view = SlurmQueue().view(str(submitted.job_id))
     if not view.is_over:
         where = f" on {view.nodes}" if view.nodes else f" ({view.reason})" if view.reason else ""
         raise PreflightError(

@@ -1,4 +1,4 @@
-"""What the control side did with a run, in ``launch.jsonl``: submitted, started, restarted, ended. No torch."""
+"""``launch.jsonl``, the journal of the control side: runs submitted, launched, restarted, ended. No torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from anemoi_dist.process.parent_death import process_started
 from anemoi_dist.run.directory import RunDirectory
-from anemoi_dist.run.events import Event, EventLog, read_events
+from anemoi_dist.run.events import EventLog, read_events
+from anemoi_dist.run.records import from_json
 
 #: ``submit``: a job went into a queue. ``launch``: a launcher began to start ranks. ``restart``: the ranks are started
 #: again. ``requeue``: the job goes back into the queue. ``end``: the launcher left, with its exit code. ``stop``: the
@@ -18,8 +20,50 @@ from anemoi_dist.run.events import Event, EventLog, read_events
 EVENTS = ("submit", "launch", "restart", "requeue", "end", "stop", "cancel")
 
 
-def note(run: RunDirectory, event: str, *, step: int = 0, **fields: Any) -> Event:
-    """Append one of :data:`EVENTS`; every line says which process wrote it, by host, pid and start (clock ticks).
+@dataclass(frozen=True)
+class Entry:
+    """One line of the journal, as far as anybody reads it; a missing or damaged value is None, or empty.
+
+    Attributes
+    ----------
+    event : str
+        One of :data:`EVENTS`.
+    time : float
+        Seconds since 1970-01-01 UTC, by the clock of ``host``.
+    host, pid, started : str, int, int
+        The process that wrote it, and when that began (clock ticks since boot), so that a reused pid is not taken
+        for it.
+    kind : str
+        ``local``, ``slurm`` or ``mpi``.
+    job_id, life : str, int
+        The SLURM job, and how often SLURM had requeued it.
+    code, reason : int, str
+        How the ranks ended.
+    wait_s : float
+        Seconds between a ``restart`` and the start of the ranks.
+    progress : bool
+        Whether anything new had been saved before a ``requeue``.
+    command : list[str]
+        Submitted in the place of the trainer.
+    """
+
+    event: str
+    time: float = 0.0
+    host: str | None = None
+    pid: int | None = None
+    started: int | None = None
+    kind: str | None = None
+    job_id: str | None = None
+    life: int = 0
+    code: int | None = None
+    reason: str = ""
+    wait_s: float = 0.0
+    progress: bool = False
+    command: list[str] | None = None
+
+
+def note(run: RunDirectory, event: str, **fields: Any) -> None:
+    """Append one of :data:`EVENTS`, with the process that writes it.
 
     Parameters
     ----------
@@ -27,34 +71,33 @@ def note(run: RunDirectory, event: str, *, step: int = 0, **fields: Any) -> Even
         It exists.
     event : str
         One of :data:`EVENTS`.
-    step : int, optional
-        Optimizer steps done, where it is known.
     **fields : Any
-        What belongs to the event, such as ``job_id``, ``code``, ``reason``.
+        Other attributes of :class:`Entry`, and what a person may want to read in the file.
     """
     if event not in EVENTS:
         raise ValueError(f"event {event!r} is not one of {', '.join(EVENTS)}")
     log = EventLog(run.launch_file)
     try:
         writer = {"host": socket.gethostname(), "pid": os.getpid(), "started": process_started(os.getpid())}
-        return log.write(event, step=step, **writer, **fields)
+        log.write(event, step=0, **writer, **fields)
     finally:
         log.close()
 
 
 def note_if_possible(run: RunDirectory, event: str, **fields: Any) -> None:
-    """Append an event, or say why not and go on: a full disk is no reason to leave ranks alone."""
+    """Append an event, or print why that failed: a full disk is no reason to abandon running ranks."""
     try:
         note(run, event, **fields)
     except OSError as error:
         print(f"{run.launch_file} cannot be written: {error}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def read(run: RunDirectory) -> list[Event]:
-    """Return the events in the order they were written; none for a run that nobody launched."""
-    return read_events(run.launch_file)
+def read(run: RunDirectory) -> list[Entry]:
+    """Return the entries in the order they were written; none for a run that nobody launched."""
+    entries = (from_json(Entry, event) for event in read_events(run.launch_file))
+    return [entry for entry in entries if entry.event in EVENTS and entry.time]
 
 
-def last(events: Sequence[Event], *names: str) -> Event | None:
-    """Return the newest of the events so named."""
-    return next((event for event in reversed(events) if event["event"] in names), None)
+def last(entries: Sequence[Entry], *events: str) -> Entry | None:
+    """Return the newest entry of one of these events."""
+    return next((entry for entry in reversed(entries) if entry.event in events), None)

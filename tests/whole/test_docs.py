@@ -20,7 +20,7 @@ from anemoi_dist.config.tree import leaves
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.launch.commands.parser import build_parser
 from anemoi_dist.launch.commands.sweep import expand
-from anemoi_dist.launch.status.derive import STATES
+from anemoi_dist.launch.status.run_status import STATES
 from anemoi_dist.optimizers import AdEMAMix, create_optimizer
 from anemoi_dist.optimizers.learning_rate import create_scheduler, scaled_rate
 

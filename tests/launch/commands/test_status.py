@@ -20,9 +20,9 @@ from anemoi_dist.launch.commands import runs
 from anemoi_dist.launch.commands import status as status_command
 from anemoi_dist.launch.status import files as facts_module
 from anemoi_dist.launch.status import journal
-from anemoi_dist.launch.status.derive import STATES
 from anemoi_dist.launch.status.files import gather
 from anemoi_dist.launch.status.inspection import follow, inspect_run
+from anemoi_dist.launch.status.run_status import STATES
 from anemoi_dist.run.records import Failure, from_json
 
 COMMAND = [str(Path(sys.executable).with_name("anemoi-dist"))]
@@ -150,7 +150,7 @@ def test_of_a_huge_event_log_only_the_end_is_read(root):
         stream.seek(0, os.SEEK_END)
         stream.write(b"\n" + line + b"\n" + line[:20])
     began = time.perf_counter()
-    assert gather(run).step_event["step"] == 77
+    assert gather(run).step_event.step == 77
     assert time.perf_counter() - began < 1
     assert facts_module.TAIL_BYTES < 1 << 20
 

@@ -11,8 +11,8 @@ from support.minislurm import MiniSlurm, wait_until
 
 from anemoi_dist.launch.cli import main
 from anemoi_dist.launch.status import journal
-from anemoi_dist.launch.status.derive import RunStatus
 from anemoi_dist.launch.status.inspection import inspect_run
+from anemoi_dist.launch.status.run_status import RunStatus
 from anemoi_dist.launch.status.slurm_queue import GONE, SlurmQueue
 from anemoi_dist.run.directory import RunDirectory
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def slurm(tmp_path, monkeypatch) -> FakeSlurm:
 #: Notes its launch as a launcher does; ends on SIGTERM with 75, or not at all.
 LAUNCHER = """
 import os, signal, sys, time
+from dataclasses import asdict
 from pathlib import Path
 from anemoi_dist.launch.status import journal
 from anemoi_dist.run.directory import RunDirectory
@@ -120,7 +122,7 @@ def test_cancel_ends_a_launcher_that_obeys(root, launched, capsys):
     assert say(root, "cancel") == 0
     assert process.wait(10) == 75
     assert "ended by SIGTERM" in capsys.readouterr().out
-    assert [event["event"] for event in journal.read(run)] == ["launch", "cancel", "end"]
+    assert [event.event for event in journal.read(run)] == ["launch", "cancel", "end"]
     assert inspect_run(run).state == "cancelled"
 
 
@@ -137,7 +139,7 @@ def test_a_process_that_only_inherited_the_pid_is_left_alone(root, launched):
     run, process = launched("obeys")
     [event] = journal.read(run)
     run.launch_file.unlink()
-    write_launch(run, {**event, "started": event["started"] - 1})
+    write_launch(run, {**asdict(event), "started": event.started - 1})
     assert say(root, "cancel") == 2
     assert inspect_run(run).state == "crashed"
     assert cancel._end(gather(run), process.pid) is None
@@ -176,7 +178,7 @@ def test_cancel_while_slurmctld_is_down_notes_nothing(root, slurm, capsys):
     slurm.answer("squeue", errors="slurm_load_jobs error: Unable to contact slurm controller", code=1)
     assert say(root, "cancel") == 3
     assert "slurmctld does not answer" in capsys.readouterr().err
-    assert [event["event"] for event in journal.read(run)] == ["submit"]
+    assert [event.event for event in journal.read(run)] == ["submit"]
 
 
 # resume

@@ -14,6 +14,7 @@ from anemoi_dist.launch.job import allocation, batch
 from anemoi_dist.launch.job.allocation import Allocation, fewest_cpus, start_command
 from anemoi_dist.launch.job.batch import Ended, Past, decide
 from anemoi_dist.launch.status import journal, slurm_queue
+from anemoi_dist.launch.status.journal import Entry
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import EventLog
 
@@ -57,11 +58,11 @@ def test_which_lives_are_followed_by_another(
 
 
 def test_the_past_is_counted_from_the_journal_of_this_job() -> None:
-    def requeue(code: int, job_id: str = "12") -> dict[str, object]:
-        return {"event": "requeue", "code": code, "job_id": job_id}
+    def requeue(code: int, job_id: str = "12") -> Entry:
+        return Entry("requeue", code=code, job_id=job_id)
 
     assert Past.of([], "12") == Past()
-    events = [requeue(75, "11"), {"event": "end", "code": 70, "job_id": "12"}, requeue(75), requeue(70), requeue(6)]
+    events = [requeue(75, "11"), Entry("end", code=70, job_id="12"), requeue(75), requeue(70), requeue(6)]
     assert Past.of(events, "12") == Past(requeues=1, retries=2, barren=False)
     assert Past.of([*events, requeue(130)], "12") == Past(requeues=2, retries=2, barren=True)
 
@@ -176,8 +177,8 @@ def test_a_life_that_slurm_has_given_up_does_not_requeue_the_next(
     restarts = 2
     here._requeue(Ended(75, first_signal=USR1, progress=True), batch.Decision(True, "time limit", 1))
     assert asked == ["--oneliner", "requeue", "--oneliner"]
-    noted = [event for event in journal.read(RunDirectory(tmp_path / "r")) if event["event"] == "requeue"]
-    assert [(event["code"], event["count"], event["progress"]) for event in noted] == [(75, 1, True)]
+    noted = [event for event in journal.read(RunDirectory(tmp_path / "r")) if event.event == "requeue"]
+    assert [(event.code, event.progress) for event in noted] == [(75, True)]
 
 
 def test_a_slurmctld_that_is_down_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +274,6 @@ def test_saves_count_also_below_an_older_one(tmp_path: Path) -> None:
 
 
 def test_a_life_that_saved_is_not_barren() -> None:
-    event = {"event": "requeue", "code": 130, "job_id": "12", "progress": True}
-    assert Past.of([event], "12") == Past(requeues=1, barren=False)
+    entry = Entry("requeue", code=130, job_id="12", progress=True)
+    assert Past.of([entry], "12") == Past(requeues=1, barren=False)
     assert decide(Ended(130, first_signal=USR1, progress=True), Past(requeues=1, barren=True), OPTIONS).requeue

@@ -191,7 +191,7 @@ def test_the_rank_that_failed_first_is_shown(run):
     assert code == 70, errors
     assert "rank 1 on there" in errors and "failed first" in errors and "  It broke" in errors and "its log" in errors
     assert errors.rstrip().endswith("the same command continues from the last checkpoint")
-    reason = journal.read(run)[-1]["reason"]
+    reason = journal.read(run)[-1].reason
     assert reason.startswith("rank 1 on there (pid ") and reason.endswith("): It broke")
 
 
@@ -201,7 +201,7 @@ def test_a_killed_rank_restarts_in_place(run):
     assert len(read_state(run)["attempts"]) == 2
     assert "restart 1 of 1 in 0.1 s" in errors
     assert "continues from the last checkpoint" not in errors, "it does, by itself"
-    names = [(event["event"], event.get("code")) for event in journal.read(run)]
+    names = [(event.event, event.code) for event in journal.read(run)]
     assert names == [("launch", None), ("restart", 70), ("end", 0)]
 
 

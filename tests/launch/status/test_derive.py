@@ -9,24 +9,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anemoi_dist.launch.status.derive import ACTIVE, SILENT_AFTER_S, STATES, RunStatus, derive, format_ago
-from anemoi_dist.launch.status.files import Beat, Facts
+from anemoi_dist.launch.status.derive import SILENT_AFTER_S, derive
+from anemoi_dist.launch.status.files import Beat, Facts, StepEvent
+from anemoi_dist.launch.status.journal import Entry
+from anemoi_dist.launch.status.run_status import ACTIVE, STATES, RunStatus, format_ago
 from anemoi_dist.launch.status.slurm_queue import GONE, JobView
-from anemoi_dist.run.records import AttemptRecord
+from anemoi_dist.run.records import AttemptRecord, from_json
 
 NOW = 1_000_000.0
 DOWN = "slurmctld does not answer (squeue was given 3 s); jobs go on without it"
 
 
-def event(name: str, ago: float, **fields: Any) -> dict[str, Any]:
-    return {"event": name, "time": NOW - ago, "step": 0, "host": "login", "pid": 7, **fields}
+def event(name: str, ago: float, **fields: Any) -> Entry:
+    return from_json(Entry, {"event": name, "time": NOW - ago, "step": 0, "host": "login", "pid": 7, **fields})
 
 
-def submit(ago: float, job: str = "12") -> dict[str, Any]:
+def submit(ago: float, job: str = "12") -> Entry:
     return event("submit", ago, kind="slurm", job_id=job)
 
 
-def launch(ago: float, job: str | None = "12", life: int = 0) -> dict[str, Any]:
+def launch(ago: float, job: str | None = "12", life: int = 0) -> Entry:
     more = {"kind": "local"} if job is None else {"kind": "slurm", "job_id": job, "life": life}
     return event("launch", ago, started=99, **more)
 
@@ -55,7 +57,7 @@ class Case:
     name: str
     state: str
     says: str = ""
-    launch: tuple[dict[str, Any], ...] = ()
+    launch: tuple[Entry, ...] = ()
     attempts: tuple[AttemptRecord, ...] = ()
     beats: tuple[Beat, ...] = ()
     job: JobView | None = None
@@ -120,7 +122,7 @@ QUEUE = [
         job=job("PENDING", reason="BeginTime", restarts=1),
     ),
     Case(
-        "preempted without a word: the old attempt looks open",
+        "preempted without a record: the old attempt looks open",
         "requeued",
         launch=(submit(900), launch(890)),
         attempts=(attempt(880),),
@@ -550,7 +552,7 @@ OVER = [
     ),
     Case("cancelled in the queue", "cancelled", launch=(submit(900),), job=job("CANCELLED")),
     Case(
-        "crashed without a word",
+        "crashed without a record",
         "crashed",
         "last seen 60 s ago",
         launch=(launch(400, None),),
@@ -595,7 +597,7 @@ OVER = [
         more={"launcher_alive": False},
     ),
     Case(
-        "out of time, without a word",
+        "out of time, without a record",
         "failed",
         "job 12 is TIMEOUT with code 143",
         launch=(submit(900), launch(800)),
@@ -605,7 +607,7 @@ OVER = [
     Case(
         "failed on its node before a rank reported",
         "failed",
-        "without a word; `anemoi-dist logs r` has what it printed",
+        "without having recorded a status; `anemoi-dist logs r` has what it printed",
         launch=(submit(900), launch(800)),
         job=replace(job("FAILED", reason="NonZeroExitCode", exit_code=1), nodes="node1"),
     ),
@@ -617,9 +619,9 @@ OVER = [
         job=job("FAILED", reason="BadConstraints", exit_code=1),
     ),
     Case(
-        "purged, without a word",
+        "purged, without a record",
         "lost",
-        "left no word",
+        "no end is recorded",
         launch=(submit(90000), launch(89000)),
         attempts=(attempt(88990),),
         beats=beats(ago=80000),
@@ -834,7 +836,7 @@ def test_numbers_are_rank_0s_and_as_old_as_they_are():
     assert case.status().eta_s == 0.0, "never negative"
     case.beats = ()
     case.more = {**LOCAL_ALIVE, "events_written": NOW - 1}
-    case.more["step_event"] = {"step": 30, "loss": 0.7, "samples_per_s": 9.0, "eta_s": 50.0, "time": NOW - 5}
+    case.more["step_event"] = StepEvent(30, loss=0.7, samples_per_s=9.0, eta_s=50.0, time=NOW - 5)
     status = case.status()
     assert (status.step, status.total_steps, status.loss, status.eta_s, status.seen_s) == (30, 500, 0.7, 45.0, 1.0)
 
@@ -850,8 +852,8 @@ def test_the_job_is_told():
 def test_how_it_ended_is_told():
     codes = {case.name: case.status().exit_code for case in OVER}
     assert (codes["finished"], codes["diverged"], codes["stopped and saved"]) == (0, 5, 75)
-    assert codes["out of time, without a word"] == 143
-    assert codes["crashed without a word"] is None
+    assert codes["out of time, without a record"] == 143
+    assert codes["crashed without a record"] is None
 
 
 @pytest.mark.parametrize(
@@ -875,7 +877,9 @@ def test_ages(seconds, text):
 times = st.one_of(st.none(), st.floats(NOW - 1e5, NOW + 1e4))
 words = st.sampled_from(["submit", "launch", "restart", "requeue", "end", "cancel"])
 events = st.builds(
-    lambda name, time, job, code: {"event": name, "time": time, "step": 0, "job_id": job, "code": code, "wait_s": code},
+    lambda name, time, job, code: from_json(
+        Entry, {"event": name, "time": time, "step": 0, "job_id": job, "code": code, "wait_s": code}
+    ),
     words,
     st.floats(NOW - 1e5, NOW + 1e4),
     st.sampled_from([None, "12", 12, ["x"]]),

@@ -19,11 +19,11 @@ def test_what_is_noted_is_read_in_order(run):
     assert journal.read(run) == []
     journal.note(run, "submit", kind="slurm", job_id="12")
     journal.note(run, "launch", kind="slurm", job_id="12")
-    journal.note(run, "requeue", step=30, code=75)
+    journal.note(run, "requeue", code=75)
     events = journal.read(run)
-    assert [event["event"] for event in events] == ["submit", "launch", "requeue"]
-    assert events[2] | {"step": 30, "code": 75, "pid": os.getpid()} == events[2]
-    assert journal.last(events, "submit", "launch")["event"] == "launch"
+    assert [event.event for event in events] == ["submit", "launch", "requeue"]
+    assert (events[2].code, events[2].pid) == (75, os.getpid())
+    assert journal.last(events, "submit", "launch").event == "launch"
     assert journal.last(events, "cancel") is None
 
 

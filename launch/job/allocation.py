@@ -1,4 +1,4 @@
-"""What a batch script knows of its job: nodes, addresses, whether the job is still its own; and how it starts ranks."""
+"""The nodes of a SLURM job as its batch script sees them, and the srun commands that start ranks on them."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from anemoi_dist.run.directory import RunDirectory
 from ..launchers.slurm import num_ranks_per_node
 from ..status import slurm_queue
 
-#: slurmctld may be restarted while a job begins or ends; it is asked again for so long.
+#: slurmctld may be restarted just when a job begins or ends: its answer is awaited for so long.
 _PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """One life of one SLURM job.
+    """One start of a SLURM job.
 
     Attributes
     ----------
     job_id : str
         The job.
-    life : int
-        How often SLURM has started it again.
+    requeues : int
+        How often SLURM had put it back into the queue.
     nodes : tuple[str, ...]
         Names of its nodes; the batch script runs on the first.
     cpus_per_node : int
-        The fewest that a node gives to the job.
+        Those of the node that gives the fewest.
     cpus_per_task : int
-        What was asked for each rank.
+        Those asked for each rank.
     """
 
     job_id: str
-    life: int
+    requeues: int
     nodes: tuple[str, ...]
     cpus_per_node: int
     cpus_per_task: int
@@ -52,7 +52,7 @@ class Allocation:
         Raises
         ------
         PreflightError
-            This is no batch script, or SLURM does not say what its nodes are.
+            This is no batch script, or SLURM does not name its nodes.
         """
         if "SLURM_JOB_ID" not in environ or "SLURM_JOB_NODELIST" not in environ:
             raise PreflightError("not in a SLURM job: `anemoi-dist submit` writes the script that starts this")
@@ -64,7 +64,7 @@ class Allocation:
             raise PreflightError(f"scontrol show hostnames {environ['SLURM_JOB_NODELIST']}: {answer.stderr.strip()}")
         return cls(
             job_id=environ["SLURM_JOB_ID"],
-            life=int(environ.get("SLURM_RESTART_COUNT", "0")),
+            requeues=int(environ.get("SLURM_RESTART_COUNT", "0")),
             nodes=nodes,
             cpus_per_node=fewest_cpus(environ.get("SLURM_JOB_CPUS_PER_NODE", "1")),
             cpus_per_task=int(environ.get("SLURM_CPUS_PER_TASK", "1")),
@@ -86,8 +86,8 @@ class Allocation:
     def head_address(self, environ: Mapping[str, str]) -> str:
         """Return the address of the first node, which this process runs on, that the others reach.
 
-        That of the interface where one is named; of the node's name where it resolves to one; else what SLURM itself
-        uses to talk to the node: its name need not resolve, or, on the node itself, to anything but loopback.
+        It is that of the interface if one is chosen, else of the node's name if that resolves, else the one by which
+        SLURM reaches the node: on the node itself its own name may resolve to nothing but loopback.
         """
         if len(self.nodes) == 1:
             return "127.0.0.1"
@@ -96,10 +96,10 @@ class Allocation:
         if found := _addresses(self.nodes[0]):
             return found[0]
         answer = slurm_queue.call(["scontrol", "--oneliner", "show", "node", self.nodes[0]], timeout_s=_PATIENCE_S)
-        told = field(answer.stdout, "NodeAddr")
-        if not told:
+        known = field(answer.stdout, "NodeAddr")
+        if not known:
             raise PreflightError(f"node {self.nodes[0]} has no address: neither its name resolves nor SLURM knows one")
-        return next(iter(_addresses(told, loopback=True)), told)
+        return next(iter(_addresses(known, loopback=True)), known)
 
 
 def field(text: str, name: str) -> str | None:
@@ -138,14 +138,15 @@ def start_command(
     head : str
         Address of the first node.
     start : int
-        Starts so far in this life of the job.
+        Restarts of the ranks so far in this start of the job.
     """
     ranks = num_ranks_per_node(launcher)
     train = ["-m", "anemoi_dist.train", "--run-directory", str(run.path)]
     if launcher.ranks_by == "srun":
         return [*srun(allocation, tasks_per_node=ranks), python, *train]
-    # The first node writes its port here; a name that no other start ever had.
-    meeting = run.control_dir / f"agents-{allocation.job_id}-{allocation.life}-{start}.json"
+    # The first node writes its port here. An old file would send agents to a port where nobody listens: no name is
+    # used twice.
+    meeting = run.control_dir / f"agents-{allocation.job_id}-{allocation.requeues}-{start}.json"
     return [
         *srun(allocation, tasks_per_node=1),
         python,
@@ -171,14 +172,14 @@ def srun(allocation: Allocation, *, tasks_per_node: int) -> list[str]:
         f"--ntasks={len(allocation.nodes) * tasks_per_node}",
         f"--ntasks-per-node={tasks_per_node}",
         f"--cpus-per-task={cpus}",
-        # Without a word a job that was submitted with --export=NONE would start ranks without PATH.
+        # A job that was submitted with --export=NONE would otherwise start ranks without PATH.
         "--export=ALL",
-        # What is lost with one rank is lost with all: the others would wait for it.
+        # The other ranks would wait for one that is gone until their collectives time out.
         "--kill-on-bad-exit=1",
-        # Ranks meet by themselves; a plugin for MPI would want a library.
+        # Ranks meet by themselves; an MPI plugin would need its library on the nodes.
         "--mpi=none",
         "--input=none",
-        # It names the parent of srun, not that of the tasks, who would take themselves for orphans.
+        # It names the parent of srun: the tasks, whose parent is slurmstepd, would take themselves for orphans.
         "env",
         f"--unset={PARENT_PID}",
     ]
@@ -189,11 +190,11 @@ def interface_variables(launcher: LauncherConfig) -> dict[str, str]:
     interface = launcher.slurm.interface
     if interface is None:
         return {}
-    # gloo takes a name; NCCL's signs for "exactly" and "not" are its own.
+    # NCCL's signs "=" (exactly) and "^" (not) mean nothing to gloo, which takes a name.
     gloo = {} if interface.startswith("^") else {"GLOO_SOCKET_IFNAME": interface.lstrip("=")}
     return {"NCCL_SOCKET_IFNAME": interface, **gloo}
 
 
 def meeting_files(run: RunDirectory, allocation: Allocation) -> list[Path]:
-    """Return what the starts of this life have left in the control directory."""
-    return list(run.control_dir.glob(f"agents-{allocation.job_id}-{allocation.life}-*.json"))
+    """Return the files in which the agents of this start of the job have written their port."""
+    return list(run.control_dir.glob(f"agents-{allocation.job_id}-{allocation.requeues}-*.json"))

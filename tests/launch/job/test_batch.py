@@ -12,7 +12,7 @@ from anemoi_dist.config.schema import LauncherConfig, SlurmConfig
 from anemoi_dist.errors import ExitCode, PreflightError
 from anemoi_dist.launch.job import allocation, batch
 from anemoi_dist.launch.job.allocation import Allocation, fewest_cpus, start_command
-from anemoi_dist.launch.job.batch import Ended, Past, decide
+from anemoi_dist.launch.job.requeue import Decision, History, Outcome, decide
 from anemoi_dist.launch.status import journal, slurm_queue
 from anemoi_dist.launch.status.journal import Entry
 from anemoi_dist.run.directory import RunDirectory
@@ -26,33 +26,33 @@ HERE = Allocation("12", 1, ("n1", "n2"), cpus_per_node=16, cpus_per_task=4)
 @pytest.mark.parametrize(
     ("code", "first_signal", "progress", "past", "requeued"),
     [
-        (0, None, True, Past(), False),
-        (0, USR1, True, Past(), False),
-        (75, USR1, True, Past(), True),
-        (75, USR1, True, Past(requeues=2), True),
-        (75, USR1, True, Past(requeues=3), False),
-        (75, None, True, Past(), False),  # a person's stop file
-        (75, TERM, True, Past(), False),  # SLURM ends the job, and knows whether it runs again
-        (130, USR1, False, Past(), True),
-        (130, USR1, False, Past(requeues=1, barren=True), False),
-        (70, None, True, Past(), True),
-        (70, USR1, True, Past(), True),
-        (70, None, False, Past(), False),
-        (70, None, True, Past(retries=2), False),
-        (70, None, True, Past(requeues=3, retries=1), True),
-        (6, None, True, Past(), True),
-        (70, TERM, True, Past(), False),
-        (2, None, True, Past(), False),
-        (3, None, True, Past(), False),
-        (4, None, True, Past(), False),
-        (5, None, True, Past(), False),
-        (2, USR1, True, Past(), False),
+        (0, None, True, History(), False),
+        (0, USR1, True, History(), False),
+        (75, USR1, True, History(), True),
+        (75, USR1, True, History(requeues=2), True),
+        (75, USR1, True, History(requeues=3), False),
+        (75, None, True, History(), False),  # a person's stop file
+        (75, TERM, True, History(), False),  # SLURM ends the job, and knows whether it runs again
+        (130, USR1, False, History(), True),
+        (130, USR1, False, History(requeues=1, saved_nothing=True), False),
+        (70, None, True, History(), True),
+        (70, USR1, True, History(), True),
+        (70, None, False, History(), False),
+        (70, None, True, History(retries=2), False),
+        (70, None, True, History(requeues=3, retries=1), True),
+        (6, None, True, History(), True),
+        (70, TERM, True, History(), False),
+        (2, None, True, History(), False),
+        (3, None, True, History(), False),
+        (4, None, True, History(), False),
+        (5, None, True, History(), False),
+        (2, USR1, True, History(), False),
     ],
 )
-def test_which_lives_are_followed_by_another(
-    code: int, first_signal: int | None, progress: bool, past: Past, requeued: bool
+def test_which_starts_are_followed_by_another(
+    code: int, first_signal: int | None, progress: bool, past: History, requeued: bool
 ) -> None:
-    decision = decide(Ended(code, first_signal=first_signal, progress=progress), past, OPTIONS)
+    decision = decide(Outcome(code, first_signal=first_signal, progress=progress), past, OPTIONS)
     assert decision.requeue is requeued, decision.reason
     assert decision.reason
 
@@ -61,10 +61,10 @@ def test_the_past_is_counted_from_the_journal_of_this_job() -> None:
     def requeue(code: int, job_id: str = "12") -> Entry:
         return Entry("requeue", code=code, job_id=job_id)
 
-    assert Past.of([], "12") == Past()
+    assert History.count([], "12") == History()
     events = [requeue(75, "11"), Entry("end", code=70, job_id="12"), requeue(75), requeue(70), requeue(6)]
-    assert Past.of(events, "12") == Past(requeues=1, retries=2, barren=False)
-    assert Past.of([*events, requeue(130)], "12") == Past(requeues=2, retries=2, barren=True)
+    assert History.count(events, "12") == History(requeues=1, retries=2, saved_nothing=False)
+    assert History.count([*events, requeue(130)], "12") == History(requeues=2, retries=2, saved_nothing=True)
 
 
 def test_one_agent_a_node_holds_all_its_cpus() -> None:
@@ -140,20 +140,20 @@ def test_the_head_is_reached_by_its_name_or_by_the_address_that_slurm_uses(monke
         HERE.head_address({})
 
 
-def life(tmp_path: Path) -> batch.Life:
+def job(tmp_path: Path) -> batch.BatchJob:
     from anemoi_dist.config.compose import compose
 
     run = RunDirectory(tmp_path / "r")
     run.create()
     config = compose(["launcher=slurm", "launcher.nodes=2", "run.id=r"]).config
-    return batch.Life(run, config, HERE)
+    return batch.BatchJob(run, config, HERE)
 
 
-def test_a_life_that_slurm_has_given_up_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_slurm_has_given_up_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = "JobId=12 JobName=r JobState={} Reason=None Requeue=1 Restarts={}"
     told = {"text": shown.format("RUNNING", 1)}
     monkeypatch.setattr(slurm_queue, "call", lambda command, timeout_s: Answer(told["text"]))
-    here = life(tmp_path)
+    here = job(tmp_path)
     assert here._start_ranks(0)[0] == "srun"
     for state, restarts in (("RUNNING", 2), ("PENDING", 2), ("COMPLETING", 1)):
         told["text"] = shown.format(state, restarts)
@@ -161,7 +161,7 @@ def test_a_life_that_slurm_has_given_up_starts_nothing(tmp_path: Path, monkeypat
             here._start_ranks(1)
 
 
-def test_a_life_that_slurm_has_given_up_does_not_requeue_the_next(
+def test_a_start_that_slurm_has_given_up_does_not_requeue_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, restarts = [], 1
@@ -171,11 +171,11 @@ def test_a_life_that_slurm_has_given_up_does_not_requeue_the_next(
         return Answer(f"JobId=12 JobState=RUNNING Restarts={restarts}")
 
     monkeypatch.setattr(slurm_queue, "call", call)
-    here = life(tmp_path)
-    here._requeue(Ended(75, first_signal=USR1, progress=True), batch.Decision(True, "time limit", 1))
+    here = job(tmp_path)
+    here._requeue(Outcome(75, first_signal=USR1, progress=True), Decision(True, "time limit", 1))
     assert asked == ["--oneliner", "requeue"]
     restarts = 2
-    here._requeue(Ended(75, first_signal=USR1, progress=True), batch.Decision(True, "time limit", 1))
+    here._requeue(Outcome(75, first_signal=USR1, progress=True), Decision(True, "time limit", 1))
     assert asked == ["--oneliner", "requeue", "--oneliner"]
     noted = [event for event in journal.read(RunDirectory(tmp_path / "r")) if event.event == "requeue"]
     assert [(event.code, event.progress) for event in noted] == [(75, True)]
@@ -192,23 +192,23 @@ def test_a_slurmctld_that_is_down_is_asked_again(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(slurm_queue, "call", call)
     monkeypatch.setattr(batch, "_PAUSE_S", 0.0)
-    assert life(tmp_path)._start_ranks(0)[0] == "srun"
+    assert job(tmp_path)._start_ranks(0)[0] == "srun"
     assert not answers
 
 
 def test_only_its_own_stop_file_is_taken_back(tmp_path: Path) -> None:
-    here, run = life(tmp_path), RunDirectory(tmp_path / "r")
+    here, run = job(tmp_path), RunDirectory(tmp_path / "r")
     here._ask_to_stop(None, USR1)  # type: ignore[arg-type]
     assert run.stop_file.exists()
-    here._drop_old_stop()
+    here._withdraw_own_stop()
     assert not run.stop_file.exists()
     run.stop_file.write_text("")
-    here._drop_old_stop()
+    here._withdraw_own_stop()
     assert run.stop_file.exists(), "a person's"
 
 
 def test_outside_a_job_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    life(tmp_path)
+    job(tmp_path)
     from anemoi_dist.config.compose import compose
     from anemoi_dist.config.parse import to_yaml
 
@@ -222,22 +222,22 @@ def test_outside_a_job_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("asked", ["stop", "cancel"])
 @pytest.mark.parametrize(("code", "first_signal"), [(75, USR1), (130, USR1), (70, None)])
 def test_what_a_person_asks_for_is_not_undone(asked: str, code: int, first_signal: int | None) -> None:
-    assert decide(Ended(code, first_signal=first_signal, progress=True), Past(), OPTIONS).requeue
-    decision = decide(Ended(code, first_signal=first_signal, progress=True, asked=asked), Past(), OPTIONS)
+    assert decide(Outcome(code, first_signal=first_signal, progress=True), History(), OPTIONS).requeue
+    decision = decide(Outcome(code, first_signal=first_signal, progress=True, request=asked), History(), OPTIONS)
     assert not decision.requeue and "on request" in decision.reason
 
 
-def test_a_request_counts_in_the_life_that_it_was_made_in(tmp_path: Path) -> None:
-    here, run = life(tmp_path), RunDirectory(tmp_path / "r")
+def test_a_request_counts_in_the_start_that_it_was_made_in(tmp_path: Path) -> None:
+    here, run = job(tmp_path), RunDirectory(tmp_path / "r")
     for event in ("launch", "stop", "launch"):
         journal.note(run, event)
-    assert here._asked_by_person(journal.read(run)) is None
+    assert here._person_request(journal.read(run)) is None
     journal.note(run, "cancel")
-    assert here._asked_by_person(journal.read(run)) == "cancel"
+    assert here._person_request(journal.read(run)) == "cancel"
 
 
 def test_a_persons_stop_is_not_taken_for_the_time_limits(tmp_path: Path) -> None:
-    here, run = life(tmp_path), RunDirectory(tmp_path / "r")
+    here, run = job(tmp_path), RunDirectory(tmp_path / "r")
     run.stop_file.touch()
     here._ask_to_stop(None, USR1)  # type: ignore[arg-type]
     assert here._stopped_by_person and run.stop_file.read_text() == ""
@@ -256,7 +256,7 @@ def test_a_job_that_slurm_ends_before_its_time_is_up_is_cancelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: list[int], answer: str, ended: bool
 ) -> None:
     monkeypatch.setattr(slurm_queue, "call", lambda command, *, timeout_s: Answer(answer))
-    here = life(tmp_path)
+    here = job(tmp_path)
     here._signals += signals
     assert here._is_being_ended() is ended
 
@@ -273,7 +273,9 @@ def test_saves_count_also_below_an_older_one(tmp_path: Path) -> None:
     assert (before, batch.num_saved(run)) == (0, 2)
 
 
-def test_a_life_that_saved_is_not_barren() -> None:
+def test_a_start_that_saved_is_no_failure() -> None:
     entry = Entry("requeue", code=130, job_id="12", progress=True)
-    assert Past.of([entry], "12") == Past(requeues=1, barren=False)
-    assert decide(Ended(130, first_signal=USR1, progress=True), Past(requeues=1, barren=True), OPTIONS).requeue
+    assert History.count([entry], "12") == History(requeues=1, saved_nothing=False)
+    assert decide(
+        Outcome(130, first_signal=USR1, progress=True), History(requeues=1, saved_nothing=True), OPTIONS
+    ).requeue

@@ -14,7 +14,7 @@ from anemoi_dist.launch.status.files import Beat, Facts, StepEvent
 from anemoi_dist.launch.status.journal import Entry
 from anemoi_dist.launch.status.run_status import ACTIVE, STATES, RunStatus, format_ago
 from anemoi_dist.launch.status.slurm_queue import GONE, JobView
-from anemoi_dist.run.records import AttemptRecord, from_json
+from anemoi_dist.run.records import AttemptRecord, Failure, from_json
 
 NOW = 1_000_000.0
 DOWN = "slurmctld does not answer (squeue was given 3 s); jobs go on without it"
@@ -212,13 +212,13 @@ QUEUE = [
         "a command of another program",
         "running",
         "its command runs, for 13:20",
-        launch=({**submit(900), "command": ["true"]}, launch(800)),
+        launch=(replace(submit(900), command=["true"]), launch(800)),
         job=job("RUNNING", start_time=NOW - 810),
     ),
     Case(
         "a command of another program, given nodes again",
         "starting",
-        launch=({**submit(900), "command": ["true"]}, launch(800)),
+        launch=(replace(submit(900), command=["true"]), launch(800)),
         job=job("RUNNING", restarts=1, start_time=NOW - 3),
     ),
     Case(
@@ -815,7 +815,7 @@ def test_reasons_stand_alone():
     assert reasons["stopped and saved"] == "the stop file"
     assert reasons["refused before an attempt began"] == "no disk"
     assert reasons["finished"] is None
-    refused = replace(attempt(390, 5, 2), failure="rank 0 on n0 (pid 7): a.b=[0]: must be")
+    refused = replace(attempt(390, 5, 2), failure=Failure(0, host="n0", pid=7, error="a.b=[0]: must be"))
     case = Case("", "", launch=(launch(400, None), event("end", 5, code=2)), attempts=(refused,), more=LOCAL_DEAD)
     assert case.status().reason == "rank 0 on n0 (pid 7): a.b=[0]: must be"
     assert case.status().detail == "code 2: the configuration was refused, 5 s ago"

@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 EXTRAS := anemoi,test,report,tensorboard,dev
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
+# Some groups of tests start four ranks, or SLURM's daemons, of their own.
+WORKERS ?= 2
 
 .PHONY: train test test-slow bench bench-gpu bench-overlap lint docs clean
 
@@ -12,10 +14,10 @@ train: $(VENV)/.installed
 	$(BIN)/anemoi-dist train $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'

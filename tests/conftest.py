@@ -22,6 +22,34 @@ from anemoi_dist.run.directory import RunDirectory
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
+#: Tests with one of these fixtures run in one worker of pytest-xdist: there is one cluster, and one pool of each size.
+#: The groups are started first, in this order: the others fill what time the workers have beside and after them.
+SHARED = {"cluster": "slurm", "ranks": "ranks"}
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook too
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not hasattr(config, "workerinput"):
+        return
+    groups = {item: group_of(item) for item in items}
+    for item, group in groups.items():
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
+    order = [*SHARED.values()]
+    items.sort(key=lambda item: order.index(groups[item]) if groups[item] in order else len(order) + (not groups[item]))
+
+
+def group_of(item: pytest.Item) -> str | None:
+    """Return what a test shares with others: a fixture of the session, or its file where the file has fixtures."""
+    for fixture, group in SHARED.items():
+        if fixture in item.fixturenames:
+            return group
+    definitions = item._fixtureinfo.name2fixturedefs.values()
+    is_shared = any(
+        each[-1].scope in ("module", "package") and each[-1].baseid == item.parent.nodeid for each in definitions
+    )
+    return item.location[0] if is_shared else None
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], RankPool]]:

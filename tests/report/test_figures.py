@@ -116,7 +116,7 @@ def test_equal_earth_keeps_areas_and_symmetry():
 
 
 def test_the_coastlines_are_small_credited_and_on_earth():
-    text = (files("anemoi_dist.telemetry") / "coastlines.geojson").read_text()
+    text = (files("anemoi_dist.report") / "coastlines.geojson").read_text()
     document = json.loads(text)
     assert len(text) < 60_000
     assert "public domain" in document["credit"]

@@ -46,12 +46,12 @@ class RankPool:
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(TIMEOUT_S):
-                self.close()
+                self.kill()
                 raise RankError(f"rank {rank} gave no answer in {TIMEOUT_S} s")
             ok, value = pipe.recv()
             (results if ok else failures).append(value)
         if failures:
-            self.close()  # the ranks may be out of step now
+            self.kill()  # the ranks may be out of step now
             raise RankError("\n".join(failures))
         return results
 
@@ -60,6 +60,14 @@ class RankPool:
         return bool(self._processes) and all(process.is_alive() for process in self._processes)
 
     def close(self) -> None:
+        """Let the ranks leave and end as any process does; only then has coverage.py written what it saw of them."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(TIMEOUT_S)
+        self.kill()
+
+    def kill(self) -> None:
         for process in self._processes:
             process.kill()
             process.join()
@@ -82,6 +90,7 @@ def _serve(pipe: Connection, rank: int, num_ranks: int, port: int) -> None:
         try:
             function, args = pipe.recv()
         except EOFError:
+            world.leave()
             return
         try:
             pipe.send((True, function(world, *args)))

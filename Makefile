@@ -7,6 +7,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 # Some groups of tests start four ranks, or SLURM's daemons, of their own.
 WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: train test test-slow bench bench-gpu bench-overlap lint docs clean
 
@@ -14,10 +15,10 @@ train: $(VENV)/.installed
 	$(BIN)/anemoi-dist train $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 
-from anemoi_dist.config.targets import resolve_target
+from anemoi_dist.config.instantiate import call, check_arguments, split_node
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.ademamix import AdEMAMix
 from anemoi_dist.optimizers.schedules import unfinished_warmups
@@ -58,70 +57,3 @@ def create_optimizer(
         ):
             warnings.warn(message, stacklevel=2)
     return optimizer
-
-
-def split_node(
-    node: Mapping[str, Any], *, key: str, allowed: Iterable[str], base: type | tuple[type, ...]
-) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Return what ``_target_`` names and the other entries, as plain containers."""
-    arguments = {name: _plain(value) for name, value in node.items()}
-    name = arguments.pop("_target_", None)
-    return resolve_target(name, key=f"{key}._target_", allowed=allowed, base=base), arguments
-
-
-def check_arguments(
-    target: Callable[..., Any], arguments: Mapping[str, Any], *, key: str, injected: Mapping[str, str]
-) -> None:
-    """Refuse arguments that ``target`` does not take, or that come from elsewhere (``injected``: name to source)."""
-    for name, source in injected.items():
-        if name in arguments:
-            value = arguments[name]
-            fix = f"remove it and set {source}={value}" if source.startswith("training.") else "remove it"
-            raise ConfigError(f"{key}.{name}", value, f"comes from {source}", fix=fix)
-    parameters = inspect.signature(target).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    valid = [name for name in parameters if name not in injected]
-    for name, value in arguments.items():
-        if name not in valid:
-            raise ConfigError(
-                key,
-                name,
-                f"is no argument of {target.__qualname__} (given {value!r})",
-                valid=valid,
-                fix="defaults: " + ", ".join(_shown(parameters[n]) for n in valid),
-            )
-    for name in valid:
-        parameter = parameters[name]
-        if (
-            parameter.default is parameter.empty
-            and parameter.kind is not parameter.VAR_POSITIONAL
-            and name not in arguments
-        ):
-            raise ConfigError(
-                f"{key}.{name}", None, f"{target.__qualname__} needs it", fix=f"give {key}.{name} a value"
-            )
-
-
-def call(target: Callable[..., Any], *, key: str, arguments: dict[str, Any]) -> Any:
-    """Call ``target``; what it says against its arguments is the user's to mend."""
-    try:
-        return target(**arguments)
-    except ConfigError as error:
-        raise ConfigError(f"{key}.{error.key}", error.value, error.rule, fix=error.fix, valid=error.valid) from error
-    except (TypeError, ValueError, AssertionError) as error:
-        shown = {name: value for name, value in arguments.items() if name not in ("params", "optimizer")}
-        raise ConfigError(key, shown, f"{target.__qualname__} refuses it: {error or type(error).__name__}") from error
-
-
-def _shown(parameter: inspect.Parameter) -> str:
-    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"
-
-
-def _plain(value: Any) -> Any:
-    """Turn Hydra's lists and dictionaries, which would end up in pickles, into Python's."""
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_plain(inner) for inner in value]
-    return value

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from anemoi_dist.config.instantiate import call, check_arguments, split_node
 from anemoi_dist.config.schema import LrConfig
 from anemoi_dist.config.timm_scheduler import load_timm_scheduler
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.optimizers.factory import call, check_arguments, split_node
 
 KEY = "training.scheduler"
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anemoi_dist.config.instantiate import check_arguments, split_node
 from anemoi_dist.config.schema import Config
 from anemoi_dist.config.targets import nested_targets, resolve_target
 from anemoi_dist.data.batch import Batch, DataSpec
@@ -231,28 +232,16 @@ def build_model(node: dict[str, Any], spec: DataSpec, allowed: Iterable[str] = (
         The target is not allowed or no ``torch.nn.Module``, or an argument is unknown or missing.
     """
     target = node["_target_"]
-    build = resolve_target(target, key="model._target_", allowed=allowed, base=nn.Module)
-    arguments = {name: value for name, value in node.items() if name != "_target_"}
+    build, arguments = split_node(node, key="model", allowed=allowed, base=nn.Module)
     if not target.startswith("anemoi_dist."):  # ours look at their own
         for key, nested in nested_targets(arguments, key="model"):
             resolve_target(nested, key=key, allowed=allowed)
-    parameters = inspect.signature(build).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for name in arguments:
-        if name not in parameters and not takes_any:
-            valid = [known for known in parameters if known != "data"]
-            raise ConfigError("model", name, f"is no argument of {target} (given {arguments[name]!r})", valid=valid)
-    if "data" in parameters:
-        if "data" in arguments:
-            raise ConfigError("model.data", arguments["data"], "is filled in from the dataset", fix="remove it")
+    takes_data = "data" in inspect.signature(build).parameters
+    if takes_data and "data" in arguments:
+        raise ConfigError("model.data", arguments["data"], "is filled in from the dataset", fix="remove it")
+    check_arguments(build, arguments, key="model", injected={"data": "the dataset"} if takes_data else {})
+    if takes_data:
         arguments["data"] = spec
-    missing = [
-        name
-        for name, p in parameters.items()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in arguments
-    ]
-    if missing:
-        raise ConfigError(f"model.{missing[0]}", None, f"is needed by {target}", fix=f"set model.{missing[0]}=...")
     model = build(**arguments)
     if not isinstance(model, nn.Module):
         raise ConfigError("model._target_", target, f"must build a torch.nn.Module, not {type(model).__name__}")

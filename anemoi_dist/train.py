@@ -78,7 +78,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[RunDirectory, Hold | None]:
 def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
     """Join, agree on the run, train it, record how it ended."""
     from anemoi_dist.distributed.world import World
-    from anemoi_dist.preflight.ranks import inspect
+    from anemoi_dist.preflight.ranks import run_preflight
     from anemoi_dist.telemetry.console import keep_log
     from anemoi_dist.telemetry.watchdog import watch
     from anemoi_dist.training.setup import train
@@ -106,7 +106,7 @@ def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
             num_collectives=world.num_collectives,
         ):
             if config.launcher.preflight:
-                inspect(world, run.path.parent)
+                run_preflight(world, run.path.parent)
             train(config, run=run, world=world, attempt=number)
             code = ExitCode.FINISHED
             world.leave()

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-import platform
 import shutil
 import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.lock import SILENCE_S, Holder
+from anemoi_dist.telemetry.progress import format_bytes
 
 PACKAGES = ("anemoi-dist", "torch", "deepspeed")
 #: Clocks may differ by this much between nodes: what they stamp is compared.
@@ -59,27 +56,55 @@ class Finding:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class RankReport:
+    """Measurements of one rank, compared with those of all others.
+
+    Attributes
+    ----------
+    rank, host : int, str
+        The rank and its machine.
+    clock : float
+        Unix seconds, taken on all ranks at the same moment.
+    versions : Mapping[str, str]
+        Package -> version.
+    device, visible_devices : str, int
+        Name of its device, and number of GPUs that it sees.
+    work_s : float
+        Seconds for a fixed amount of arithmetic.
+    link_s : Sequence[float]
+        Seconds for an exchange of the same data with each of its neighbours.
+    """
+
+    rank: int
+    host: str
+    clock: float
+    versions: Mapping[str, str]
+    device: str
+    visible_devices: int
+    work_s: float
+    link_s: Sequence[float]
+
+
 def format_findings(findings: Sequence[Finding]) -> str:
     """Return one line a finding, what failed last, where it is read."""
     order = ("ok", "warning", "failed")
     return "\n".join(str(finding) for finding in sorted(findings, key=lambda finding: order.index(finding.level)))
 
 
-def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Return the versions of Python and of what is installed, without importing any of it."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
 def check_versions(found: Mapping[str, str]) -> Finding:
-    """Look for what this product cannot do without."""
+    """Look among the versions of what is installed for the packages that this product cannot do without."""
     missing = [package for package in PACKAGES if package not in found]
     if missing:
         return Finding("versions", "failed", f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")
     return Finding("versions", "ok", ", ".join(f"{name} {number}" for name, number in found.items()))
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return the path itself, or its closest parent that exists: where a directory would be created."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
 
 
 def check_disk(root: Path, *, needed_bytes: int = 0, trial_bytes: int = _TRIAL_BYTES) -> Finding:
@@ -94,9 +119,7 @@ def check_disk(root: Path, *, needed_bytes: int = 0, trial_bytes: int = _TRIAL_B
     trial_bytes : int
         Size of the file.
     """
-    place = root
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = nearest_existing(root)
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-") as file:
             block = os.urandom(2**20)  # a file system that compresses would flatter itself
@@ -110,18 +133,17 @@ def check_disk(root: Path, *, needed_bytes: int = 0, trial_bytes: int = _TRIAL_B
     except OSError as error:
         fix = f"make room or permission there, or give another run.root than {root}"
         return Finding("disk", "failed", f"{place} cannot be written: {error.strerror or error}", fix)
-    text = f"{place}: {_size(int(rate))}/s written, {_size(free)} free"
+    text = f"{place}: {format_bytes(rate)}/s written, {format_bytes(free)} free"
     if free < needed_bytes:
         fix = "a lower checkpoint.keep_last, or another run.root"
-        return Finding("disk", "failed", f"{text}, {_size(needed_bytes)} needed for checkpoints", fix)
-    return Finding("disk", "ok", text + (f", {_size(needed_bytes)} needed for checkpoints" if needed_bytes else ""))
+        return Finding("disk", "failed", f"{text}, {format_bytes(needed_bytes)} needed for checkpoints", fix)
+    needed = f", {format_bytes(needed_bytes)} needed for checkpoints" if needed_bytes else ""
+    return Finding("disk", "ok", text + needed)
 
 
 def check_file_clock(root: Path, *, clock: Callable[[], float] = time.time) -> Finding | None:
     """Compare this machine's clock with the one that stamps files; None where nothing can be written."""
-    place = root
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = nearest_existing(root)
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-") as file:
             before = clock()
@@ -185,41 +207,30 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def compare_nodes(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Return what differs between ranks that should be alike. Pure.
-
-    Parameters
-    ----------
-    reports : Sequence[Mapping[str, Any]]
-        Of each rank: ``rank``, ``host``, ``versions``, ``device``, ``clock`` (Unix seconds, taken at the same moment)
-        and ``visible_devices``.
-    """
-    return [
-        *_compare_versions(reports),
-        _compare_clocks(reports),
-        *_compare_devices(reports),
-    ]
+def compare_nodes(reports: Sequence[RankReport]) -> list[Finding]:
+    """Return what differs between ranks that should be alike. Pure."""
+    return [*_compare_versions(reports), _compare_clocks(reports), *_compare_devices(reports)]
 
 
-def _compare_versions(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def _compare_versions(reports: Sequence[RankReport]) -> list[Finding]:
     findings = []
-    names = dict.fromkeys(name for report in reports for name in report["versions"])
+    names = dict.fromkeys(name for report in reports for name in report.versions)
     for name in names:
         hosts: dict[str, list[str]] = {}
         for report in reports:
-            hosts.setdefault(report["versions"].get(name, "missing"), []).append(report["host"])
+            hosts.setdefault(report.versions.get(name, "missing"), []).append(report.host)
         if len(hosts) > 1:
             listed = ", ".join(f"{number} on {_some(where)}" for number, where in hosts.items())
             findings.append(Finding("versions", "failed", f"{name} differs: {listed}", "one environment for all nodes"))
     if findings:
         return findings
-    same = ", ".join(f"{name} {number}" for name, number in reports[0]["versions"].items())
+    same = ", ".join(f"{name} {number}" for name, number in reports[0].versions.items())
     return [Finding("versions", "ok", f"the same on all nodes: {same}")]
 
 
-def _compare_clocks(reports: Sequence[Mapping[str, Any]]) -> Finding:
-    middle = statistics.median(report["clock"] for report in reports)
-    off = {report["host"]: report["clock"] - middle for report in reports}
+def _compare_clocks(reports: Sequence[RankReport]) -> Finding:
+    middle = statistics.median(report.clock for report in reports)
+    off = {report.host: report.clock - middle for report in reports}
     host, worst_s = max(off.items(), key=lambda item: abs(item[1]))
     spread_s = max(off.values()) - min(off.values())
     if spread_s > MAX_SKEW_S:
@@ -228,10 +239,10 @@ def _compare_clocks(reports: Sequence[Mapping[str, Any]]) -> Finding:
     return Finding("clock", "ok", f"all within {spread_s:.3f} s")
 
 
-def _compare_devices(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def _compare_devices(reports: Sequence[RankReport]) -> list[Finding]:
     kinds: dict[tuple[str, int], list[str]] = {}
     for report in reports:
-        kinds.setdefault((report["device"], report["visible_devices"]), []).append(report["host"])
+        kinds.setdefault((report.device, report.visible_devices), []).append(report.host)
     listed = "; ".join(
         f"{device} ({count} visible) on {_some(hosts)}" if count else f"{device} on {_some(hosts)}"
         for (device, count), hosts in kinds.items()
@@ -241,46 +252,31 @@ def _compare_devices(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
     return [Finding("devices", "ok", listed)]
 
 
-def find_slow_ranks(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Return a finding for each rank that works or sends much more slowly than the others. Pure.
+def find_slow_ranks(reports: Sequence[RankReport]) -> list[Finding]:
+    """Return a finding for each rank that computes or exchanges data much more slowly than the others. Pure.
 
-    Parameters
-    ----------
-    reports : Sequence[Mapping[str, Any]]
-        Of each rank: ``rank``, ``host``, ``work_s`` (a fixed piece of work) and ``link_s`` (an exchange of the same
-        data with each of its neighbours). A slow link has two ends; only a rank all of whose links are slow is named.
+    A slow link has two ends, so only a rank all of whose links are slow is named.
     """
     findings = []
-    for key, what in (("work_s", "computes"), ("link_s", "exchanges data")):
-        best = {report["rank"]: _fastest(report[key]) for report in reports}
-        if not any(best.values()) or (key == "link_s" and len(reports) < 3):
+    seconds = {
+        "computes": {report.rank: report.work_s for report in reports},
+        "exchanges data": {report.rank: min(report.link_s, default=0.0) for report in reports},
+    }
+    for what, best in seconds.items():
+        if not any(best.values()) or (what == "exchanges data" and len(reports) < 3):
             continue  # two ranks have one link, with two ends
         middle = statistics.median_low(best.values())
         for report in reports:
-            factor = best[report["rank"]] / middle
+            factor = best[report.rank] / middle
             if factor > SLOW_FACTOR:
                 level = "failed" if factor > TOO_SLOW_FACTOR else "warning"
-                text = f"rank {report['rank']} on {report['host']} {what} {factor:.1f} times slower than the median"
-                fix = f"leave {report['host']} out, or look what else runs there"
+                text = f"rank {report.rank} on {report.host} {what} {factor:.1f} times slower than the median"
+                fix = f"leave {report.host} out, or look what else runs there"
                 findings.append(Finding("ranks", level, text, fix))
     fine = f"none of {len(reports)} is {SLOW_FACTOR:g} times slower than the median"
     return findings or [Finding("ranks", "ok", fine)]
 
 
-def _fastest(seconds: float | Sequence[float]) -> float:
-    values = [seconds] if isinstance(seconds, int | float) else list(seconds)
-    return min(values, default=0.0)
-
-
 def _some(hosts: Sequence[str]) -> str:
     unique = list(dict.fromkeys(hosts))
     return ", ".join(unique[:4]) + (f" and {len(unique) - 4} more" if len(unique) > 4 else "")
-
-
-def _size(number: int) -> str:
-    value = float(number)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")

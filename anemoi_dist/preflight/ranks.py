@@ -1,4 +1,4 @@
-"""What ranks find out about their machines together: ``torchrun ... -m anemoi_dist.preflight.ranks --run-root DIR``.
+"""Checks that ranks do together before they train: ``torchrun ... -m anemoi_dist.preflight.ranks --run-root DIR``.
 
 Takes the places of ranks that train, under the same rendezvous (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
 MASTER_PORT), for less than a minute. Rank 0 prints the findings; every rank ends with 3 where one has failed.
@@ -13,22 +13,26 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
 from anemoi_dist.preflight.machine import (
+    PACKAGES,
     Finding,
+    RankReport,
     check_disk,
     check_host,
     check_port,
     compare_nodes,
     find_slow_ranks,
     format_findings,
-    versions,
+    nearest_existing,
 )
 from anemoi_dist.process.deadman import Deadman
 from anemoi_dist.process.parent_death import die_with_parent, parent_in_environment
+from anemoi_dist.run.versions import installed_versions
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +46,7 @@ _MAX_ERROR_CHARS = 400
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Probe and return the exit code."""
+    """Check the ranks and return the exit code."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(parent_pid=parent_in_environment())
     parser = argparse.ArgumentParser(prog="python -m anemoi_dist.preflight.ranks", description=__doc__)
@@ -57,108 +61,129 @@ def main(argv: Sequence[str] | None = None) -> int:
     switch = Deadman(grace_s=0.5, code=ExitCode.PREFLIGHT, log=sys.stderr)
     switch.hold(options.timeout)
     try:
-        findings = probe(options, deadline=deadline)
+        findings = _join_and_check(options, deadline=deadline)
     except (AnemoiDistError, RuntimeError) as error:  # dist.DistError is a RuntimeError
         text = " ".join(str(error).split())[:_MAX_ERROR_CHARS]
         findings = [Finding("ranks", "failed", text, "check that all ranks were started and reach the first node")]
     switch.close()
     if os.environ.get("RANK", "0") == "0":
-        told = json.dumps([finding.as_dict() for finding in findings]) if options.json else format_findings(findings)
-        print(told, flush=True)  # noqa: T201
+        as_json = json.dumps([finding.as_dict() for finding in findings])
+        print(as_json if options.json else format_findings(findings), flush=True)  # noqa: T201
     failed = any(finding.level == "failed" for finding in findings)
     return ExitCode.PREFLIGHT if failed else ExitCode.FINISHED
 
 
-def probe(options: argparse.Namespace, *, deadline: float) -> list[Finding]:
-    """Join the other ranks and return what all have found; the same on every rank. Collective.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        The command line.
-    deadline : float
-        When this process ends, on the monotonic clock.
-    """
+def _join_and_check(options: argparse.Namespace, *, deadline: float) -> list[Finding]:
+    """Join the other ranks and return the findings of all until ``deadline`` (monotonic clock). Collective."""
     from anemoi_dist.distributed.world import World
 
     left_s = deadline - time.monotonic()
     world = World.join(timeout_s=max(1.0, 0.7 * left_s))  # with time left to say that somebody is missing
-    findings = look_around(world, options.run_root, needed_bytes=options.needed_bytes)
+    findings = run_rank_checks(world, options.run_root, needed_bytes=options.needed_bytes)
     world.leave()
     return findings
 
 
-def inspect(world: World, root: Path) -> None:
-    """Look around before training and print what rank 0 finds. Collective.
+def run_preflight(world: World, root: Path) -> None:
+    """Check the ranks before training and print the findings on rank 0. Collective.
 
-    A slow rank is shown and goes on: what else runs on a machine is gone the next minute.
+    A slow rank is shown and tolerated: whatever else runs on its machine may be gone the next minute.
 
     Raises
     ------
     PreflightError
         These ranks cannot train together.
     """
-    findings = look_around(world, root, needed_bytes=0)
+    findings = run_rank_checks(world, root, needed_bytes=0)
     if world.is_main:
         print(format_findings(findings), flush=True)  # noqa: T201
     if failed := [finding for finding in findings if finding.level == "failed" and finding.check != "ranks"]:
         raise PreflightError(format_findings(failed))
 
 
-def look_around(world: World, root: Path, *, needed_bytes: int) -> list[Finding]:
-    """Return what all ranks have found; the same on every rank. Collective.
+@dataclass(frozen=True)
+class RankChecks:
+    """Results of one rank.
+
+    Attributes
+    ----------
+    report : RankReport
+        Its measurements.
+    findings : Sequence[Finding]
+        Findings that concern its node alone; empty for all but one rank of a node.
+    sees_run_root : bool
+        Whether it sees a file that rank 0 has written into ``run.root``.
+    has_right_sums : bool
+        Whether the sums of the all-reduces were right.
+    """
+
+    report: RankReport
+    findings: Sequence[Finding]
+    sees_run_root: bool
+    has_right_sums: bool
+
+    @classmethod
+    def from_json(cls, text: str) -> RankChecks:
+        """Read what :meth:`to_json` has written."""
+        content = json.loads(text)
+        findings = [Finding(**entry) for entry in content["findings"]]
+        return cls(**{**content, "report": RankReport(**content["report"]), "findings": findings})
+
+    def to_json(self) -> str:
+        """Return the results as text for another rank."""
+        return json.dumps(asdict(self))
+
+
+def run_rank_checks(world: World, root: Path, *, needed_bytes: int) -> list[Finding]:
+    """Return the findings of all ranks, the same list on every rank. Collective.
 
     Parameters
     ----------
     world : World
         The ranks.
     root : Path
-        Where runs are to lie.
+        ``run.root``.
     needed_bytes : int
-        What checkpoints still need there.
+        Bytes of the checkpoints that are still to be written there.
     """
-    own = report(world)
-    local = _local_findings(root, needed_bytes=needed_bytes)
-    shared = _is_shared(root, world=world)
+    report = measure_rank(world)
+    findings = _check_node(root, needed_bytes=needed_bytes)
+    sees_run_root = _sees_run_root(root, world=world)
     seconds, is_right = all_reduce_seconds(world)
-    gathered = world.gather_text(
-        json.dumps({**own, "local": [finding.as_dict() for finding in local], "shared": shared, "right": is_right})
-    )
-    findings: list[Finding] = []
+    gathered = world.gather_text(RankChecks(report, findings, sees_run_root, is_right).to_json())
     if world.is_main:
-        reports = [json.loads(text) for text in gathered]
-        findings = [*judge(reports), _describe_collectives(seconds, world_size=world.world_size)]
+        checks = [RankChecks.from_json(text) for text in gathered]
+        findings = [*combine(checks), _describe_collectives(seconds, world_size=world.world_size)]
     text = world.broadcast_text(json.dumps([finding.as_dict() for finding in findings]) if world.is_main else None)
     return [Finding(**entry) for entry in json.loads(text)]
 
 
-def judge(reports: Sequence[dict[str, Any]]) -> list[Finding]:
-    """Return what the reports of all ranks amount to. Pure."""
+def combine(checks: Sequence[RankChecks]) -> list[Finding]:
+    """Return the findings that follow from the results of all ranks. Pure."""
+    reports = [each.report for each in checks]
     findings = [*compare_nodes(reports), *find_slow_ranks(reports)]
-    for each in reports:
-        local = [Finding(**entry) for entry in each["local"]]
-        findings += [
-            Finding(finding.check, finding.level, f"{each['host']}: {finding.text}", finding.fix) for finding in local
-        ]
-    apart = sorted({each["host"] for each in reports if not each["shared"]})
+    for each in checks:
+        host = each.report.host
+        findings += [replace(finding, text=f"{host}: {finding.text}") for finding in each.findings]
+    apart = sorted({each.report.host for each in checks if not each.sees_run_root})
     if apart:
         text = f"{', '.join(apart[:4])} do not see what rank 0 writes into run.root"
         findings.append(Finding("disk", "failed", text, "give a run.root on a file system that all nodes share"))
-    wrong = [each["rank"] for each in reports if not each["right"]]
+    wrong = [each.report.rank for each in checks if not each.has_right_sums]
     if wrong:
         text = f"an all-reduce gives wrong sums on ranks {wrong[:8]}"
         findings.append(Finding("collectives", "failed", text, "take these nodes out; check NCCL and its network"))
     return findings
 
 
-def report(
+def measure_rank(
     world: World,
     *,
     work: Callable[[torch.device], float] | None = None,
     exchange: Callable[[World, int], float] | None = None,
     clock: Callable[[], float] = time.time,
     found: Callable[[], dict[str, str]] | None = None,
-) -> dict[str, Any]:
+) -> RankReport:
     """Return what this rank is and how fast. Collective.
 
     Parameters
@@ -166,7 +191,7 @@ def report(
     world : World
         The ranks.
     work : Callable[[torch.device], float], optional
-        Does a fixed piece of work and returns its seconds.
+        Does a fixed amount of arithmetic and returns its seconds.
     exchange : Callable[[World, int], float], optional
         Exchanges data with another rank and returns the seconds it took.
     clock : Callable[[], float], optional
@@ -179,17 +204,17 @@ def report(
 
     link_s = [(exchange or _exchange)(world, peer) for peer in _neighbours(world)]
     work_s = (work or _work)(world.device)
-    dist.barrier(group=world.control_group)
-    return {
-        "rank": world.rank,
-        "clock": clock(),
-        "host": socket.gethostname(),
-        "versions": (found or _versions)(),
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-        "visible_devices": torch.cuda.device_count(),
-        "work_s": work_s,
-        "link_s": link_s,
-    }
+    dist.barrier(group=world.control_group)  # so that all read their clocks at the same moment
+    return RankReport(
+        rank=world.rank,
+        host=socket.gethostname(),
+        clock=clock(),
+        versions=(found or _versions)(),
+        device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        visible_devices=torch.cuda.device_count(),
+        work_s=work_s,
+        link_s=link_s,
+    )
 
 
 def all_reduce_seconds(world: World) -> tuple[dict[int, float], bool]:
@@ -214,11 +239,11 @@ def all_reduce_seconds(world: World) -> tuple[dict[int, float], bool]:
 
 
 def _describe_collectives(seconds: dict[int, float], *, world_size: int) -> Finding:
-    told = ", ".join(
+    speeds = ", ".join(
         f"{size / 2**20:g} MiB in {taken * 1e3:.2f} ms ({size / 2**20 / taken:.0f} MiB/s)"
         for size, taken in seconds.items()
     )
-    return Finding("collectives", "ok", f"all-reduce over {world_size} ranks: {told}")
+    return Finding("collectives", "ok", f"all-reduce over {world_size} ranks: {speeds}")
 
 
 def _neighbours(world: World) -> list[int]:
@@ -286,25 +311,22 @@ def _synchronise(device: torch.device) -> None:
 def _versions() -> dict[str, str]:
     import torch
 
-    found = versions()
+    found = installed_versions(*PACKAGES)
     if torch.cuda.is_available():
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
 
 
-def _local_findings(root: Path, *, needed_bytes: int) -> list[Finding]:
-    """Return what one rank of each node finds out alone."""
+def _check_node(root: Path, *, needed_bytes: int) -> list[Finding]:
+    """Return the findings about this node, on one of its ranks."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return []
     return [check_disk(root, needed_bytes=needed_bytes), check_host(), check_port()]
 
 
-def _is_shared(root: Path, *, world: World) -> bool:
+def _sees_run_root(root: Path, *, world: World) -> bool:
     """Whether this rank sees what rank 0 writes. Collective."""
-    place = root
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    token = place / f".doctor-{os.getpid()}-{socket.gethostname()}"
+    token = nearest_existing(root) / f".doctor-{os.getpid()}-{socket.gethostname()}"
     written = ""
     if world.is_main:
         try:
@@ -314,7 +336,7 @@ def _is_shared(root: Path, *, world: World) -> bool:
             written = ""  # check_disk says it
     path = world.broadcast_text(written if world.is_main else None)
     seen = not path or Path(path).exists()
-    world.gather_text("")  # all have looked
+    world.gather_text("")  # rank 0 removes the file only when all have looked
     if world.is_main and path:
         Path(path).unlink(missing_ok=True)
     return seen

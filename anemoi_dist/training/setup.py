@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from anemoi_dist.errors import AnemoiDistError, ExitCode
 from anemoi_dist.optimizers.learning_rate import scaled_rate
 from anemoi_dist.run.attempt import end_state
 from anemoi_dist.run.directory import RunDirectory
+from anemoi_dist.run.versions import installed_versions
 from anemoi_dist.tasks import create_task
 from anemoi_dist.tasks.base import Task
 from anemoi_dist.telemetry.heartbeat import beat
@@ -187,14 +186,4 @@ def _device_name(device: torch.device) -> str:
 
 def _origin(config: Config) -> Origin:
     digest = hashlib.sha256(repr(asdict(config)).encode()).hexdigest()[:16]
-    return Origin(engine=config.engine.spec.name, config_hash=digest, versions=_versions())
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
+    return Origin(engine=config.engine.spec.name, config_hash=digest, versions=installed_versions(*_PACKAGES))

@@ -11,6 +11,7 @@ import subprocess
 from anemoi_dist.config.schema import Config
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.preflight.machine import (
+    PACKAGES,
     Finding,
     check_disk,
     check_file_clock,
@@ -19,11 +20,11 @@ from anemoi_dist.preflight.machine import (
     check_port,
     check_versions,
     format_findings,
-    versions,
 )
 from anemoi_dist.process.parent_death import PARENT_PID
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import read_events
+from anemoi_dist.run.versions import installed_versions
 
 from ..launchers import local
 from ..status.slurm_queue import QueueError, call
@@ -76,7 +77,7 @@ def look_here(run: RunDirectory, *, needed_bytes: int) -> list[Finding]:
     root = run.path.parent
     clock = check_file_clock(root)
     return [
-        check_versions(versions()),
+        check_versions(installed_versions(*PACKAGES)),
         _check_devices(local.count_gpus()),
         check_disk(root, needed_bytes=needed_bytes),
         *([] if clock is None else [clock]),

@@ -18,6 +18,7 @@ import pytest
 from anemoi_dist.preflight import machine
 from anemoi_dist.preflight.machine import (
     Finding,
+    RankReport,
     check_disk,
     check_file_clock,
     check_host,
@@ -30,6 +31,7 @@ from anemoi_dist.preflight.machine import (
 )
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.lock import Hold, Holder
+from anemoi_dist.run.versions import installed_versions
 
 MIB = 2**20
 
@@ -64,7 +66,7 @@ def test_a_line_has_what_was_found_and_its_fix() -> None:
 
 
 def test_what_is_not_installed() -> None:
-    assert check_versions(machine.versions()).level == "ok"
+    assert check_versions(installed_versions(*machine.PACKAGES)).level == "ok"
     found = check_versions({"python": "3.11", "anemoi-dist": "0.1"})
     assert found.level == "failed" and "torch, deepspeed" in found.text and "pip install" in found.fix
 
@@ -143,8 +145,8 @@ def test_a_holder_on_another_host_lives_by_its_touch_or_its_lock(run: RunDirecto
         assert check_owner(run).level == "failed"
 
 
-def report(rank: int, **more: Any) -> dict[str, Any]:
-    return {
+def report(rank: int, **more: Any) -> RankReport:
+    content = {
         "rank": rank,
         "host": f"node{rank // 2}",
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
@@ -155,9 +157,10 @@ def report(rank: int, **more: Any) -> dict[str, Any]:
         "link_s": [0.2, 0.2],
         **more,
     }
+    return RankReport(**content)
 
 
-def levels(*reports: dict[str, Any]) -> dict[str, str]:
+def levels(*reports: RankReport) -> dict[str, str]:
     return {finding.check: finding.level for finding in compare_nodes(reports)}
 
 

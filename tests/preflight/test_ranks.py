@@ -16,9 +16,9 @@ from support.ranks import RankPool
 
 from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import PreflightError
-from anemoi_dist.preflight import ranks as probe
-from anemoi_dist.preflight.machine import compare_nodes, find_slow_ranks
-from anemoi_dist.preflight.ranks import _neighbours, judge
+from anemoi_dist.preflight import ranks as rank_checks
+from anemoi_dist.preflight.machine import RankReport, compare_nodes, find_slow_ranks
+from anemoi_dist.preflight.ranks import RankChecks, _neighbours, combine
 
 
 class Place:
@@ -40,20 +40,20 @@ def test_partners_are_mutual_and_every_rank_has_two(size: int) -> None:
             todo[b].pop(0)
 
 
-def faulty_report(world: World, fault: str) -> dict[str, Any]:
+def faulty_report(world: World, fault: str) -> RankReport:
     is_bad = world.rank == 2
 
     def exchange(world: World, peer: int) -> float:
-        return probe._exchange(world, peer) + (10.0 if 2 in (world.rank, peer) and fault == "link" else 0.0)
+        return rank_checks._exchange(world, peer) + (10.0 if 2 in (world.rank, peer) and fault == "link" else 0.0)
 
     def work(device: Any) -> float:
         begun = time.perf_counter()
-        probe._work(device)
+        rank_checks._work(device)
         if is_bad and fault == "work":
             time.sleep(10 * (time.perf_counter() - begun))
         return time.perf_counter() - begun
 
-    return probe.report(
+    return rank_checks.measure_rank(
         world,
         exchange=exchange,
         work=work,
@@ -90,7 +90,7 @@ def reduce(world: World, spoil: bool) -> tuple[dict[int, float], bool]:
     if spoil and world.rank == 1:
         world = World.__new__(World)
         world.rank, world.world_size, world.device = 0, 2, probe_device()
-    return probe.all_reduce_seconds(world)
+    return rank_checks.all_reduce_seconds(world)
 
 
 def probe_device() -> Any:
@@ -101,13 +101,13 @@ def probe_device() -> Any:
 
 def test_sums_are_checked(ranks: Callable[[int], RankPool]) -> None:
     for seconds, is_right in ranks(2).run(reduce, False):
-        assert is_right and seconds.keys() == set(probe.SIZES["cpu"]) and min(seconds.values()) > 0
+        assert is_right and seconds.keys() == set(rank_checks.SIZES["cpu"]) and min(seconds.values()) > 0
     assert [is_right for _, is_right in ranks(2).run(reduce, True)] == [False, False]
 
 
 def inspected(world: World, root: str) -> str:
     try:
-        probe.inspect(world, Path(root))
+        rank_checks.run_preflight(world, Path(root))
     except PreflightError as error:
         return str(error)
     return ""
@@ -127,13 +127,12 @@ def test_wrong_sums_and_disks_apart_are_findings() -> None:
         "clock": 1.0,
         "work_s": 0.1,
         "link_s": [],
-        "local": [],
     }
-    reports = [
-        {**each, "rank": 0, "host": "a", "shared": True, "right": False},
-        {**each, "rank": 1, "host": "b", "shared": False, "right": True},
+    checks = [
+        RankChecks(RankReport(0, host="a", **each), [], sees_run_root=True, has_right_sums=False),
+        RankChecks(RankReport(1, host="b", **each), [], sees_run_root=False, has_right_sums=True),
     ]
-    failed = {finding.check: finding for finding in judge(reports) if finding.level == "failed"}
+    failed = {finding.check: finding for finding in combine(checks) if finding.level == "failed"}
     assert failed.keys() == {"disk", "collectives"}
     assert "b do not see" in failed["disk"].text and "ranks [0]" in failed["collectives"].text
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,6 +24,7 @@ from anemoi_dist.config.tree import is_below
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.lock import owned
+from anemoi_dist.run.versions import installed_versions
 
 #: What reads each format; ``lightning`` and ``torch`` are both files of torch.save.
 READERS: dict[str, Callable[..., tuple[str, int | None, list[Shard]]]] = {
@@ -134,7 +133,9 @@ def import_checkpoint(
             store,
             world=SingleRank(),
             config=CheckpointConfig(asynchronous=False, on_error="stop", read_back=False, keep_last=None),
-            origin=Origin(engine=f"{found} import", config_hash="", versions=_versions()),
+            origin=Origin(
+                engine=f"{found} import", config_hash="", versions=installed_versions("anemoi-dist", "torch")
+            ),
         )
         progress = {"step": step, "num_skipped_in_row": 0}
         saver.save(step, lambda: shards, samples_seen=0, trainer={"progress": progress})
@@ -187,7 +188,3 @@ def _step(given: int | None, said: int | None, shards: list[Shard]) -> int:
     if step is None:
         raise ConfigError("--step", None, "the source does not say how many optimizer steps were done", fix="--step N")
     return step
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in ("anemoi-dist", "torch")}}

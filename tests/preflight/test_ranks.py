@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,7 @@ def test_what_is_wrong_with_one_rank_is_found(
 ) -> None:
     reports = ranks(4).run(faulty_report, fault)
     if fault == "clock":  # ranks of one machine have one clock
-        for each in reports:
-            each["host"] = f"node{each['rank']}"
+        reports = [replace(report, host=f"node{report.rank}") for report in reports]
     failed = [
         f for f in [*compare_nodes(reports), *find_slow_ranks(reports)] if f.level == "failed" and f.check == check
     ]

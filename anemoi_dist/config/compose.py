@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,13 @@ class _Builder:
             self._merge({"launcher": content}, origin)
 
     def overlay(self, over: dict[str, Any], file: Path) -> None:
-        """Lay the user's file over the groups."""
+        """Lay the file over the groups; a section with all its keys, as in a frozen file, replaces theirs."""
+        for name, section in schema_keys().items():
+            given = over.get(name)
+            if is_dataclass(section) and isinstance(given, dict) and given.keys() >= {f.name for f in fields(section)}:
+                # Merged, a free-form node such as data.options would keep what the default group has in it.
+                self.container[name] = {}
+                self.provenance.forget(name)
         self._merge(over, str(file))
 
     def edit(self, edits: Sequence[KeyEdit]) -> None:

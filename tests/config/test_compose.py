@@ -263,6 +263,12 @@ def test_without_a_target_it_merges(tmp_path):
     assert optimizer["_target_"].endswith("AdEMAMix")
 
 
+def test_a_frozen_configuration_is_whole(tmp_path):
+    frozen = compose(["data=synthetic", "engine=ddp", "run.id=x"]).config
+    assert frozen.data.options == {}, "the default dataset has some"
+    assert compose([], config_file=write(tmp_path / "config.yaml", to_yaml(frozen))).config == frozen
+
+
 def test_null_in_a_file_wins(tmp_path):
     file = write(tmp_path / "o.yaml", "training: {scheduler: null}\n")
     composed = compose([], config_file=file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
@@ -20,6 +21,16 @@ class ExitCode(IntEnum):
     INTERNAL = 70
     SAVED_RUN_AGAIN = 75
     INTERRUPTED = 130
+
+
+def print_error(error: object) -> None:
+    """Print an error on stderr as every command and every rank does."""
+    print_message(f"anemoi-dist: {error}")
+
+
+def print_message(text: str) -> None:
+    """Print a line on stderr at once: ranks share it, and their launcher may end before a buffer is flushed."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 class AnemoiDistError(Exception):

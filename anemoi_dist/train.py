@@ -17,7 +17,7 @@ from anemoi_dist.config.compose import compose
 from anemoi_dist.config.identity import changes_table
 from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.distributed.rendezvous import Meeting, meet
-from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError
+from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError, print_error
 from anemoi_dist.process.parent_death import die_with_parent, parent_in_environment
 from anemoi_dist.run.attempt import Attempt, is_finished, record_end
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             if hold is not None:
                 run.stop_file.unlink(missing_ok=True)  # asked of an earlier start that did not live to answer
     except AnemoiDistError as error:
-        _tell(error)
+        print_error(error)
         sys.exit(error.exit_code)
     code = _train(run, meeting)
     if hold is not None:
@@ -111,7 +111,7 @@ def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
             code = ExitCode.FINISHED
             world.leave()
     except AnemoiDistError as error:
-        _tell(error)
+        print_error(error)
         code, failure = error.exit_code, str(error)
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
@@ -154,7 +154,7 @@ def _begin(run: RunDirectory, world: World) -> tuple[Attempt | None, dict[str, o
             print(f"differs from the last start of run {run.run_id}:\n{table}", flush=True)  # noqa: T201
         return attempt, {"path": str(run.path), "attempt": attempt.number, "config": text}
     except AnemoiDistError as error:
-        _tell(error)
+        print_error(error)
         return None, {"exit_code": error.exit_code}
 
 
@@ -178,10 +178,6 @@ def _redirect(log: Path) -> None:
     sys.stderr.flush()
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
-
-
-def _tell(error: AnemoiDistError) -> None:
-    print(f"anemoi-dist: {error}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _exit(code: ExitCode, meeting: Meeting) -> NoReturn:

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from anemoi_dist.errors import AnemoiDistError, ExitCode
+from anemoi_dist.errors import AnemoiDistError, ExitCode, print_error
 
 from .commands.parser import parse
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = importlib.import_module(f".commands.{options.name}", __package__)
         return int(command.run(options))
     except AnemoiDistError as error:
-        print(f"anemoi-dist: {error}", file=sys.stderr)
+        print_error(error)
         return int(error.exit_code)
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return int(ExitCode.FINISHED)
     except OSError as error:  # the disk is full, a directory is not ours
-        print(f"anemoi-dist: {error}", file=sys.stderr)
+        print_error(error)
         return int(ExitCode.PREFLIGHT)
 
 

@@ -195,43 +195,51 @@ class RunState(_Record):
 
 def from_json(cls: type[_R], content: Mapping[str, Any]) -> _R:
     """Return a record of what was decoded from JSON."""
-    hints = _hints(cls)  # type: ignore[arg-type] # mypy takes a type variable's class for unhashable
-    known = {
-        name: value for name, hint in hints.items() if (value := _typed(hint, content.get(_key(name)))) is not None
-    }
+    kinds = _kinds(cls)  # type: ignore[arg-type] # mypy takes a type variable's class for unhashable
+    known = {}
+    for key, (name, kind) in kinds.items():
+        given = content.get(key)
+        if given is not None and (value := _typed(kind, given)) is not None:
+            known[name] = value
     if issubclass(cls, _Record):
-        keys = {_key(name) for name in hints}
-        known["unknown"] = {key: value for key, value in content.items() if key not in keys}
+        known["unknown"] = {key: value for key, value in content.items() if key not in kinds}
     return cls(**known)
 
 
 def to_json(record: Any) -> dict[str, Any]:
     """Return a record as what JSON can encode; :func:`from_json` gives it back."""
     content = {}
-    for name in _hints(type(record)):  # type: ignore[arg-type]
+    for key, (name, _) in _kinds(type(record)).items():  # type: ignore[arg-type]
         value = getattr(record, name)
         if isinstance(value, list):
             value = [to_json(item) if is_dataclass(item) else item for item in value]
         elif is_dataclass(value):
             value = to_json(value)
-        if value is not None or _key(name) in _NULLABLE:
-            content[_key(name)] = value
+        if value is not None or key in _NULLABLE:
+            content[key] = value
     return content | getattr(record, "unknown", {})
 
 
-@functools.cache  # reading them costs more than decoding a record
-def _hints(cls: Any) -> Mapping[str, Any]:
-    return {name: hint for name, hint in get_type_hints(cls).items() if name != "unknown"}
+@functools.cache  # reading the hints costs more than decoding a record, and `runs` decodes thousands
+def _kinds(cls: Any) -> Mapping[str, tuple[str, Any]]:
+    """Return key in the file -> attribute and its type; of an optional one the type without None."""
+    hints = {name: hint for name, hint in get_type_hints(cls).items() if name != "unknown"}
+    return {_KEYS.get(name, name): (name, _without_none(hint)) for name, hint in hints.items()}
 
 
-def _key(name: str) -> str:
-    return _KEYS.get(name, name)
-
-
-def _typed(hint: Any, value: Any) -> Any:
-    """Return ``value`` if it is of the type that ``hint`` names, else None."""
+def _without_none(hint: Any) -> Any:
     arguments = get_args(hint)
-    kind = arguments[0] if type(None) in arguments else hint
+    return arguments[0] if type(None) in arguments else hint
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """Return ``value`` if it is of the type ``kind``, else None."""
+    if kind is int:
+        return whole(value)
+    if kind is float:
+        return number(value)
+    if kind in (str, bool):
+        return value if isinstance(value, kind) else None
     if get_origin(kind) is list:
         (item,) = get_args(kind)
         if not isinstance(value, list):
@@ -241,8 +249,6 @@ def _typed(hint: Any, value: Any) -> Any:
         return [typed for each in value if (typed := _typed(item, each)) is not None]
     if isinstance(kind, type) and is_dataclass(kind):
         return from_json(kind, value) if isinstance(value, dict) else None
-    if kind in (int, float):
-        return whole(value) if kind is int else number(value)
     return value if kind is Any or isinstance(value, kind) else None
 
 

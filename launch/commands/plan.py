@@ -18,7 +18,7 @@ from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.telemetry.progress import format_bytes
 
 from ..launchers.base import Plan, plan
-from ..launchers.machine import look
+from ..launchers.machine import detect_machine
 from ..launchers.memory_table import Row, memory_table
 from ..launchers.model_size import UnknownSizeError, model_size
 from .arguments import compose_options
@@ -84,7 +84,7 @@ def show(
     if number is not None and not number.is_integer():
         raise ConfigError("--num-parameters", num_parameters, "must be a whole number", fix="--num-parameters 1e9")
     run = RunDirectory.locate(config.run.root, str(config.run.id))
-    machine = look(config.launcher.kind)
+    machine = detect_machine(config.launcher.kind)
     # What cannot be launched is refused before a model is built.
     planned = None if sweep else plan(config, run, machine)
     sizes = Sizes(

@@ -27,7 +27,7 @@ from anemoi_dist.run.directory import RunDirectory, write_atomically
 from anemoi_dist.run.prepare import prepare_run
 
 from ..launchers import slurm
-from ..launchers.machine import look
+from ..launchers.machine import detect_machine
 from ..launchers.model_size import check_models
 from ..launchers.sbatch import check_syntax, require_sbatch, sbatch
 from ..status import journal
@@ -67,7 +67,7 @@ class Request:
 
     def script(self) -> str:
         """Return the batch script; the plan is checked on the way."""
-        machine, arguments = look(), []
+        machine, arguments = detect_machine(), []
         if self.command is None:
             slurm.plan(self.config, self.directory(), machine)
         else:

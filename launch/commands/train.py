@@ -11,7 +11,7 @@ from anemoi_dist.run.prepare import claim_run
 
 from ..launchers import local, mpi
 from ..launchers.base import plan
-from ..launchers.machine import look
+from ..launchers.machine import detect_machine
 from ..status.inspection import refuse_queued
 from .arguments import announce_composing, compose_options
 from .plan import show
@@ -52,7 +52,7 @@ def train(config: Config, *, dry_run: bool = False) -> int:
         )
     run = RunDirectory.locate(config.run.root, str(config.run.id))
     refuse_queued(run)
-    machine = look(config.launcher.kind)
+    machine = detect_machine(config.launcher.kind)
     planned = plan(config, run, machine)  # refuses before the run is touched
     if planned.kind == "mpi":
         mpi.check(config, machine)

@@ -1,1 +1,1 @@
-"""What runs inside a job: the batch script's program, the agents of its nodes, any other command."""
+"""Programs inside a job: the batch process, the torchrun agents of its nodes, any other command."""

@@ -1,4 +1,4 @@
-"""torchrun as our launchers start it: it dies with its launcher, meets at a reserved port and says which rank failed.
+"""torchrun as our launchers start it: it dies with its launcher, meets at a reserved port, names the rank that failed.
 
 Started as a process on every node; with ``rendezvous.py`` the only part of this package that imports torch.
 """
@@ -13,16 +13,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anemoi_dist.errors import AnemoiDistError, ExitCode
+from anemoi_dist.errors import AnemoiDistError, ExitCode, print_error, print_message
 from anemoi_dist.process.parent_death import PARENT_PID, die_with_parent, parent_in_environment
 from anemoi_dist.run.attempt import record_killed
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.telemetry.watchdog import record_unsaid_hang
 
-#: What ends a rank from outside, or by a crash. The rest is how processes are asked to leave, by us too.
+#: Signals that ask a process to leave, torchrun's own among them. Any other that ends a rank is a kill or a crash.
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-#: Ranks that fail within this time fail together. Those that torchrun kills it asks to leave first, for far longer.
+#: Ranks that fail within this time fail together. torchrun kills the others later: it gives them far longer to leave.
 _AT_ONCE_S = 5
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Run torchrun with this process's arguments; return the code of the first rank that failed, where it is ours."""
+    """Run torchrun with this process's arguments; return the exit code of the first rank that failed, if it is ours."""
     die_with_parent(parent_pid=parent_in_environment(), number=signal.SIGTERM)
     os.environ[PARENT_PID] = str(os.getpid())  # for the ranks
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -40,8 +40,8 @@ def main() -> int:
     from .agent_rendezvous import register
 
     register()
-    # It logs every rank that ends with a code, also those that mean "saved" or "your configuration is wrong". What goes
-    # wrong in torchrun itself is an exception.
+    # torchrun logs a traceback for every rank that ends with a code, also for those that mean "saved" or "your
+    # configuration is wrong". Errors of torchrun itself are exceptions, and still seen.
     logging.disable(logging.ERROR)
     run = _run_directory(sys.argv)
     try:
@@ -58,10 +58,10 @@ def main() -> int:
             return failure.exitcode
         how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"code {failure.exitcode}"
         where = f"rank {rank} (pid {failure.pid} on {socket.gethostname()})"
-        print(f"{where} ended with {how}", file=sys.stderr)  # noqa: T201
+        print_message(f"{where} ended with {how}")
         return 1
     except AnemoiDistError as error:  # agents that do not find each other
-        print(f"anemoi-dist: {error}", file=sys.stderr)  # noqa: T201
+        print_error(error)
         return error.exit_code
     except SignalException as error:
         return 128 + int(error.sigval)
@@ -69,29 +69,29 @@ def main() -> int:
 
 
 def _run_directory(arguments: list[str]) -> RunDirectory | None:
-    """Return the run that the ranks are told to train, where they are."""
+    """Return the run on the command line of the ranks; None if it is started for something else."""
     if "--run-directory" not in arguments[:-1]:
         return None
     return RunDirectory(Path(arguments[arguments.index("--run-directory") + 1]))
 
 
 def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
-    """Return the rank that began it: one that was killed, else the first that left by itself.
+    """Return the rank whose failure made the others fail: one that was killed, else the first that left by itself.
 
-    The others notice within milliseconds that a rank is gone, and torchrun looks at all of them at once. Then it asks
-    the rest to leave, and those that could not answer, or were killed for that, are among the failures too.
+    The other ranks notice within milliseconds that one is gone, and torchrun sees several failures at once. It then
+    asks the rest to leave; those that do not, and are killed for it, are among the failures too.
     """
     began = min(failure.timestamp for failure in error.failures.values())
     asked = {-int(number) for number in _ASKING}
-    told = {
+    candidates = {
         rank: failure
         for rank, failure in error.failures.items()
         if failure.exitcode not in asked and failure.timestamp - began <= _AT_ONCE_S
     }
-    killed = [(rank, failure) for rank, failure in told.items() if failure.exitcode < 0]
-    if killed or not told:
+    killed = [(rank, failure) for rank, failure in candidates.items() if failure.exitcode < 0]
+    if killed or not candidates:
         return killed[0] if killed else error.get_first_failure()
-    return min(told.items(), key=lambda failed: failed[1].timestamp)
+    return min(candidates.items(), key=lambda failed: failed[1].timestamp)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Where the agents of a job meet: one store, on the first node, whose port is bound before anybody is told of it.
+"""Rendezvous of a job's torchrun agents: one store on the first node, whose port is bound before it is announced.
 
-The set of nodes is fixed: what a crash ends is started again as a whole, by the launcher. So nothing here is elastic,
-the first node holds rank 0, and the store listens on one address instead of on every interface. Imports torch; only
+The set of nodes is fixed, because the launcher restarts a job as a whole after a crash. So nothing here is elastic, the
+first node holds rank 0, and the store listens on one address instead of on every interface. Imports torch; only
 ``agent.py`` imports this.
 """
 
@@ -23,7 +23,7 @@ BACKEND = "anemoi-dist"
 
 
 class FixedRendezvous(RendezvousHandler):
-    """Nodes that are known beforehand.
+    """Rendezvous of nodes that are known beforehand.
 
     Parameters
     ----------
@@ -43,15 +43,15 @@ class FixedRendezvous(RendezvousHandler):
     def __init__(self, *, address: str, node: int, num_nodes: int, file: Path | None = None) -> None:
         self._node, self._num_nodes = node, num_nodes
         if node == 0:
-            listener, told = listen(address, num_callers=num_nodes)
+            listener, place = listen(address, num_callers=num_nodes)
             self._store = serve(listener)
             if file is not None:
-                write_atomically(file, json.dumps(told))
+                write_atomically(file, json.dumps(place))
         else:
             assert file is not None, "nodes beyond the first read the port from a file"
-            told = wait_for(file)
-            self._store = TCPStore(told["host"], told["port"], is_master=False)
-        self._address, self._port = told["host"], told["port"]
+            place = wait_for(file)
+            self._store = TCPStore(place["host"], place["port"], is_master=False)
+        self._address, self._port = place["host"], place["port"]
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Return this node's place; the ranks meet in the same store, so that no second port is needed."""
@@ -63,24 +63,27 @@ class FixedRendezvous(RendezvousHandler):
         """The ranks connect to the agent's store."""
         return True
 
-    def get_backend(self) -> str:  # noqa: D102
+    def get_backend(self) -> str:
+        """Name of the rendezvous."""
         return BACKEND
 
-    def get_run_id(self) -> str:  # noqa: D102
+    def get_run_id(self) -> str:
+        """Address of the store: no two jobs share one."""
         return f"{self._address}:{self._port}"
 
     def is_closed(self) -> bool:
-        """Nobody closes it: the launcher ends all agents together."""
+        """Return False: the launcher ends all agents together."""
         return False
 
-    def set_closed(self) -> None:  # noqa: D102
-        return
+    def set_closed(self) -> None:
+        """Do nothing; see :meth:`is_closed`."""
 
     def num_nodes_waiting(self) -> int:
-        """Nobody joins later."""
+        """Return 0: nobody joins later."""
         return 0
 
-    def shutdown(self) -> bool:  # noqa: D102
+    def shutdown(self) -> bool:
+        """Do nothing: the store ends with this process."""
         return True
 
 

@@ -23,7 +23,7 @@ from typing import TypeVar
 from anemoi_dist.config.launcher_checks import parse_time_limit
 from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.config.schema import Config
-from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
+from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode, print_error, print_message
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import read_events
 from anemoi_dist.run.lock import LEAVE, ask_to_stop, hold_launch, withdraw_stop
@@ -66,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allocation = Allocation.here(os.environ)
         return BatchJob(run, config, allocation, command=command, by_srun=options.srun, signals=signals).run()
     except AnemoiDistError as error:
-        _print(f"anemoi-dist: {error}")
+        print_error(error)
         return int(error.exit_code)
     except OSError as error:
-        _print(f"run {run.run_id}: {error}")
+        print_message(f"run {run.run_id}: {error}")
         return int(ExitCode.PREFLIGHT)
 
 
@@ -130,14 +130,14 @@ class BatchJob:
         is_ended = outcome.first_signal == signal.SIGTERM or (decision.requeue and self._is_being_ended())
         if outcome.request is None and is_ended:
             decision = Decision(False, self._why_slurm_ended_it())
-        _print(f"run {self._run.run_id}: {decision.reason}")
+        print_message(f"run {self._run.run_id}: {decision.reason}")
         if decision.requeue:
             self._requeue(outcome, decision)
         return code
 
     def _run_ranks(self) -> tuple[int, bool]:
         """Own the run while its ranks run; return its exit code, and whether anything new was saved."""
-        hold = hold_launch(self._run, say=_print)
+        hold = hold_launch(self._run, say=print_message)
         try:
             self._withdraw_own_stop()
             environment = {**os.environ, **interface_variables(self._launcher)}
@@ -174,7 +174,7 @@ class BatchJob:
             environment=environment,
             ask_to_stop=self._ask_to_stop,
             facts=self._facts,
-            hear=self._signals.append,
+            on_signal=self._signals.append,
             early=self._signals,
         )
 
@@ -250,7 +250,7 @@ class BatchJob:
         (requeues,) = self._ask(lambda: self._allocation.fields("Restarts"))
         # After a preemption SLURM requeues by itself; a second requeue would end the start that has begun since.
         if requeues != str(self._allocation.requeues):
-            _print("SLURM has put the job back into the queue already")
+            print_message("SLURM has put the job back into the queue already")
             return
         # Noted first: scontrol requeue ends this process at once.
         self._note(
@@ -260,7 +260,9 @@ class BatchJob:
         if answer.returncode:
             refusal = " ".join(answer.stderr.split())
             self._note("end", code=outcome.code, reason=f"not requeued: {refusal}")
-            _print(f"SLURM does not requeue the job ({refusal}): `anemoi-dist resume {self._run.run_id}` goes on")
+            print_message(
+                f"SLURM does not requeue the job ({refusal}): `anemoi-dist resume {self._run.run_id}` goes on"
+            )
 
     def _ask(self, question: Callable[[], _T]) -> _T:
         """Ask slurmctld, again and again while it does not answer."""
@@ -285,10 +287,6 @@ def _seconds(text: str) -> float:
         return parse_time_limit(text)
     except ConfigError:
         return float("inf")
-
-
-def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Any command in the place of our ranks: started, asked to stop, and its end recorded as that of a run.
+"""Run any command in the place of the trainer: start it, ask it to stop, and record its end as that of a run.
 
     python -m anemoi_dist.launch.job.command RUN_DIRECTORY [--srun RANKS_PER_NODE] -- COMMAND ...
 
-It stands where rank 0 stands for a run of ours: it holds the run and writes ``run.json``. No torch.
+It holds the run and writes ``run.json``, as rank 0 does for the trainer. No torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from anemoi_dist.errors import AnemoiDistError, ExitCode
+from anemoi_dist.errors import AnemoiDistError, ExitCode, print_error, print_message
 from anemoi_dist.process.parent_death import PARENT_PID, die_with_parent, parent_in_environment
 from anemoi_dist.run.attempt import Attempt
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
@@ -28,7 +28,7 @@ from .allocation import Allocation, srun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 75 where it shall run again, 70 for any other end."""
+    """Run the command; return 0, 75 if it shall run again, 70 for any other end."""
     die_with_parent(parent_pid=parent_in_environment(), number=signal.SIGTERM)
     arguments = sys.argv[1:] if arguments is None else arguments
     place = list(arguments).index("--")
@@ -42,17 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [*srun(allocation, tasks_per_node=ranks_per_node), *words] if by_srun else words
         code = _Command(command, allocation, by_srun=by_srun).run()
     except AnemoiDistError as error:
-        print(f"anemoi-dist: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        print_error(error)
         return int(error.exit_code)
-    ended = _as_ours(code)
-    said = f"{shlex.join(words)[:200]} returned {code}"
-    print(f"run {run.run_id}: {said}", file=sys.stderr, flush=True)  # noqa: T201
-    attempt.end(ended, failure=None if ended != ExitCode.INTERNAL else Failure(returned=code, error=said))
+    ended = _exit_code(code)
+    message = f"{shlex.join(words)[:200]} returned {code}"
+    print_message(f"run {run.run_id}: {message}")
+    attempt.end(ended, failure=None if ended != ExitCode.INTERNAL else Failure(returned=code, error=message))
     return int(ended)
 
 
-def _as_ours(code: int) -> ExitCode:
-    """Return what a command's code means: its own numbers mean nothing here, but those for success and "again"."""
+def _exit_code(code: int) -> ExitCode:
+    """Return the exit code of the run for a command's code: of that only 0 and 75 ("run again") have a meaning here."""
     known = (ExitCode.FINISHED, ExitCode.SAVED_RUN_AGAIN)
     return ExitCode(code) if code in known else ExitCode.INTERNAL
 
@@ -63,21 +63,21 @@ class _Command:
     def __init__(self, command: Sequence[str], allocation: Allocation, *, by_srun: bool) -> None:
         self._command, self._allocation, self._by_srun = command, allocation, by_srun
         self._process: subprocess.Popen[bytes] | None = None
-        self._asked = self._is_told = False
+        self._asked = self._passed_on = False
 
     def run(self) -> int:
-        """Run it to its end; 75 where it was asked to stop, whatever it says then: it has not come to its end."""
+        """Run it to its end; return 75 if it was asked to stop, whatever its own code: it has not done its work."""
         signal.signal(signal.SIGTERM, self._stop)
         environment = {name: value for name, value in os.environ.items() if name not in (PARENT_PID, LAUNCHED)}
         try:
             self._process = subprocess.Popen(self._command, env=environment, process_group=0)
         except OSError as error:
-            print(f"cannot start {self._command[0]}: {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201
+            print_message(f"cannot start {self._command[0]}: {error.strerror}")
             return 127
-        if self._asked:  # before there was anything to ask
+        if self._asked:  # before the process existed
             self._pass_on()
         code = self._process.wait()
-        with contextlib.suppress(ProcessLookupError):  # what it has left in the background would outlive the job
+        with contextlib.suppress(ProcessLookupError):  # processes left in the background would outlive the job
             os.killpg(self._process.pid, signal.SIGKILL)
         if self._asked:
             return int(ExitCode.SAVED_RUN_AGAIN)
@@ -90,11 +90,11 @@ class _Command:
         self._pass_on()
 
     def _pass_on(self) -> None:
-        if self._process is None or self._is_told:
+        if self._process is None or self._passed_on:
             return
-        self._is_told = True
+        self._passed_on = True
         if self._by_srun:
-            # srun kills its tasks where it is told to end; this signal reaches the tasks and not the batch script.
+            # A signal to srun would kill the tasks at once; scancel signals the tasks and not the batch script.
             slurm_queue.call(["scancel", "--signal=TERM", self._allocation.job_id], timeout_s=60)
         else:
             self._process.send_signal(signal.SIGTERM)

@@ -1,1 +1,1 @@
-"""Where ranks are started: this machine, SLURM, MPI."""
+"""Launchers start ranks: on this machine, in SLURM, by MPI."""

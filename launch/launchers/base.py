@@ -1,8 +1,8 @@
-"""What a launcher is going to do, before it does it: the seam between a configuration and what starts ranks. No torch.
+"""Plan of a launch: the seam between a configuration and the launchers that start ranks. No torch.
 
 Each kind of launcher (``launcher.kind``) is the module of that name beside this one. It gives
-``plan(config, run, machine) -> Plan``, which is pure: what it has to know about this machine is in its arguments, and
-:func:`anemoi_dist.launch.launchers.machine.look` finds that out.
+``plan(config, run, machine) -> Plan``, which is pure: all that it knows of this machine is in its arguments
+(:func:`anemoi_dist.launch.launchers.machine.detect_machine`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Mpirun:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan has to know about the machine that it is made on.
+    """The machine that a plan is made on.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Machine:
     python : str
         The interpreter that starts ranks.
     mpirun : Mpirun, optional
-        What ``launcher=mpi`` starts ranks with; looked for where that is asked for.
+        Starts the ranks of ``launcher=mpi``; None for the other launchers.
     """
 
     num_gpus: int
@@ -59,30 +59,30 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is started, where, and with what.
+    """The ranks to start, where, and by which command.
 
     Attributes
     ----------
     kind : str
         ``launcher.kind``.
     nodes, ranks_per_node : int
-        How many ranks, and where.
+        Number of nodes, and of ranks on each.
     batches : BatchPlan
-        How the global batch is cut over them.
+        How the global batch is divided among them.
     environment : Mapping[str, str]
-        Variables that the ranks get beside those of the environment they are started in.
+        Variables that the ranks get in addition to the environment they are started in.
     rendezvous : str
         Where ranks find each other, in words or as an address.
     command : tuple[str, ...]
-        What is started on this machine: torchrun, mpirun, sbatch.
+        Command that starts them from this machine: torchrun, mpirun, sbatch.
     script : str, optional
-        Text of the batch script, where there is one.
+        Text of the batch script, if there is one.
     notes : tuple[str, ...]
-        What this machine lacks for it, in words.
+        What this machine lacks, in words.
     memory : ExpectedMemory, optional
-        What the fullest rank holds, where the size of the model is known.
+        Memory of the fullest rank, if the size of the model is known.
     device_bytes : int, optional
-        Memory of the device that it has to fit into, where that is known.
+        Memory of its device, if that is known.
     """
 
     kind: str
@@ -104,7 +104,7 @@ class Plan:
 
     @property
     def share(self) -> float | None:
-        """What the fullest rank takes of its device, activations aside; 1 is all of it."""
+        """Share of the device's memory that the fullest rank needs, without activations; 1 is all of it."""
         if self.memory is None or self.device_bytes is None:
             return None
         return self.memory.device / self.device_bytes
@@ -116,10 +116,10 @@ class Plan:
 
 
 class Launcher(Protocol):
-    """What the module of each kind gives."""
+    """Interface of the launcher modules."""
 
     def plan(self, config: Config, run: RunDirectory, machine: Machine) -> Plan:
-        """Say what would be started. Pure.
+        """Return what would be started. Pure.
 
         Raises
         ------
@@ -142,7 +142,7 @@ def plan(
     model: ModelSize | None = None,
     device_bytes: int | None = None,
 ) -> Plan:
-    """Say what ``config.launcher`` would start for a run. Pure.
+    """Return what ``config.launcher`` would start for a run. Pure.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ def plan(
     machine : Machine
         Where the launcher runs.
     model : ModelSize, optional
-        What memory follows from; without it the plan has none.
+        Its size; without it the plan has no memory.
     device_bytes : int, optional
         Memory of each rank's device.
 

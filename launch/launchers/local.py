@@ -1,4 +1,4 @@
-"""torchrun on this machine: how many ranks, with what command and environment. No torch."""
+"""Launcher ``local``: torchrun on this machine. No torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from anemoi_dist.run.directory import RunDirectory
 from .base import Machine, Plan
 from .supervisor import Job, signal_process, supervise
 
-#: Ranks where there is no GPU: the fewest that still partition the optimizer's states.
+#: Ranks if there is no GPU: the fewest that still partition the optimizer's states.
 RANKS_WITHOUT_GPU = 2
-#: gloo asks the host name for an address otherwise, which need not resolve.
+#: Without it gloo resolves the host name, which fails on many laptops and in containers.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
@@ -72,7 +72,7 @@ def torchrun_command(run: RunDirectory, num_ranks: int) -> list[str]:
     """Return the command that trains ``run`` on this machine; pure.
 
     Everything is bound to the loopback address: a machine's host name need not resolve, and nobody else should connect.
-    torchrun never restarts ranks itself: the launcher does, with fresh agents.
+    torchrun itself restarts no ranks: the launcher does, with fresh agents and a fresh port.
 
     Parameters
     ----------
@@ -101,17 +101,17 @@ def torchrun_command(run: RunDirectory, num_ranks: int) -> list[str]:
 def rank_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of the ranks: the caller's, with our defaults where it says nothing."""
     defaults = {
-        # Two spinning threads a rank on a shared core cost many times the work.
+        # OpenMP threads of several ranks that spin on one core make a step many times slower.
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
-        # A stop request is answered by a checkpoint: torchrun's 30 s before SIGKILL may be too few to write it.
+        # Ranks answer a stop request with a checkpoint. torchrun sends SIGKILL after 30 s, which may cut it off.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120",
     }
     return {**defaults, **(os.environ if environ is None else environ)}
 
 
 def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
-    """Say what :func:`train` would start; pure.
+    """Return what :func:`train` would start; pure.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def train(run: RunDirectory, config: Config, *, num_ranks: int) -> int:
     num_ranks : int
         Ranks to start.
     """
-    run.stop_file.unlink(missing_ok=True)  # asked of an earlier start that did not live to answer
+    run.stop_file.unlink(missing_ok=True)  # an earlier start that died has left it
     job = Job(
         run=run,
         kind="local",

@@ -1,4 +1,4 @@
-"""Look at this machine, for a plan that is pure. No torch."""
+"""Detect what a plan depends on in this machine. No torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .local import count_gpus
 from .mpi import find_mpirun
 
 
-def look(kind: str = "local") -> Machine:
-    """Return what a plan has to know about this machine.
+def detect_machine(kind: str = "local") -> Machine:
+    """Return this machine as a plan sees it.
 
     Parameters
     ----------
     kind : str
-        ``launcher.kind``: what only one of them needs is not looked for in vain.
+        ``launcher.kind``: mpirun, which has to be started to know its family, is only looked for with ``mpi``.
     """
     environ = dict(os.environ)
     mpirun = find_mpirun(environ, python=sys.executable) if kind == "mpi" else None

@@ -1,4 +1,4 @@
-"""mpirun, Open MPI's or one of Hydra's family (MPICH, Intel MPI, MVAPICH): its command and environment. No torch."""
+"""Launcher ``mpi``: Open MPI's mpirun or one of Hydra's family (MPICH, Intel MPI, MVAPICH). No torch."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ _FAMILIES = {"Open MPI": "openmpi", "OpenRTE": "openmpi", "HYDRA": "hydra", "Int
 def find_mpirun(environ: Mapping[str, str], *, python: str) -> Mpirun | None:
     """Return the mpirun that fits this interpreter, None where there is none.
 
-    mpi4py looks for its library beside the interpreter first, then where the loader does; so do we for mpirun.
+    It is searched beside the interpreter first, as mpi4py does with its library: both must be of the same MPI.
 
     Raises
     ------
     PreflightError
-        It does not say what it is.
+        Its version does not tell its family.
     """
     path = f"{Path(python).parent}:{environ.get('PATH', '')}"
     found = shutil.which("mpirun", path=path) or shutil.which("mpiexec", path=path)
     if found is None:
         return None
     try:
-        told = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, env=dict(environ))
+        answer = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, env=dict(environ))
     except (OSError, subprocess.TimeoutExpired) as error:
         raise PreflightError(
             f"{found} --version does not answer ({error}): load the MPI module that it is part of"
         ) from error
     for mark, family in _FAMILIES.items():
-        if mark in told.stdout:
+        if mark in answer.stdout:
             return Mpirun(path=found, family=family)
-    said = (told.stdout or told.stderr).strip().partition("\n")[0]
+    version = (answer.stdout or answer.stderr).strip().partition("\n")[0]
     raise PreflightError(
-        f"{found} is neither Open MPI's nor of Hydra's family ({said!r}): put one of these first in PATH, or start "
+        f"{found} is neither Open MPI's nor of Hydra's family ({version!r}): put one of these first in PATH, or start "
         "the ranks with it by hand (docs: Running, MPI)"
     )
 
 
 def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
-    """Say what would be started; pure. Without an mpirun here it is Open MPI's: :func:`check` says what is missing.
+    """Return what would be started; pure. Without an mpirun here Open MPI's is assumed, and :func:`check` refuses.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
         batches=batches,
         environment=environment,
         rendezvous=f"{'127.0.0.1' if launcher.nodes == 1 else 'the host of rank 0'}, on a port that rank 0 has bound "
-        "and tells by an MPI broadcast",
+        "and announces by an MPI broadcast",
         command=(
             *_mpirun(mpirun, nodes=launcher.nodes, ranks=ranks, hostfile=launcher.hostfile),
             *_exports(mpirun, {**machine.environ, **environment}, nodes=launcher.nodes),
@@ -110,7 +110,7 @@ def check(config: Config, machine: Machine) -> None:
     ConfigError
         The file of hosts cannot be read.
     PreflightError
-        There is no mpirun, or it is Open MPI's, which starts nothing for root unless it is told to twice.
+        There is no mpirun, or it is Open MPI's and this is root, for whom it needs two variables.
     """
     if machine.mpirun is None:
         raise PreflightError(_NO_MPIRUN)
@@ -119,8 +119,8 @@ def check(config: Config, machine: Machine) -> None:
         raise ConfigError(
             "launcher.hostfile", hostfile, "cannot be read", fix="the path of a file with one host a line"
         )
-    told = any(all(machine.environ.get(name) == "1" for name in names) for names in (_AS_ROOT, _AS_ROOT_TOO))
-    if machine.mpirun.family == "openmpi" and os.geteuid() == 0 and not told:
+    allowed = any(all(machine.environ.get(name) == "1" for name in names) for names in (_AS_ROOT, _AS_ROOT_TOO))
+    if machine.mpirun.family == "openmpi" and os.geteuid() == 0 and not allowed:
         raise PreflightError(
             f"Open MPI's mpirun starts nothing for root: set {_AS_ROOT[0]}=1 and {_AS_ROOT[1]}=1, or be another user"
         )
@@ -129,21 +129,21 @@ def check(config: Config, machine: Machine) -> None:
 def _mpirun(mpirun: Mpirun, *, nodes: int, ranks: int, hostfile: str | None) -> list[str]:
     number = ["-n", str(nodes * ranks)]
     if mpirun.family == "openmpi":
-        # It would bind each rank to one core, on which the workers that load data would then run too; and it counts
-        # cores, not what we ask for, as places for ranks.
+        # By default it binds each rank to one core, which the rank's data workers would then share; and it refuses more
+        # ranks than cores.
         hosts = [] if hostfile is None else ["--hostfile", hostfile]
         return [mpirun.path, *number, *hosts, "--map-by", f"ppr:{ranks}:node:OVERSUBSCRIBE", "--bind-to", "none"]
-    # Alone on this machine its host name need not resolve.
+    # On one machine Hydra would resolve its host name, which may fail.
     hosts = ["-f", hostfile] if hostfile is not None else ["-localhost", "127.0.0.1"] if nodes == 1 else []
     return [mpirun.path, *number, "-ppn", str(ranks), *hosts]
 
 
 def _environment(environ: Mapping[str, str], *, nodes: int) -> dict[str, str]:
-    """Return what the ranks shall find, beside what is there; what the user has set stays."""
+    """Return the variables of the ranks; what the user has set wins."""
     ours = {
-        # Intel MPI would bind ranks to cores, with their data workers. Others do not know the name.
+        # Intel MPI would bind ranks to cores together with their data workers. Other MPIs ignore the variable.
         "I_MPI_PIN": "off",
-        # MPI carries one broadcast: shared memory or TCP will do, no need to open InfiniBand devices for it.
+        # MPI carries a single broadcast: opening InfiniBand devices for it takes seconds and may fail in a container.
         "OMPI_MCA_pml": "ob1",
     }
     if nodes == 1:
@@ -152,7 +152,7 @@ def _environment(environ: Mapping[str, str], *, nodes: int) -> dict[str, str]:
 
 
 def _exports(mpirun: Mpirun, environ: Mapping[str, str], *, nodes: int) -> list[str]:
-    """Name the variables that ranks on other hosts need: Open MPI takes none along unasked, Hydra all."""
+    """Return the options that pass variables to other hosts: Open MPI passes none by itself, Hydra all."""
     if mpirun.family != "openmpi" or nodes == 1:
         return []
     wanted = re.compile(r"(ANEMOI|GLOO|HYDRA|MASTER|NCCL|OMP|PYTHON|TORCH)_?\w*|PATH|LD_LIBRARY_PATH|VIRTUAL_ENV")
@@ -170,16 +170,16 @@ def train(run: RunDirectory, config: Config, planned: Plan) -> int:
     config : Config
         Its configuration.
     planned : Plan
-        What :func:`plan` said of it.
+        Result of :func:`plan`.
     """
-    run.stop_file.unlink(missing_ok=True)  # asked of an earlier start that did not live to answer
+    run.stop_file.unlink(missing_ok=True)  # an earlier start that died has left it
     environment = {**os.environ, **planned.environment}
     if not sys.stdout.isatty():
-        environment["TERM"] = "dumb"  # Open MPI gives rank 0 a terminal of its own, whatever ours is
+        environment["TERM"] = "dumb"  # Open MPI gives rank 0 a pseudo-terminal, and it would draw a bar
     job = Job(
         run=run,
         kind="mpi",
-        # Through the module that dies with us: mpirun itself would go on.
+        # Through a module that dies with this process: mpirun alone would go on, and its ranks with it.
         command=lambda restarts: [sys.executable, "-m", "anemoi_dist.process.parent_death", *planned.command],
         environment=environment,
         ask_to_stop=_ask_to_stop,

@@ -1,7 +1,7 @@
-"""One SLURM job: its batch script, as a pure function of the configuration. No torch.
+"""Launcher ``slurm``: the batch script of a job, as a pure function of the configuration. No torch.
 
-The script only says what SLURM has to know, prepares the shell and becomes ``launch/job/batch.py``: signals for the
-batch script reach Python, and every decision is made where it can be tested.
+The script holds SLURM's options, prepares the shell and then execs ``launch/job/batch.py``: SLURM's signals for the
+batch script reach Python, and decisions are made in code that has tests.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from anemoi_dist.run.directory import RunDirectory
 from .base import Machine, Plan
 from .local import RANKS_WITHOUT_GPU
 
-#: The script is given to it on its standard input.
+#: It reads the script from its standard input, so that nothing is written before SLURM has accepted the job.
 SBATCH = ("sbatch", "--parsable")
-#: Characters that may mean something to SLURM's reader of ``#SBATCH`` lines.
+#: Characters that may have a meaning in ``#SBATCH`` lines.
 _SPECIAL = re.compile(r"[^A-Za-z0-9_@%+=:,./\[\]-]")
 
 
@@ -32,7 +32,7 @@ def num_ranks_per_node(launcher: LauncherConfig) -> int:
 
 
 def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
-    """Say what ``anemoi-dist submit`` would put into the queue; pure.
+    """Return what ``anemoi-dist submit`` would put into the queue; pure.
 
     Raises
     ------
@@ -79,9 +79,9 @@ def render(
     python : str
         The interpreter of the job, a path that every node sees.
     arguments : Sequence[str], optional
-        What ``launch/job/batch.py`` gets after the run directory.
+        Arguments of ``launch/job/batch.py`` after the run directory.
     dependency : str, optional
-        What must happen before the job starts, as in ``afterok:12``.
+        Job that must end before this one starts, as in ``afterok:12``.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def render(
     job = [python, "-m", "anemoi_dist.launch.job", str(run.path), *arguments]
     for text in job:
         if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-            raise ConfigError("argument", text, "holds what is no text in UTF-8", fix="leave it out")
+            raise ConfigError("argument", text, "holds bytes that are not UTF-8", fix="leave it out")
     lines = ["#!/bin/bash", *_options(config, run, dependency), "", *_preparation(config), f"exec {shlex.join(job)}"]
     return "\n".join(lines) + "\n"
 
@@ -116,12 +116,12 @@ def options(config: Config, run: RunDirectory, dependency: str | None = None) ->
         "constraint": slurm.constraint,
         **slurm.options,
         "dependency": dependency,
-        # A job that waits for what can no longer happen would wait for ever.
+        # Otherwise a job whose dependency has failed stays in the queue for ever.
         "kill-on-invalid-dep": None if dependency is None else "yes",
         "requeue": True,
-        # Without it the next life of a job truncates the log of the one before.
+        # Otherwise the log is truncated when SLURM starts the job again after a requeue.
         "open-mode": "append",
-        # B: only the batch script hears it; without it the signal kills torchrun.
+        # B: sends it to the batch script alone; otherwise srun gets it too, and it kills torchrun before ranks save.
         "signal": f"B:USR1@{slurm.signal_s}",
         "output": path.replace("%", "%%") + "/logs/slurm-%j.log",
     }
@@ -136,10 +136,8 @@ def _options(config: Config, run: RunDirectory, dependency: str | None) -> list[
 
 
 def _escaped(text: str) -> str:
-    """Escape a value of an ``#SBATCH`` line: SLURM's reader knows quotes, backslashes and comments, no shell.
-
-    A backslash before a space does not keep it; quotes do.
-    """
+    """Escape a value of an ``#SBATCH`` line: SLURM's own parser reads quotes, backslashes and comments."""
+    # It drops a backslash before a space: only quotes keep spaces.
     if _SPECIAL.search(text) is None:
         return text
     return f'"{_SPECIAL.sub(lambda match: match[0] if match[0] == " " else chr(92) + match[0], text)}"'
@@ -149,7 +147,7 @@ def _preparation(config: Config) -> list[str]:
     slurm = config.launcher.slurm
     lines = []
     if slurm.modules:
-        # A batch shell is no login shell: it may know the command only through the profile.
+        # A batch shell is no login shell: on many clusters only the profile defines `module`.
         lines.append("type module >/dev/null 2>&1 || source /etc/profile")
         lines += [f"module load {shlex.quote(module)} || exit 3" for module in slurm.modules]
     if slurm.setup:

@@ -1,11 +1,10 @@
-"""The life of a run's ranks, the same under every launcher: start, pass on a stop, start again, say how it ended."""
+"""Supervise the ranks of a run under every launcher: start them, pass on a stop, restart them, report their end."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,14 @@ from types import FrameType
 from typing import Any
 
 from anemoi_dist.config.schema import LauncherConfig
-from anemoi_dist.errors import ExitCode
+from anemoi_dist.errors import ExitCode, print_message
 from anemoi_dist.process.parent_death import PARENT_PID
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
 from anemoi_dist.run.records import AttemptRecord
 
 from ..status import journal
 
-#: Ends that another start may mend: a crash, and a hang. What a rank said on purpose comes again.
+#: Ends that a restart may mend: a crash and a hang. An error that a rank raised on purpose would come again.
 RESTARTED = (ExitCode.INTERNAL, ExitCode.HANG)
 _LONGEST_WAIT_S = 60.0
 
@@ -34,7 +33,7 @@ class Ending:
     code : int
         The exit code of the run.
     message : str
-        What to tell the user; empty where the ranks have said it.
+        For the user; empty if the ranks have printed it.
     reason : str
         The same in one line, for ``launch.jsonl``.
     """
@@ -46,7 +45,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Job:
-    """What is supervised.
+    """The ranks of one run, as a command that starts them.
 
     Attributes
     ----------
@@ -57,18 +56,18 @@ class Job:
     command : Callable[[int], list[str]]
         Number of restarts so far -> the command that starts the ranks and ends with them.
     environment : Mapping[str, str]
-        That of the command.
+        Environment of the command.
     ask_to_stop : Callable[[subprocess.Popen[bytes], int], None]
         Passes a stop signal on, so that the ranks save and leave.
-    facts : Mapping[str, Any]
-        What ``launch.jsonl`` shall say of this job: ``job_id``, ``life``.
+    facts : Mapping[str, str | int]
+        Attributes of this job for its journal entries: ``job_id``, ``life``.
     returns_codes : bool
-        Whether the command returns a rank's exit code as that is. Hydra's mpirun also returns the bare number of a
+        Whether the command returns a rank's exit code unchanged. Hydra's mpirun also returns the bare number of a
         signal, and 6 is an abort there, no hang.
-    hear : Callable[[int], None]
-        Is told of every signal as it comes, also between two starts.
+    on_signal : Callable[[int], None]
+        Called with every signal as it comes, also between two starts.
     early : Sequence[int]
-        Signals that came before this.
+        Signals that came before the supervision began.
     """
 
     run: RunDirectory
@@ -76,9 +75,9 @@ class Job:
     command: Callable[[int], list[str]]
     environment: Mapping[str, str]
     ask_to_stop: Callable[[subprocess.Popen[bytes], int], None]
-    facts: Mapping[str, Any]
+    facts: Mapping[str, str | int]
     returns_codes: bool = True
-    hear: Callable[[int], None] = lambda number: None
+    on_signal: Callable[[int], None] = lambda number: None
     early: Sequence[int] = ()
 
 
@@ -96,23 +95,23 @@ def supervise(job: Job, options: LauncherConfig) -> int:
         How often to start again, and after which wait.
     """
     journal.note_if_possible(job.run, "launch", kind=job.kind, **job.facts)
-    with _Stopper(job.ask_to_stop, job.hear) as stopper:
+    with _Stopper(job.ask_to_stop, job.on_signal) as stopper:
         for number in list(job.early)[:1]:
             stopper.request(number)
         for restarts in range(options.max_restarts + 1):
             ending = _run_once(job, stopper, restarts)
             if ending.message:
-                _say(ending.message)
+                print_message(ending.message)
             if ending.code not in RESTARTED or stopper.requested or restarts == options.max_restarts:
                 break
             wait_s = min(options.backoff_s * 2**restarts, _LONGEST_WAIT_S)
-            _say(f"run {job.run.run_id}: restart {restarts + 1} of {options.max_restarts} in {wait_s:g} s")
+            print_message(f"run {job.run.run_id}: restart {restarts + 1} of {options.max_restarts} in {wait_s:g} s")
             note = {"code": int(ending.code), "reason": ending.reason, "wait_s": wait_s}
             journal.note_if_possible(job.run, "restart", **note, **job.facts)
             if stopper.wait(wait_s):
                 break
     if ending.code in RESTARTED and job.kind != "slurm":  # a job in SLURM may go back into the queue by itself
-        _say("the same command continues from the last checkpoint")
+        print_message("the same command continues from the last checkpoint")
     journal.note_if_possible(job.run, "end", code=int(ending.code), reason=ending.reason, **job.facts)
     return ending.code
 
@@ -120,7 +119,8 @@ def supervise(job: Job, options: LauncherConfig) -> int:
 def _run_once(job: Job, stopper: _Stopper, restarts: int) -> Ending:
     attempts_before = len(job.run.read_state().attempts)
     environment = {**job.environment, LAUNCHED: job.kind, PARENT_PID: str(os.getpid())}
-    # A session of its own: Ctrl-C in a terminal reaches this process alone, and the ranks hear of it once.
+    # In a session of its own, so that Ctrl-C in a terminal reaches this process alone: the ranks would otherwise get
+    # SIGINT twice, and a second one kills.
     process = subprocess.Popen(job.command(restarts), env=environment, start_new_session=True)
     agent_code = stopper.attend(process)
     return read_ending(
@@ -138,9 +138,9 @@ class _Stopper:
     _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(
-        self, ask_to_stop: Callable[[subprocess.Popen[bytes], int], None], hear: Callable[[int], None]
+        self, ask_to_stop: Callable[[subprocess.Popen[bytes], int], None], on_signal: Callable[[int], None]
     ) -> None:
-        self._ask_to_stop, self._hear = ask_to_stop, hear
+        self._ask_to_stop, self._on_signal = ask_to_stop, on_signal
         self._process: subprocess.Popen[bytes] | None = None
         self._former: dict[int, Any] = {}
         self._asked: threading.Event = threading.Event()
@@ -165,7 +165,7 @@ class _Stopper:
         return code
 
     def _pass_on(self) -> None:
-        """Tell the ranks of a stop, once."""
+        """Pass a stop on to the ranks, once."""
         if self.requested and self._process is not None and not self._passed_on:
             self._passed_on = True
             self._ask_to_stop(self._process, self._number)
@@ -179,11 +179,11 @@ class _Stopper:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._hear(number)
+        self._on_signal(number)
         # os.write: print may not be entered again from a handler that interrupted it.
         if self.requested:
             if number == signal.SIGUSR1:
-                return  # a scheduler may remind; it does not kill by this one
+                return  # a scheduler's reminder of the time limit: the ranks are saving already
             if self._process is not None:
                 os.write(2, b"killed; what was saved last is intact\n")
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -191,7 +191,7 @@ class _Stopper:
         self.request(number)
 
     def request(self, number: int) -> None:
-        """Ask for a stop, now and of whatever is started later."""
+        """Ask for a stop of the ranks that run and of any that are started later."""
         self._number = number
         os.write(2, f"{signal.Signals(number).name}: saving and stopping; once more kills\n".encode())
         self._pass_on()
@@ -206,17 +206,16 @@ def signal_process(process: subprocess.Popen[bytes], number: int) -> None:
 def read_ending(
     run: RunDirectory, agent_code: int, *, attempts_before: int, interrupted: bool, returns_codes: bool = True
 ) -> Ending:
-    """Return how the ranks ended, and what to tell the user (nothing where rank 0 has said it).
+    """Return how the ranks ended, with a message for the user unless rank 0 has printed one.
 
-    What started them answers for any failure with a code of its own, so what counts is what a rank wrote into
-    ``run.json``.
+    The command that started them returns a code of its own for many failures, so the record in ``run.json`` decides.
 
     Parameters
     ----------
     run : RunDirectory
         The run.
     agent_code : int
-        What the command returned; a code of ours where the first rank that failed left with one.
+        Returned by the command; one of ours if the first rank that failed left with it.
     attempts_before : int
         Attempts recorded before this start.
     interrupted : bool
@@ -229,34 +228,35 @@ def read_ending(
     if last is not None and last.exit_code is not None:
         return Ending(last.exit_code, _describe_failure(run, last, code=last.exit_code), last.failure_line)
     if interrupted:
-        told = f"stopped before anything new was saved; the same command starts {run.run_id} again"
-        return Ending(ExitCode.INTERRUPTED, told, "stopped before anything new was saved")
-    ours = agent_code in set(ExitCode)
+        reason = "stopped before anything new was saved"
+        return Ending(ExitCode.INTERRUPTED, f"{reason}; the same command starts {run.run_id} again", reason)
+    is_ours = returns_codes and agent_code in set(ExitCode)
     if last is None:
-        if agent_code == ExitCode.HANG and returns_codes:
-            reason = "the ranks have not met in time"
-            return Ending(agent_code, f"run {run.run_id}: {reason}; where they stood is above", reason)
-        # Nothing to do for a finished run, or refused before the attempt began: rank 0 has said so.
-        if ours and agent_code != ExitCode.HANG:
-            return Ending(agent_code)
-        return Ending(
-            ExitCode.INTERNAL,
-            f"run {run.run_id}: no rank got as far as recording its start (the command returned {agent_code}); what "
-            "they printed is above",
-            "no rank got as far as recording its start",
-        )
-    if ours and returns_codes and agent_code != ExitCode.FINISHED:
+        return _ending_before_attempt(run, agent_code, is_ours=is_ours)
+    if is_ours and agent_code != ExitCode.FINISHED:
         return Ending(agent_code, f"run {run.run_id}: attempt {last.number} ended with {_name(agent_code)}")
     return Ending(
         ExitCode.INTERNAL,
-        f"run {run.run_id}: attempt {last.number} ended without a word: a rank was killed or crashed (out of "
-        f"memory?); logs: {run.logs_dir(last.number)}",
-        "a rank was killed or crashed without a word (out of memory?)",
+        f"run {run.run_id}: attempt {last.number} exited without recording a status: a rank was killed or crashed "
+        f"(out of memory?); logs: {run.logs_dir(last.number)}",
+        "a rank was killed or crashed without recording a status (out of memory?)",
     )
 
 
+def _ending_before_attempt(run: RunDirectory, agent_code: int, *, is_ours: bool) -> Ending:
+    if is_ours and agent_code == ExitCode.HANG:
+        reason = "the ranks have not met in time"
+        return Ending(agent_code, f"run {run.run_id}: {reason}; where they stood is above", reason)
+    # The run was finished already, or refused before the attempt began: rank 0 has printed which.
+    if agent_code in set(ExitCode) - {ExitCode.HANG}:
+        return Ending(agent_code)
+    reason = "no rank got as far as recording its start"
+    message = f"run {run.run_id}: {reason} (the command returned {agent_code}); what they printed is above"
+    return Ending(ExitCode.INTERNAL, message, reason)
+
+
 def _describe_failure(run: RunDirectory, attempt: AttemptRecord, *, code: int) -> str:
-    """Say which rank failed first and how; rank 0 has told its own story."""
+    """Describe which rank failed first and how; empty if rank 0 has printed its own error."""
     failure = attempt.failure
     if failure is None:
         logs = run.logs_dir(attempt.number)
@@ -275,7 +275,3 @@ def _describe_failure(run: RunDirectory, attempt: AttemptRecord, *, code: int) -
 def _name(code: int) -> str:
     known = {int(each): each.name.lower().replace("_", " ") for each in ExitCode}
     return f"code {code} ({known[code]})" if code in known else f"code {code}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201

@@ -1,1 +1,1 @@
-"""What a run is doing, derived from its files and from SLURM."""
+"""The status of a run, derived from its files and from SLURM."""

@@ -80,7 +80,7 @@ def test_a_plan_with_its_memory(capsys):
     assert f"  sum {format_bytes(memory.device):>28}  device, {share:.0%} of 40.0 GiB\n" in text
     assert f"not counted: {NOT_COUNTED}\n" in text
     assert "unknown" not in text
-    assert "  OMP_NUM_THREADS=" in text or "OMP_NUM_THREADS" in planning.look().environ
+    assert "  OMP_NUM_THREADS=" in text or "OMP_NUM_THREADS" in planning.detect_machine().environ
     assert text.endswith(f"-m anemoi_dist.train --run-directory {Path('runs/x').absolute()}\n")
 
 

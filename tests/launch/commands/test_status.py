@@ -173,7 +173,7 @@ def test_runs_are_listed_with_the_newest_last(root, slurm, capsys):
     assert lines[3].split() == ["busy", "running", "1", "-", "40/1000", "12.0", "0.4000", "1", "s", "ago", "9:59"]
     assert lines[4].split() == ["queued", "submitted", "-", "12", "-", "-", "-", "-", "-"]
     assert "queued: job 12 waits: Priority" in lines
-    assert any(line.startswith("purged: SLURM does not know job 13 any more") for line in lines)
+    assert any(line.startswith("purged: SLURM no longer knows job 13") for line in lines)
     assert [words[0] for words in slurm.asked()] == ["squeue", "sacct"], "one question for all"
     assert main(["runs", "--root", str(root), "--json"]) == 0
     listed = {run["run_id"]: run for run in json.loads(capsys.readouterr().out)}

@@ -56,7 +56,7 @@ def test_the_command_survives_a_shell():
 def test_looking_at_this_machine(monkeypatch):
     monkeypatch.setattr(machine, "count_gpus", lambda: 3)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    seen = machine.look()
+    seen = machine.detect_machine()
     assert seen.num_gpus == 3
     assert seen.environ["OMP_NUM_THREADS"] == "5"
     assert Path(seen.python).is_file()

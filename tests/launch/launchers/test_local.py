@@ -236,7 +236,7 @@ def test_ranks_go_when_torchrun_is_killed(run):
     os.kill(agent, signal.SIGKILL)
     code, errors = ended(process)
     assert code == 70, errors
-    assert "without a word" in errors
+    assert "without recording a status" in errors
     gone(run)
 
 

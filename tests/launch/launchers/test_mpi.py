@@ -137,7 +137,7 @@ def test_the_number_of_a_signal_is_no_code_of_ours(tmp_path):
     run.create()
     write_state(run, {"state": "running", "attempts": [{"attempt": 1}]})
     hydras = read_ending(run, signal.SIGABRT, attempts_before=0, interrupted=False, returns_codes=False)
-    assert hydras.code == 70 and "ended without a word" in hydras.message
+    assert hydras.code == 70 and "exited without recording a status" in hydras.message
 
 
 def program(directory: Path, script: str) -> str:
@@ -325,7 +325,7 @@ time.sleep(60)
 @pytest.mark.parametrize("victim", ["launcher", "mpirun", "rank"])
 def test_ranks_meet_and_none_is_left(tmp_path: Path, victim: str):
     config = compose(["launcher=mpi", "launcher.ranks=4", "training.global_batch_size=4", "run.id=r"]).config
-    found = plan(config, RUN, machine.look("mpi"))
+    found = plan(config, RUN, machine.detect_machine("mpi"))
     worker = [sys.executable, "-c", MEET, str(tmp_path)]
     command = [sys.executable, "-m", "anemoi_dist.process.parent_death", *found.command[: -len(WORKER)], *worker]
     parent = f"import subprocess, sys; sys.exit(subprocess.run({command!r}).returncode)"

@@ -16,7 +16,7 @@ from anemoi_dist.config.identity import Change
 
 STATES = ("planned", "submitted", "running", "preempted", "finished", "failed", "cancelled")
 #: Attributes whose key in the file is another.
-_KEYS = {"number": "attempt", "now": "is"}
+_KEYS = {"number": "attempt", "now": "is", "watchdog_time": "seen"}
 #: Keys that are written even if they are null; all others are then left out.
 _NULLABLE = ("job_id", "owner", "was", "is")
 _R = TypeVar("_R")

@@ -1,1 +1,1 @@
-"""What a run shows and records: events, progress, metrics."""
+"""Telemetry of a run: heartbeats, watchdog, progress display, phases, metrics."""

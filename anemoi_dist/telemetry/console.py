@@ -1,4 +1,4 @@
-"""What rank 0 prints stands on the terminal and in its log file."""
+"""Copies of standard output and standard error of rank 0 in its log file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class LoggedStream(io.TextIOBase):
     Parameters
     ----------
     stream : TextIO
-        Where text went before.
+        The original stream.
     log : TextIO
-        The log. A bar that redraws itself does not belong in it: where ``copies`` is false, only who asks for ``log``
-        writes there.
+        The log file.
     copies : bool
-        Whether everything is written to both.
+        Whether everything that is written goes to the log too. False on a terminal: a bar that redraws itself does not
+        belong into a log, so only callers that write to ``log`` themselves reach it.
     """
 
     def __init__(self, stream: TextIO, log: TextIO, *, copies: bool) -> None:
@@ -27,6 +27,7 @@ class LoggedStream(io.TextIOBase):
         self._stream, self._copies = stream, copies
 
     def write(self, text: str) -> int:  # noqa: D102
+        # The log first: if the reader of a pipe is gone, the text is in the log all the same.
         if self._copies:
             self.log.write(text)
         return self._stream.write(text)
@@ -34,6 +35,8 @@ class LoggedStream(io.TextIOBase):
     def flush(self) -> None:  # noqa: D102
         self.log.flush()
         self._stream.flush()
+
+    # The progress display, rich and faulthandler ask the stream itself for these.
 
     def isatty(self) -> bool:  # noqa: D102
         return self._stream.isatty()
@@ -46,12 +49,14 @@ class LoggedStream(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """That of the stream."""
+        """Encoding of the original stream."""
         return self._stream.encoding
 
 
 def keep_log(path: Path) -> None:
-    """Write standard output and standard error of this process into ``path`` too."""
+    """Copy standard output and standard error of this process into ``path``."""
+    # Appended and line-buffered: a restart continues the same file, and a killed process loses no line.
     log = path.open("a", buffering=1, encoding="utf-8")
     sys.stdout = LoggedStream(sys.stdout, log, copies=not sys.stdout.isatty())
+    # Never a bar: errors and warnings go to both even on a terminal.
     sys.stderr = LoggedStream(sys.stderr, log, copies=True)

@@ -1,4 +1,4 @@
-"""Metrics back ends: where curves go beside the event log."""
+"""Metrics back ends: curves for other tools, beside the event log."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class TensorBoardMetrics:
     Parameters
     ----------
     directory : Path
-        ``metrics`` of a run; ``tensorboard --logdir`` takes it.
+        ``metrics`` of a run, for ``tensorboard --logdir``.
     first_step : int
-        Optimizer steps done before. What an earlier attempt wrote beyond them is hidden: this attempt repeats it.
+        Optimizer steps done before. Points beyond them, of an earlier attempt, are hidden: this attempt repeats them.
 
     Raises
     ------
@@ -25,6 +25,7 @@ class TensorBoardMetrics:
     """
 
     def __init__(self, directory: Path, *, first_step: int) -> None:
+        # Optional dependency, imported only if the configuration asks for it.
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -32,6 +33,7 @@ class TensorBoardMetrics:
                 f"telemetry.tensorboard=true needs the package tensorboard, which cannot be imported here ({error})\n"
                 "  fix: pip install 'anemoi-dist[tensorboard]', or telemetry.tensorboard=false"
             ) from error
+        # TensorBoard hides everything from this step on that was written before; a new run has nothing to hide.
         purge_step = first_step + 1 if first_step else None
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)
 
@@ -41,5 +43,5 @@ class TensorBoardMetrics:
             self._writer.add_scalar(tag, value, global_step=step)
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Flush and close the event file."""
         self._writer.close()

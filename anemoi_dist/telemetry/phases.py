@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Time spent in each phase of a run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ PHASES = ("startup", "data", "step", "validation", "checkpoint")
 
 
 class PhaseTimer:
-    """Adds up the seconds spent in each phase, on a clock that never goes back.
+    """Adds up the seconds spent in each phase, on a monotonic clock.
 
-    A phase inside another one stops the outer's clock, so that the phases add up to no more than the time that passed.
+    A phase inside another one stops the outer's clock, so that the phases never add up to more than the time passed.
 
     Parameters
     ----------
@@ -28,10 +28,16 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside the ``with`` block as ``name``, one of :data:`PHASES`."""
+        """Count the time inside the ``with`` block as ``name``.
+
+        Raises
+        ------
+        ValueError
+            ``name`` is not one of :data:`PHASES`.
+        """
         if name not in self._seconds:
             raise ValueError(f"phase {name!r} is not one of {', '.join(PHASES)}")
-        self._account()
+        self._account()  # the time until here belongs to the outer phase
         self._running.append(name)
         try:
             yield
@@ -40,8 +46,8 @@ class PhaseTimer:
             self._running.pop()
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of every phase so far, a running one included."""
-        self._account()
+        """Return the seconds of every phase so far, including a running one."""
+        self._account()  # the end event of a failed run is written inside its phase
         return dict(self._seconds)
 
     def _account(self) -> None:

@@ -1,9 +1,10 @@
-"""Hangs: a run in which no rank goes on any more shows its stacks, says who is to blame, and ends with code 6.
+"""Watchdog: detects that no rank makes progress, records the stacks and the rank to blame, and ends with exit code 6.
 
-In every rank a thread looks at the signs of life of its training thread (``heartbeat.py``). Where they fail for
-``watchdog.timeout_s`` it writes the stacks of all threads into the rank's log and marks its heartbeat as stalled. The
-run has hung when every rank is stalled, or does not even answer: a rank that waits for another one which still works
-is no hang. Rank 0 decides that, or the first rank after it whose watchdog lives; it alone reads all heartbeats.
+In every rank a thread checks the heartbeat of its training thread (``heartbeat.py``). If it is silent for
+``watchdog.timeout_s``, the watchdog writes the stacks of all threads into the rank's log and marks the heartbeat as
+stalled. The run hangs if every rank is stalled or its watchdog does not answer either; a rank that waits for another
+one which still works is no hang. Rank 0 decides, or the first rank after it whose watchdog runs; it alone reads all
+heartbeats.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO
 
 from anemoi_dist.errors import AnemoiDistError, ExitCode
 from anemoi_dist.process.deadman import Deadman
@@ -28,66 +29,68 @@ from anemoi_dist.run.attempt import record_end
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import EventLog
 from anemoi_dist.run.records import Failure, Hang, Process, to_json
-from anemoi_dist.telemetry.heartbeat import Heartbeat, clear_beyond, read_heartbeat, read_heartbeats
+from anemoi_dist.telemetry.heartbeat import Heartbeat, HeartbeatRecord, clear_beyond, read_heartbeat, read_heartbeats
 
-#: How much longer than the watchdog a rank waits for another in C code: who ends the run must still find it whole.
+#: The dead man's switch of a rank that is stuck in C code goes off this long after the watchdog would have acted: the
+#: rank that decides must still find the process, to name it.
 _GRACE_S = 20.0
+#: With thousands of ranks, naming all of them would bury the one that matters.
 _NUM_NAMED = 8
 
 
 def find_hang(
-    beats: Mapping[int, Mapping[str, Any]], *, world_size: int, now: float, timeout_s: float, margin_s: float = 0.0
+    beats: Mapping[int, HeartbeatRecord], *, world_size: int, now: float, timeout_s: float, margin_s: float = 0.0
 ) -> Hang | None:
-    """Return who is to blame where no rank goes on; None while one does. Pure.
+    """Return the rank to blame if no rank makes progress, or None while one does. Pure.
 
     Parameters
     ----------
-    beats : Mapping[int, Mapping[str, Any]]
+    beats : Mapping[int, HeartbeatRecord]
         The heartbeats of this attempt by rank.
     world_size : int
-        Ranks there should be. One without a heartbeat has never got as far as giving one.
+        Number of ranks; one without a heartbeat has never got as far as writing one.
     now : float
         Unix seconds.
     timeout_s : float
         ``watchdog.timeout_s``.
     margin_s : float, optional
-        How much longer a rank may be silent before it counts though it has not said itself that it is stalled: clocks
-        differ, and its watchdog looks only now and then.
+        Further seconds of silence before a rank counts although it has not marked itself as stalled: clocks differ,
+        and its watchdog runs at intervals.
     """
-    never = {"time": 0.0, "collectives": -1}
+    # Before all others: a rank that never came has begun no collective and was never heard of.
+    never = HeartbeatRecord(collectives=-1)
     ranks = {rank: beats.get(rank, never) for rank in range(world_size)}
-    if any(not beat.get("stalled") and now - beat["time"] < timeout_s + margin_s for beat in ranks.values()):
+    if any(not beat.stalled and now - beat.time < timeout_s + margin_s for beat in ranks.values()):
         return None
     # Ranks begin the same collectives in the same order: whoever has begun the fewest keeps the others waiting.
-    counts = {rank: beat.get("collectives", 0) for rank, beat in ranks.items()}
+    counts = {rank: beat.collectives or 0 for rank, beat in ranks.items()}
     fewest = min(counts.values())
     behind = [rank for rank, count in counts.items() if count == fewest]
-    blamed = min(behind, key=lambda rank: ranks[rank]["time"])
-    silent = [rank for rank, beat in ranks.items() if not beat.get("stalled")]
-    beat = ranks[blamed]
+    blamed = min(behind, key=lambda rank: ranks[rank].time)
     if blamed not in beats:
         return Hang(blamed, silent_s=timeout_s, behind=behind[:_NUM_NAMED])
+    beat = beats[blamed]
+    # Silent and not even marked as stalled: stopped, or in C code that holds the interpreter lock.
+    unresponsive = [beats[rank] for rank, beat in ranks.items() if not beat.stalled and rank in beats]
     return Hang(
         blamed,
-        host=beat["host"],
-        pid=beat["pid"],
-        phase=beat["phase"],
-        step=beat["step"],
-        silent_s=round(now - beat["time"], 1),
-        where=beat.get("where", ""),
+        host=beat.host,
+        pid=beat.pid or 0,
+        phase=beat.phase,
+        step=beat.step or 0,
+        silent_s=round(now - beat.time, 1),
+        where=beat.where or "",
+        # If all ranks have begun the same number, none has fallen behind.
         behind=behind[:_NUM_NAMED] if len(behind) < world_size else [],
-        unresponsive=[_process(beats[rank]) for rank in silent if rank in beats][:_NUM_NAMED],
+        unresponsive=[Process(beat.rank, host=beat.host, pid=beat.pid or 0) for beat in unresponsive[:_NUM_NAMED]],
     )
 
 
-def _process(beat: Mapping[str, Any]) -> Process:
-    return Process(beat["rank"], host=beat["host"], pid=beat["pid"])
-
-
 def record_hang(run: RunDirectory, attempt: int, hang: Hang) -> None:
-    """Record the end of an attempt that has hung, and the event."""
+    """Record that an attempt ended with a hang, in ``run.json`` and as an event."""
     log_file = str(run.log_file(attempt, hang.rank))
     failure = Failure(hang.rank, host=hang.host, pid=hang.pid, error=str(hang), log=log_file, hang=hang)
+    # Whoever records first decides: an attempt that ended otherwise has no hang event.
     if record_end(run, attempt, ExitCode.HANG, failure=failure) != ExitCode.HANG:
         return
     log = EventLog(run.events_file)
@@ -96,16 +99,16 @@ def record_hang(run: RunDirectory, attempt: int, hang: Hang) -> None:
 
 
 def record_unsaid_hang(run: RunDirectory) -> None:
-    """Record the hang of the last attempt where none of its ranks could: one alone, ended by its dead man's switch.
+    """Record the hang of the last attempt if none of its ranks could: one rank alone, ended by its dead man's switch.
 
-    For who has started the ranks and seen one end with code 6.
+    To be called by the process that started the ranks, after one of them ended with code 6.
     """
     attempts = run.read_state().attempts
     if not attempts or attempts[-1].exit_code is not None:
         return
     number = attempts[-1].number
     beats = read_heartbeats(run, attempt=number)
-    # They have ended: none goes on, whatever the clocks say.
+    # The ranks have ended, so all of them count as silent, whatever the clocks say.
     world_size = attempts[-1].world_size or 1
     hang = find_hang(beats, world_size=world_size, now=time.time(), timeout_s=0.0, margin_s=-math.inf)
     if hang is not None:
@@ -113,16 +116,16 @@ def record_unsaid_hang(run: RunDirectory) -> None:
 
 
 class Watchdog:
-    """Watches the training thread of one rank: the one that starts it.
+    """Watches the training thread of one rank, which is the thread that constructs it.
 
     Parameters
     ----------
     heartbeat : Heartbeat
-        Of this rank.
+        This rank's heartbeat.
     run : RunDirectory
-        Where the end is recorded.
+        The run whose end is recorded.
     attempt, rank, world_size : int
-        Who this is.
+        Attempt number, rank, number of ranks.
     timeout_s : float
         ``watchdog.timeout_s``.
     """
@@ -135,21 +138,23 @@ class Watchdog:
         self._tick_s = min(1.0, timeout_s / 10)
         self._watched = threading.get_ident()
         self._log: IO[str] = run.log_file(attempt, rank).open("a", buffering=1, encoding="utf-8")
-        # A lone rank has nobody to end the run in its stead. The others' watchdogs need time to do it in order.
+        # Nobody else ends the run of a single rank. With several ranks, their watchdogs need the time to name this one
+        # before its dead man's switch removes the process.
         grace_s = 3.0 if world_size == 1 else _GRACE_S
         self._deadman = Deadman(grace_s=grace_s, code=ExitCode.HANG, log=self._log)
         self._is_stalled, self._no_judge_since, self._seen = False, 0.0, 0.0
         self._closed = threading.Event()
+        # close() must not return in the middle of a decision: the run would end after it had finished.
         self._deciding = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Begin to watch."""
-        self._hold()
+        self._rearm_deadman()
         self._thread.start()
 
     def close(self) -> None:
-        """Watch no more. Where this rank's watchdog is about to end the run, it does."""
+        """Stop watching. A watchdog that is about to end the run still does."""
         with self._deciding:
             self._closed.set()
         self._thread.join(timeout=10 * self._tick_s)
@@ -158,16 +163,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(self._tick_s):
-            self._hold()
+            self._rearm_deadman()
             with suppress(OSError, AnemoiDistError):  # a file that cannot be read or written is tried again
-                self._look()
+                self._check()
 
-    def _hold(self) -> None:
-        """Keep the dead man's switch from going off until shortly after this thread would have acted."""
+    def _rearm_deadman(self) -> None:
+        """Postpone the dead man's switch until shortly after this thread would have acted."""
         left_s = self._timeout_s - self._heartbeat.silent_s()
         self._deadman.hold((left_s if left_s > 0 else self._timeout_s) + 2 * self._tick_s)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if self._heartbeat.silent_s() < self._timeout_s:
             self._recover()
             return
@@ -178,11 +183,12 @@ class Watchdog:
     def _recover(self) -> None:
         if self._is_stalled:
             self._is_stalled, self._no_judge_since = False, 0.0
+            # At once: as long as the file says stalled, the rank that decides counts this one as hanging.
             self._heartbeat.write()
             self._say("it goes on: the run had not hung (watchdog.timeout_s is short for it)")
 
     def _stall(self) -> None:
-        """Show where this rank stands, and end it where the run has hung."""
+        """Log the stacks of this rank once, and end the process if the run hangs."""
         if not self._is_stalled:
             self._is_stalled = True
             beat = self._heartbeat
@@ -191,19 +197,21 @@ class Watchdog:
                 f"{beat.step}; the stacks of all threads:"
             )
             faulthandler.dump_traceback(self._log)
+        # Not at every tick: with thousands of stalled ranks the file system would be flooded when it may be the cause.
         if time.monotonic() - self._seen >= min(self._heartbeat.interval_s, self._timeout_s / 4):
             self._seen = time.monotonic()
-            self._heartbeat.write(stalled=True, seen=time.time(), where=self._where())
+            self._heartbeat.write(stalled=True, watchdog_time=time.time(), where=self._where())
         hang = self._recorded() or (self._judge() if self._is_judge() else None)
         if hang is None:
             return
-        # The training thread may have gone on while we looked; what is recorded already stands.
+        # The training thread may have gone on meanwhile; a hang that is recorded ends the run all the same, or the
+        # other ranks would leave it alone.
         self._say(str(hang))
         kill_siblings(hang.unresponsive)
         os._exit(ExitCode.HANG)
 
     def _judge(self) -> Hang | None:
-        """Look at all ranks; record a hang where there is one."""
+        """Read all heartbeats; record and return a hang if there is one."""
         beats = read_heartbeats(self._run, attempt=self._attempt)
         hang = find_hang(
             beats,
@@ -214,35 +222,36 @@ class Watchdog:
         )
         if hang is None or self._heartbeat.silent_s() < self._timeout_s:
             return None
-        with suppress(OSError):  # a full disk: the exit code still says it
+        with suppress(OSError):  # a full disk: the exit code still reports the hang
             record_hang(self._run, self._attempt, hang)
         log_file = self._run.log_file(self._attempt, hang.rank)
         print(f"{hang}; its stacks: {log_file}", file=sys.stderr, flush=True)  # noqa: T201
         return hang
 
     def _is_judge(self) -> bool:
-        """Whether this rank decides: rank 0, or the next one if its watchdog gives no sign of life either."""
+        """Whether this rank decides: rank 0, or the next one if the watchdog of rank 0 is silent too."""
         if self._rank == 0:
             return True
         judge = read_heartbeat(self._run.heartbeat_file(0))
         now = time.time()
-        if judge is not None and judge["attempt"] == self._attempt:
-            recent_s = max(3.0, 2 * self._heartbeat.interval_s) if judge.get("stalled") else self._timeout_s
-            if now - judge.get("seen", judge["time"]) < recent_s:
+        if judge is not None and judge.attempt == self._attempt:
+            # A stalled rank 0 rewrites its file as long as its watchdog runs; until it is stalled, its training thread
+            # has the whole timeout.
+            recent_s = max(3.0, 2 * self._heartbeat.interval_s) if judge.stalled else self._timeout_s
+            if now - (judge.time if judge.watchdog_time is None else judge.watchdog_time) < recent_s:
                 self._no_judge_since = 0.0
                 return False
         self._no_judge_since = self._no_judge_since or now
-        # One after the other, so that the second finds what the first has recorded.
+        # Staggered by rank, so that the second finds what the first has recorded.
         return now - self._no_judge_since >= 0.5 * min(self._rank - 1, 30)
 
     def _recorded(self) -> Hang | None:
-        """Return the hang that another rank has recorded."""
+        """Return the hang that another rank has recorded, if any."""
         failure = self._run.read_state().attempts[self._attempt - 1].failure
         return None if failure is None else failure.hang
 
     def _where(self) -> str:
-        frame = sys._current_frames().get(self._watched)
-        return place_of(frame)
+        return place_of(sys._current_frames().get(self._watched))
 
     def _say(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -260,13 +269,14 @@ def place_of(frame: FrameType | None, *, depth: int = 4) -> str:
 
 
 def kill_siblings(processes: list[Process]) -> None:
-    """Kill those of ``processes`` that were started by who started this one: they cannot end themselves.
+    """Kill those of ``processes`` that have the same parent as this one: they cannot end themselves.
 
-    torchrun asks a rank to end and waits for minutes; one that is stopped does not hear it.
+    torchrun sends SIGTERM and then waits for its shutdown timeout; a stopped process does not handle the signal.
     """
     for process in processes:
         if process.pid == os.getpid() or process.host != socket.gethostname():
             continue
+        # Only siblings: the pid of a rank that is gone may belong to somebody else's process by now.
         with suppress(OSError, ValueError, IndexError):
             parent = Path("/proc", str(process.pid), "stat").read_text(encoding="ascii", errors="replace")
             if int(parent.rpartition(")")[2].split()[1]) == os.getppid():
@@ -275,18 +285,24 @@ def kill_siblings(processes: list[Process]) -> None:
 
 @contextmanager
 def watch(
-    run: RunDirectory, *, attempt: int, rank: int, world_size: int, timeout_s: float | None, num_collectives: Any
+    run: RunDirectory,
+    *,
+    attempt: int,
+    rank: int,
+    world_size: int,
+    timeout_s: float | None,
+    num_collectives: Callable[[], int],
 ) -> Iterator[None]:
-    """Give signs of life, and watch them unless ``timeout_s`` is None, inside the ``with`` block.
+    """Write heartbeats inside the ``with`` block, and watch them unless ``timeout_s`` is None.
 
     Parameters
     ----------
     run : RunDirectory
-        It exists.
+        An existing run.
     attempt, rank, world_size : int
-        Who this is.
+        Attempt number, rank, number of ranks.
     timeout_s : float or None
-        ``watchdog.timeout_s``.
+        ``watchdog.timeout_s``; None turns the watchdog off.
     num_collectives : Callable[[], int]
         See :class:`~anemoi_dist.telemetry.heartbeat.Heartbeat`.
     """
@@ -294,6 +310,7 @@ def watch(
         clear_beyond(run, world_size=world_size)
     heartbeat = Heartbeat(run, rank=rank, world_size=world_size, attempt=attempt, num_collectives=num_collectives)
     if timeout_s is not None:
+        # Other ranks see a file that is up to one interval old; it must stay well below the timeout.
         heartbeat.interval_s = min(heartbeat.interval_s, timeout_s / 4)
     heartbeat.start()
     watchdog = None
@@ -305,6 +322,7 @@ def watch(
             watchdog.start()
         yield
     finally:
+        # The watchdog first: closing the heartbeat may take seconds on a slow file system, which is no hang.
         if watchdog is not None:
             watchdog.close()
         heartbeat.close()

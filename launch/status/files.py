@@ -13,7 +13,8 @@ from pathlib import Path
 from anemoi_dist.errors import PreflightError
 from anemoi_dist.process.parent_death import process_started
 from anemoi_dist.run.directory import RunDirectory
-from anemoi_dist.run.records import AttemptRecord, Owner, RunState, from_json, number, whole
+from anemoi_dist.run.records import AttemptRecord, Owner, RunState, from_json, whole
+from anemoi_dist.telemetry.heartbeat import HeartbeatRecord, read_heartbeat
 
 from . import journal
 from .journal import Entry
@@ -26,33 +27,17 @@ FRESH_S = 60.0
 _CLOCK_SLACK_S = 2.0
 
 
-@dataclass(frozen=True)
-class Beat:
-    """The last sign of life of one rank.
+@dataclass(frozen=True, kw_only=True)
+class Beat(HeartbeatRecord):
+    """The newest heartbeat file of one rank; ``written`` is the time of the file."""
 
-    Attributes
-    ----------
-    seen : float
-        When; of the rank's own clock and the file's time the earlier, so that a clock ahead does not hide a silence.
-    written : float
-        Time of the file.
-    collectives : int or None
-        Collective operations begun: of ranks that wait for each other, all wait for the one with the fewest.
-    """
-
-    rank: int
-    attempt: int
-    seen: float
     written: float
-    step: int | None = None
-    phase: str = ""
-    host: str = ""
-    pid: int | None = None
-    collectives: int | None = None
-    total_steps: int | None = None
-    loss: float | None = None
-    samples_per_s: float | None = None
-    eta_s: float | None = None
+
+    @property
+    def seen(self) -> float:
+        """Last sign of life, Unix seconds."""
+        # The earlier of the rank's own clock and the file's time, so that a clock ahead does not hide a silence.
+        return min(self.time, self.written)
 
 
 @dataclass(frozen=True)
@@ -220,27 +205,14 @@ def _beats(run: RunDirectory, attempts: tuple[AttemptRecord, ...], *, every_rank
         try:
             written = entry.stat().st_mtime
             if written < fresh or entry.name == "rank-00000.json":
-                beat = _beat(Path(entry.path).read_bytes(), written)
-                found += [beat] if beat is not None else []
+                record = read_heartbeat(Path(entry.path))
+                found += [Beat(**vars(record), written=written)] if record is not None else []
         except OSError:  # replaced or deleted at this moment
             continue
     newest = attempts[-1].number if attempts else max((beat.attempt for beat in found), default=0)
     size = attempts[-1].world_size if attempts else None
     here = [beat for beat in found if beat.attempt == newest and (size is None or beat.rank < size)]
     return tuple(sorted(here, key=lambda beat: beat.rank))
-
-
-def _beat(text: bytes, written: float) -> Beat | None:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(content, dict):
-        return None
-    seen = number(content.get("time"))
-    if seen is None or whole(content.get("rank")) is None or whole(content.get("attempt")) is None:
-        return None
-    return from_json(Beat, {**content, "seen": min(seen, written), "written": written})
 
 
 # Events

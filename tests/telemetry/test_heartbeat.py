@@ -42,13 +42,13 @@ def test_the_file_says_who_is_where(run: RunDirectory, beating: Heartbeat) -> No
     before = time.time()
     heartbeat.beat("step", step=7)
     heartbeat.note(loss=0.5, eta_s=float("nan"))
-    wait_for(lambda: read_heartbeat(run.heartbeat_file(1)).get("loss") is not None)
+    wait_for(lambda: read_heartbeat(run.heartbeat_file(1)).loss is not None)
     content = read_heartbeat(run.heartbeat_file(1))
-    assert (content["rank"], content["attempt"], content["phase"], content["step"]) == (1, 3, "step", 7)
-    assert content["time"] >= before - 0.01 and content["pid"] > 0 and content["host"]
-    assert content["loss"] == 0.5 and content["eta_s"] is None and content["collectives"] == 42
+    assert (content.rank, content.attempt, content.phase, content.step) == (1, 3, "step", 7)
+    assert content.time >= before - 0.01 and content.pid > 0 and content.host
+    assert content.loss == 0.5 and content.eta_s is None and content.collectives == 42
     beating.close()
-    assert read_heartbeat(run.heartbeat_file(1))["phase"] == "end"
+    assert read_heartbeat(run.heartbeat_file(1)).phase == "end"
     assert [path.name for path in run.heartbeats_dir.iterdir()] == ["rank-00001.json"]
     heartbeat.beat("step")  # nobody listens any more
     assert beating.phase == "end"
@@ -56,7 +56,7 @@ def test_the_file_says_who_is_where(run: RunDirectory, beating: Heartbeat) -> No
 
 def test_a_training_thread_that_is_stuck_goes_silent(run: RunDirectory, beating: Heartbeat) -> None:
     heartbeat.beat("validation")
-    wait_for(lambda: read_heartbeat(run.heartbeat_file(1))["phase"] == "validation")
+    wait_for(lambda: read_heartbeat(run.heartbeat_file(1)).phase == "validation")
     first = run.heartbeat_file(1).read_text()
     helper = threading.Thread(target=lambda: [heartbeat.beat("step") or time.sleep(0.01) for _ in range(20)])
     helper.start()

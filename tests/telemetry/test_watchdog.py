@@ -16,20 +16,20 @@ from anemoi_dist.errors import ExitCode
 from anemoi_dist.run.attempt import Attempt
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import read_events
-from anemoi_dist.run.records import Hang
+from anemoi_dist.run.records import Hang, Process
 from anemoi_dist.telemetry import watchdog
-from anemoi_dist.telemetry.heartbeat import Heartbeat
+from anemoi_dist.telemetry.heartbeat import Heartbeat, HeartbeatRecord
 from anemoi_dist.telemetry.watchdog import Watchdog, find_hang, record_unsaid_hang
 
 
-def beat(rank: int, *, time: float, collectives: int = 5, stalled: bool = False, **more: Any) -> dict[str, Any]:
+def beat(rank: int, *, time: float, collectives: int = 5, **more: Any) -> HeartbeatRecord:
     who = {"rank": rank, "host": "node1", "pid": 100 + rank, "phase": "step", "step": 3}
-    return {**who, "time": time, "collectives": collectives, **({"stalled": True} if stalled else {}), **more}
+    return HeartbeatRecord(**who, time=time, collectives=collectives, **more)
 
 
-def found(*beats: dict[str, Any], world_size: int | None = None, margin_s: float = 0.0) -> Hang | None:
+def found(*beats: HeartbeatRecord, world_size: int | None = None, margin_s: float = 0.0) -> Hang | None:
     size = len(beats) if world_size is None else world_size
-    return find_hang({b["rank"]: b for b in beats}, world_size=size, now=100.0, timeout_s=10.0, margin_s=margin_s)
+    return find_hang({b.rank: b for b in beats}, world_size=size, now=100.0, timeout_s=10.0, margin_s=margin_s)
 
 
 def test_the_rank_with_the_fewest_collectives_is_to_blame() -> None:
@@ -56,7 +56,7 @@ def test_no_hang_while_one_rank_goes_on() -> None:
 
 def test_a_rank_that_does_not_answer_is_named() -> None:
     hang = found(beat(0, time=80.0, stalled=True), beat(1, time=79.0, collectives=3))
-    assert hang is not None and hang.unresponsive == [{"rank": 1, "host": "node1", "pid": 101}]
+    assert hang is not None and hang.unresponsive == [Process(1, host="node1", pid=101)]
     assert "does not answer" in str(hang)
     never = found(beat(0, time=80.0, stalled=True), world_size=2)
     assert never is not None and (never.rank, never.host, never.unresponsive) == (1, "", [])
@@ -152,9 +152,9 @@ def test_who_decides_is_the_first_whose_watchdog_lives(run: RunDirectory) -> Non
     heartbeat = Heartbeat(run, rank=1, world_size=3, attempt=1, interval_s=0.05)
     dog = Watchdog(heartbeat, run=run, attempt=1, rank=1, world_size=3, timeout_s=10.0)
     first = Heartbeat(run, rank=0, world_size=3, attempt=1)
-    first.write(stalled=True, seen=time.time())
+    first.write(stalled=True, watchdog_time=time.time())
     assert not dog._is_judge()
-    first.write(stalled=True, seen=time.time() - 30.0)
+    first.write(stalled=True, watchdog_time=time.time() - 30.0)
     assert dog._is_judge()
     first.write()  # it goes on
     assert not dog._is_judge()

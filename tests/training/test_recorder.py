@@ -45,7 +45,7 @@ def test_steps_are_recorded_every_interval_and_at_both_ends(run, capsys):
     assert last["eta_s"] == 0
     assert last["memory_bytes"] > 2**20
     assert events[0]["samples_per_s"] is None
-    assert capsys.readouterr().out.count("step ") == 3
+    assert capsys.readouterr().out.count("step ") == 4
 
 
 def test_a_skipped_update_is_an_event_at_any_step(run):

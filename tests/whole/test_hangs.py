@@ -107,13 +107,13 @@ def test_a_rank_that_is_slow_and_at_work_ends_nothing(tmp_path: Path) -> None:
     assert "no sign of life for watchdog.timeout_s=10 s" in run.log_file(1, 0).read_text()
     assert "no sign of life" not in output
     beats = read_heartbeats(run, attempt=1)
-    assert {rank: (beat["phase"], beat["step"]) for rank, beat in beats.items()} == {0: ("end", 8), 1: ("end", 8)}
-    assert beats[0]["total_steps"] == 8 and beats[0]["loss"] > 0 and "loss" not in beats[1]
+    assert {rank: (beat.phase, beat.step) for rank, beat in beats.items()} == {0: ("end", 8), 1: ("end", 8)}
+    assert beats[0].total_steps == 8 and beats[0].loss > 0 and beats[1].loss is None
 
 
 @pytest.mark.slow
 def test_without_a_timeout_nothing_watches_and_ranks_still_give_signs_of_life(tmp_path: Path) -> None:
     code, output, run, _ = train(tmp_path, "sleep:9:9", "engine=ddp", "launcher.ranks=1", "watchdog.timeout_s=null")
     assert code == 0, output
-    assert read_heartbeats(run, attempt=1)[0]["phase"] == "end"
+    assert read_heartbeats(run, attempt=1)[0].phase == "end"
     assert "watchdog" not in json.dumps(read_state(run))

@@ -39,7 +39,8 @@ def attempt(started: float, ended: float | None = None, code: int | None = None,
 
 
 def beat(rank: int = 0, ago: float = 3.0, phase: str = "step", step: int = 40, number: int = 1, **more: Any) -> Beat:
-    return Beat(rank, number, seen=NOW - ago, written=NOW - ago, step=step, phase=phase, host=f"n{rank}", **more)
+    at = {"time": NOW - ago, "written": NOW - ago}
+    return Beat(rank=rank, attempt=number, **at, step=step, phase=phase, host=f"n{rank}", **more)
 
 
 def job(state: str, **fields: Any) -> JobView:
@@ -832,7 +833,7 @@ def test_numbers_are_rank_0s_and_as_old_as_they_are():
     status = case.status()
     assert (status.step, status.total_steps, status.loss, status.samples_per_s) == (40, 500, 0.5, 20.0)
     assert (status.eta_s, status.seen_s) == (90.0, 3.0)
-    case.beats = (replace(main, seen=NOW - 119), beat(1))
+    case.beats = (replace(main, time=NOW - 119), beat(1))
     assert case.status().eta_s == 0.0, "never negative"
     case.beats = ()
     case.more = {**LOCAL_ALIVE, "events_written": NOW - 1}
@@ -897,10 +898,10 @@ all_facts = st.builds(
     beats=st.lists(
         st.builds(
             Beat,
-            st.integers(0, 3),
-            st.just(1),
-            st.floats(NOW - 1e5, NOW + 1e4),
-            st.floats(NOW - 1e5, NOW + 1e4),
+            rank=st.integers(0, 3),
+            attempt=st.just(1),
+            time=st.floats(NOW - 1e5, NOW + 1e4),
+            written=st.floats(NOW - 1e5, NOW + 1e4),
             phase=st.sampled_from(["", "startup", "step", "end", "?"]),
             eta_s=numbers,
         ),

@@ -22,14 +22,14 @@ loaded, unless ``state_dtype`` says otherwise. Rounded to nearest, an EMA state 
 one step changes it by less than half a unit in the last place. So bfloat16 is rounded stochastically
 (:mod:`anemoi_dist.optimizers.rounding`). Bytes of state per parameter:
 
-====================================================== ==== =============
-``state_dtype``                                        all  ``beta1 = 0``
-====================================================== ==== =============
-``fp32``                                               12   8
-``bf16``: the fast EMA and that of the squared gradient      8    6
-``{exp_avg_fast: bf16}``, ``{exp_avg_sq: bf16}``       10   6 (square)
-``bf16`` for each of the three by name                 6    4
-====================================================== ==== =============
+======================================================= ==== =============
+``state_dtype``                                         all  ``beta1 = 0``
+======================================================= ==== =============
+``fp32``                                                12   8
+``bf16``: the fast EMA and that of the squared gradient 8    6
+``{exp_avg_fast: bf16}``, ``{exp_avg_sq: bf16}``        10   6 (square)
+``bf16`` for each of the three by name                  6    4
+======================================================= ==== =============
 """
 
 from __future__ import annotations

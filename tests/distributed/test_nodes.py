@@ -1,4 +1,4 @@
-"""Two nodes by hand, with the very commands of docs/nodes.rst, on two network namespaces that resolve no host name."""
+"""Two nodes by hand, with the very commands of docs/how-to/several-nodes.rst, on networks that resolve no host name."""
 
 from __future__ import annotations
 

@@ -51,10 +51,16 @@ def commands(path: Path) -> Iterator[list[str]]:
                 yield words
 
 
+#: Commands of ``anemoi-dist`` that take overrides; ``resume`` has the run before them.
+COMPOSES = ("train", "plan", "config", "submit", "doctor", "resume")
+
+
 def overrides_of(words: list[str]) -> list[str] | None:
     """Return the overrides of a command that composes a configuration, None for any other command."""
-    if words[0].endswith("anemoi-dist") and words[1] in ("train", "plan", "config", "submit"):
-        rest = words[2 : words.index("--") if "--" in words else None]
+    if words[0] == "make" and words[1:2] == ["train"]:
+        rest = [override for word in words[2:] for override in shlex.split(word.removeprefix("ARGS="))]
+    elif words[0].endswith("anemoi-dist") and words[1] in COMPOSES:
+        rest = words[3 if words[1] == "resume" else 2 : words.index("--") if "--" in words else None]
     elif "anemoi_dist.train" in words:
         rest = words[words.index("anemoi_dist.train") + 1 :]
     else:
@@ -74,10 +80,17 @@ COMPOSING = [
 
 
 def test_examples_were_found():
-    assert len(COMPOSING) >= 12
-    assert len(blocks(DOCS / "optimizers.rst", "yaml")) == 4
-    assert len(blocks(ROOT / "README.md", "yaml")) == 1
+    assert len(COMPOSING) >= 40
+    assert len(blocks(DOCS / "how-to/optimizer.rst", "yaml")) == 4
+    assert len(YAML) >= 7
     assert len({word for path in PAGES for word in mentioned_keys(path)}) >= 50
+    assert {page.relative_to(DOCS).parts[0] for page in RST} == {
+        "index.rst",
+        "tutorial",
+        "how-to",
+        "reference",
+        "explanation",
+    }
 
 
 @pytest.mark.parametrize("overrides", COMPOSING)
@@ -120,13 +133,13 @@ def test_snippets_compose_and_build(tmp_path: Path, text: str):
 
 
 def test_switching_from_adamw(tmp_path: Path):
-    [_, text] = blocks(DOCS / "optimizers.rst", "python")
+    [text, _] = blocks(DOCS / "how-to/optimizer.rst", "python")
     model = torch.nn.Linear(2, 1)
     adamw = torch.optim.AdamW(model.parameters())
     model(torch.ones(2)).sum().backward()
     adamw.step()
     names = {"model": model, "adamw": adamw, "AdEMAMix": AdEMAMix}
-    exec(compile(text, "optimizers.rst", "exec"), names)
+    exec(compile(text, "optimizer.rst", "exec"), names)
     state = names["new"].state[model.weight]
     assert torch.equal(state["exp_avg_fast"], adamw.state[model.weight]["exp_avg"])
     assert torch.equal(state["exp_avg_sq"], adamw.state[model.weight]["exp_avg_sq"])
@@ -160,7 +173,7 @@ def test_keys_in_the_text_exist(path: Path):
 
 
 def test_every_option_of_every_group_is_described():
-    text = (DOCS / "configuration.rst").read_text(encoding="utf-8")
+    text = (DOCS / "reference/configuration.rst").read_text(encoding="utf-8")
     for group, options in GROUPS.items():
         assert f"``{group}=``" in text
         for option in options:
@@ -168,20 +181,20 @@ def test_every_option_of_every_group_is_described():
 
 
 def test_every_exit_code_is_described():
-    table = (DOCS / "running.rst").read_text(encoding="utf-8").partition("Exit codes")[2]
+    table = (DOCS / "reference/exit-codes.rst").read_text(encoding="utf-8")
     described = {int(code) for code in re.findall(r"^(\d+) {2,}\S", table, re.MULTILINE)}
     assert described == {int(code) for code in ExitCode}
 
 
 def test_every_event_is_described():
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "anemoi_dist").rglob("*.py"))
-    written = set(re.findall(r'(?:telemetry\.event|log\.write)\(\s*"(\w+)"', sources))
-    table = (DOCS / "running.rst").read_text(encoding="utf-8").partition("events.jsonl\n==")[2]
+    written = set(re.findall(r'(?:recorder\.event|log\.write)\(\s*"(\w+)"', sources))
+    table = (DOCS / "reference/run-directory.rst").read_text(encoding="utf-8").partition("events.jsonl\n==")[2]
     assert written == set(re.findall(r"^``(\w+)`` ", table, re.MULTILINE))
 
 
 def test_every_state_is_described():
-    [_, table, *_] = re.split(r"^=+ =+$", (DOCS / "watching.rst").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    [_, table, *_] = re.split(r"^=+ =+$", (DOCS / "how-to/watch.rst").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert set(STATES) == set(re.findall(r"^``(\w+)``", table, re.MULTILINE))
 
 
@@ -189,19 +202,40 @@ def test_every_state_is_described():
 def test_links_of_markdown_lead_somewhere(path: Path):
     for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
         if not target.startswith("https://"):
-            assert (path.parent / target).is_file(), target
+            file, _, anchor = target.partition("#")
+            text = (path.parent / file).read_text(encoding="utf-8")
+            headings = {
+                re.sub(r"\W+", "-", line.strip("# ").lower()) for line in re.findall(r"^#+ .*", text, re.MULTILINE)
+            }
+            assert not anchor or anchor in headings, target
 
 
 @pytest.mark.parametrize("path", RST, ids=lambda path: path.name)
 def test_links_of_pages_lead_somewhere(path: Path):
     text = path.read_text(encoding="utf-8")
     labels = {label for page in RST for label in re.findall(r"^\.\. _([\w-]+):", page.read_text(), re.MULTILINE)}
-    for target in re.findall(r":doc:`([^`<]+)`", text):
+    for target in re.findall(r":doc:`(?:[^`<]*<)?([^`<>]+)>?`", text):
         base = DOCS if target.startswith("/") else path.parent
         assert (base / f"{target.lstrip('/')}.rst").is_file(), target
-    assert set(re.findall(r":ref:`([^`<]+)`", text)) <= labels
+    assert set(re.findall(r":ref:`(?:[^`<]*<)?([^`<>]+)>?`", text)) <= labels
     for target in re.findall(r":(?:class|func|mod|meth):`~?(anemoi_dist[\w.]+)`", text):
         assert _exists(target), target
+
+
+def test_what_the_api_lists_exists():
+    listed = re.findall(
+        r"automodule:: (\S+)\n(?: +:members: *(.*)\n)?", (DOCS / "reference/api.rst").read_text(encoding="utf-8")
+    )
+    assert len(listed) >= 20
+    for module, members in listed:
+        for member in re.split(r"[, ]+", members):
+            assert _exists(f"{module}.{member}".rstrip(".")), f"{module}: {member}"
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+    assert lines.index("make train") < lines.index("make test") < 15
 
 
 def _exists(target: str) -> bool:
@@ -232,4 +266,8 @@ def test_sphinx_builds_without_a_warning(tmp_path: Path):
     )
     app.build()
     assert app.statuscode == 0
-    assert (tmp_path / "html" / "optimizers.html").is_file()
+    assert (tmp_path / "html" / "how-to" / "optimizer.html").is_file()
+    keys = (tmp_path / "html" / "reference" / "keys.html").read_text(encoding="utf-8")
+    known = list(schema_keys())
+    leaves_of_schema = [key for key in known if not any(other.startswith(f"{key}.") for other in known)]
+    assert all(f">{key}<" in keys for key in leaves_of_schema)

@@ -189,7 +189,7 @@ def test_json_of_a_sweep(capsys):
 
 
 def described(found: dict) -> None:
-    text = (ROOT / "docs/planning.rst").read_text(encoding="utf-8")
+    text = (ROOT / "docs/reference/commands.rst").read_text(encoding="utf-8")
     for key in found:
         assert f"``{key}``" in text, key
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import shlex
 import textwrap
@@ -71,12 +72,14 @@ def overrides_of(words: list[str]) -> list[str] | None:
     return expand(found)[-1] if "--multirun" in rest else found
 
 
-COMPOSING = [
-    pytest.param(overrides, id=f"{path.name}-{index}")
+#: Each once, with a page that shows it.
+SHOWN = {
+    tuple(overrides): f"{path.name}-{index}"
     for path in PAGES
     for index, words in enumerate(commands(path))
     if (overrides := overrides_of(words)) is not None
-]
+}
+COMPOSING = [pytest.param(list(overrides), id=name) for overrides, name in SHOWN.items()]
 
 
 def test_examples_were_found():
@@ -160,9 +163,14 @@ def mentioned_keys(path: Path) -> Iterator[str]:
                 yield word
 
 
+@functools.cache
+def known_keys() -> set[str]:
+    return {*schema_keys(), *(key for key, _ in leaves(compose([]).container()))}
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_keys_in_the_text_exist(path: Path):
-    known = {*schema_keys(), *(key for key, _ in leaves(compose([]).container()))}
+    known = known_keys()
     foreign = ("training.optimizer.kwargs", "training.optimizer.zero", "training.optimization")
     for word in mentioned_keys(path):
         key, _, value = word.lstrip("+~").partition("=")

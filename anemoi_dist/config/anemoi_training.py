@@ -13,6 +13,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import ConfigError
 
 _OPTIMIZATION = ("lr", "optimizer", "lr_scheduler", "pl_lr_scheduler")
@@ -21,17 +22,17 @@ _ZERO_OPTIMIZER = "torch.distributed.optim.ZeroRedundancyOptimizer"
 _USE_ENGINE = "engine=zero1 partitions the states of any optimizer (zero2, zero3 and fsdp2 partition more)"
 
 
-def translate_training(training: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def translate_training(training: Tree) -> tuple[Tree, list[str]]:
     """Translate the ``training`` node that a user wrote, before it is merged with defaults.
 
     Parameters
     ----------
-    training : Mapping[str, Any]
+    training : Tree
         In any of the three layouts; it is not changed.
 
     Returns
     -------
-    tuple[dict[str, Any], list[str]]
+    tuple[Tree, list[str]]
         The node in our layout, and a message for each thing that became another. No message: nothing changed.
 
     Raises
@@ -49,7 +50,7 @@ def translate_training(training: Mapping[str, Any]) -> tuple[dict[str, Any], lis
     return translated, messages
 
 
-def _translate_optimization(training: dict[str, Any], messages: list[str]) -> None:
+def _translate_optimization(training: Tree, messages: list[str]) -> None:
     """Spread ``optimization`` over ``lr``, ``optimizer`` and ``scheduler``, in place."""
     key = "training.optimization"
     node = training.pop("optimization")
@@ -70,7 +71,7 @@ def _translate_optimization(training: dict[str, Any], messages: list[str]) -> No
         messages.append(f"{key}.pl_lr_scheduler was dropped: the rate is set after every optimizer step")
 
 
-def _merge_lr(ours: Any, theirs: Any, messages: list[str]) -> dict[str, Any]:
+def _merge_lr(ours: Any, theirs: Any, messages: list[str]) -> Tree:
     key = "training.optimization.lr"
     merged = dict(ours or {})
     if isinstance(theirs, Mapping):
@@ -89,7 +90,7 @@ def _merge_lr(ours: Any, theirs: Any, messages: list[str]) -> dict[str, Any]:
     return merged
 
 
-def _drop_lightning_options(options: Mapping[str, Any], *, has_scheduler: bool) -> None:
+def _drop_lightning_options(options: Tree, *, has_scheduler: bool) -> None:
     key = "training.optimization.pl_lr_scheduler"
     _refuse_leftovers(key, options, ("interval", "frequency"))
     if not has_scheduler:
@@ -103,7 +104,7 @@ def _drop_lightning_options(options: Mapping[str, Any], *, has_scheduler: bool) 
             )
 
 
-def _translate_optimizer(node: dict[str, Any], messages: list[str]) -> dict[str, Any]:
+def _translate_optimizer(node: Tree, messages: list[str]) -> Tree:
     key = "training.optimizer"
     if "_target_" not in node and ("kwargs" in node or "zero" in node):
         _refuse_leftovers(key, node, ("zero", "kwargs"))
@@ -116,7 +117,7 @@ def _translate_optimizer(node: dict[str, Any], messages: list[str]) -> dict[str,
     return node
 
 
-def _unwrap_zero_optimizer(node: dict[str, Any], messages: list[str]) -> dict[str, Any]:
+def _unwrap_zero_optimizer(node: Tree, messages: list[str]) -> Tree:
     """Take the optimizer out of torch's partitioning wrapper: partitioning is the engine's work here."""
     key = "training.optimizer.optimizer_class"
     arguments = {name: value for name, value in node.items() if name not in ("_target_", "optimizer_class")}

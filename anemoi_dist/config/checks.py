@@ -12,7 +12,7 @@ from anemoi_dist.config.identity import check_run_id
 from anemoi_dist.config.launcher_checks import check_launcher
 from anemoi_dist.config.optimizer_states import checked_state_dtype, is_ademamix
 from anemoi_dist.config.schema import GUARDED, Config, EngineConfig, TrainingConfig
-from anemoi_dist.config.tree import is_below
+from anemoi_dist.config.tree import Tree, is_below
 from anemoi_dist.errors import ConfigError
 
 
@@ -132,12 +132,12 @@ def _check_checkpoint(config: Config) -> None:
         )
 
 
-def _check_target(key: str, node: dict[str, Any]) -> None:
+def _check_target(key: str, node: Tree) -> None:
     if not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key}._target_", node.get("_target_"), "must be an import path such as torch.optim.AdamW")
 
 
-def _check_state_dtype(optimizer: dict[str, Any]) -> None:
+def _check_state_dtype(optimizer: Tree) -> None:
     """Refuse before a queue is waited in what every rank would refuse."""
     if is_ademamix(optimizer) and "state_dtype" in optimizer:
         betas = optimizer.get("betas")

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -28,7 +27,7 @@ from anemoi_dist.config.parse import (
 from anemoi_dist.config.profiles import absolute_profile, read_profile
 from anemoi_dist.config.provenance import COMMAND_LINE, DERIVED, Provenance
 from anemoi_dist.config.schema import FREE_FORM, Config
-from anemoi_dist.config.tree import find, leaves, place, read_yaml, remove
+from anemoi_dist.config.tree import Tree, find, leaves, place, read_yaml, remove
 from anemoi_dist.errors import ConfigError
 
 #: Nodes that are one choice, by the key that makes the choice: another one replaces the node instead of merging, or
@@ -64,7 +63,7 @@ class Composed:
     messages: list[str]
     choices: dict[str, str]
 
-    def container(self) -> dict[str, Any]:
+    def container(self) -> Tree:
         """Return the configuration as plain dictionaries."""
         return dataclasses.asdict(self.config)
 
@@ -103,7 +102,7 @@ class _Builder:
 
     def __init__(self, config_dir: Path | None) -> None:
         self.config_dir = config_dir
-        self.container: dict[str, Any] = {}
+        self.container: Tree = {}
         self.choices: dict[str, str] = {}
         self.messages: list[str] = []
         self.provenance = Provenance()
@@ -118,7 +117,7 @@ class _Builder:
             self.provenance.record(keys, _shown(file))
         refuse_unknown(self.container, origin="the chosen group files")
 
-    def read_overlay(self, file: Path, *, chosen: dict[str, str], groups: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    def read_overlay(self, file: Path, *, chosen: dict[str, str], groups: dict[str, tuple[str, ...]]) -> Tree:
         """Return the user's file in our layout."""
         over, messages = _read_overlay(file, groups)
         self.messages += messages
@@ -133,7 +132,7 @@ class _Builder:
                 )
         return over
 
-    def profile(self, over: dict[str, Any], edits: Sequence[KeyEdit]) -> None:
+    def profile(self, over: Tree, edits: Sequence[KeyEdit]) -> None:
         """Lay the cluster's profile over the groups, whichever of the later layers names it."""
         named = [edit.value for edit in edits if edit.key == "launcher.profile" and edit.action != "delete"]
         if not named:
@@ -143,7 +142,7 @@ class _Builder:
             content, origin = read_profile(named[-1])
             self._merge({"launcher": content}, origin)
 
-    def overlay(self, over: dict[str, Any], file: Path) -> None:
+    def overlay(self, over: Tree, file: Path) -> None:
         """Lay the file over the groups; a section with all its keys, as in a frozen file, replaces theirs."""
         for name, section in schema_keys().items():
             given = over.get(name)
@@ -168,11 +167,11 @@ class _Builder:
                 place(self.container, edit.key, edit.value)
                 self.provenance.record([edit.key], COMMAND_LINE)
                 continue
-            patch: dict[str, Any] = {}
+            patch: Tree = {}
             place(patch, edit.key, edit.value)
             self._merge(patch, COMMAND_LINE)
 
-    def _merge(self, over: dict[str, Any], origin: str) -> None:
+    def _merge(self, over: Tree, origin: str) -> None:
         for node, choice in CHOICE_NODES.items():
             exists, new = find(over, f"{node}.{choice}")
             if not exists:
@@ -201,7 +200,7 @@ class _Builder:
         return Composed(config, provenance, self.messages, self.choices)
 
 
-def _check_edit(edit: KeyEdit, container: dict[str, Any], *, known: Iterable[str]) -> None:
+def _check_edit(edit: KeyEdit, container: Tree, *, known: Iterable[str]) -> None:
     """Raise :class:`ConfigError` where Hydra forbids the edit: ``key=`` needs an existing key, ``+key=`` a new one."""
     exists, present = find(container, edit.key)
     if edit.action == "add" and exists:
@@ -216,7 +215,7 @@ def _check_edit(edit: KeyEdit, container: dict[str, Any], *, known: Iterable[str
 
 def _hydra_compose(
     chosen: dict[str, str], config_dir: Path | None
-) -> tuple[dict[str, Any], list[tuple[Path, str]], dict[str, str]]:
+) -> tuple[Tree, list[tuple[Path, str]], dict[str, str]]:
     """Return the container, its files with their packages in the order of merging, and the options taken."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -269,7 +268,7 @@ def _shown(file: Path) -> str:
     return f"configs/{file.relative_to(CONFIGS_DIR).as_posix()}" if file.is_relative_to(CONFIGS_DIR) else str(file)
 
 
-def _read_overlay(file: Path, groups: dict[str, tuple[str, ...]]) -> tuple[dict[str, Any], list[str]]:
+def _read_overlay(file: Path, groups: dict[str, tuple[str, ...]]) -> tuple[Tree, list[str]]:
     """Return a user's file in our layout, and what was made of it in words."""
     over, messages = read_yaml(file), []
     foreign = [name for name in _FOREIGN if name in over]
@@ -309,7 +308,7 @@ def _read_overlay(file: Path, groups: dict[str, tuple[str, ...]]) -> tuple[dict[
     return over, messages
 
 
-def _merge_into(base: dict[str, Any], over: dict[str, Any]) -> None:
+def _merge_into(base: Tree, over: Tree) -> None:
     for name, value in over.items():
         if isinstance(value, dict) and isinstance(base.get(name), dict):
             _merge_into(base[name], value)
@@ -317,12 +316,12 @@ def _merge_into(base: dict[str, Any], over: dict[str, Any]) -> None:
             base[name] = value
 
 
-def _crosses_list(container: dict[str, Any], key: str) -> bool:
+def _crosses_list(container: Tree, key: str) -> bool:
     parents = key.split(".")[:-1]
     return any(isinstance(find(container, ".".join(parents[: end + 1]))[1], list) for end in range(len(parents)))
 
 
-def _resolved(container: dict[str, Any]) -> dict[str, Any]:
+def _resolved(container: Tree) -> Tree:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

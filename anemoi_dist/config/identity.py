@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from anemoi_dist.config.tree import is_below, leaves
+from anemoi_dist.config.tree import Tree, is_below, leaves
 from anemoi_dist.errors import ConfigError
 
 if TYPE_CHECKING:  # OmegaConf, which the schema imports, would slow down every command about a run
@@ -49,7 +49,7 @@ class Change:
     now: Any = None
 
 
-def config_changes(was: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+def config_changes(was: Tree, now: Tree) -> list[Change]:
     """Return what differs between two configurations, by dotted key; where the run lies does not count."""
     old, new = dict(leaves(was)), dict(leaves(now))
     keys = [key for key in dict.fromkeys([*old, *new]) if key not in ("run.root", "run.allow_changed")]

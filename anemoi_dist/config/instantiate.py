@@ -7,21 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from anemoi_dist.config.targets import resolve_target
+from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import ConfigError
 
 
 def split_node(
-    node: Mapping[str, Any], *, key: str, allowed: Iterable[str], base: type | tuple[type, ...]
-) -> tuple[Callable[..., Any], dict[str, Any]]:
+    node: Tree, *, key: str, allowed: Iterable[str], base: type | tuple[type, ...]
+) -> tuple[Callable[..., Any], Tree]:
     """Return what ``_target_`` names and the other entries, as plain containers."""
     arguments = {name: _plain(value) for name, value in node.items()}
     name = arguments.pop("_target_", None)
     return resolve_target(name, key=f"{key}._target_", allowed=allowed, base=base), arguments
 
 
-def check_arguments(
-    target: Callable[..., Any], arguments: Mapping[str, Any], *, key: str, injected: Mapping[str, str]
-) -> None:
+def check_arguments(target: Callable[..., Any], arguments: Tree, *, key: str, injected: Mapping[str, str]) -> None:
     """Refuse arguments that ``target`` does not take, or that come from elsewhere (``injected``: name to source)."""
     for name, source in injected.items():
         if name in arguments:
@@ -47,7 +46,7 @@ def check_arguments(
             raise ConfigError(f"{key}.{name}", None, rule, fix=fix)
 
 
-def call(target: Callable[..., Any], *, key: str, arguments: dict[str, Any]) -> Any:
+def call(target: Callable[..., Any], *, key: str, arguments: Tree) -> Any:
     """Call ``target``; what it says against its arguments is the user's to mend."""
     try:
         return target(**arguments)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anemoi_dist.config.targets import ALIASES
+from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import ConfigError
 
 #: States of AdEMAMix in the shape of their parameter.
@@ -15,7 +16,7 @@ STATE_DTYPES = ("fp32", "bf16")
 _ADEMAMIX = ("anemoi_dist.optimizers.ademamix.AdEMAMix", "anemoi_dist.optimizers.AdEMAMix")
 
 
-def is_ademamix(optimizer: Mapping[str, Any]) -> bool:
+def is_ademamix(optimizer: Tree) -> bool:
     """Whether ``training.optimizer`` names AdEMAMix."""
     target = str(optimizer.get("_target_"))
     return ALIASES.get(target, target) in _ADEMAMIX

@@ -18,15 +18,16 @@ from omegaconf.errors import OmegaConfBaseException
 from anemoi_dist.config.checks import check
 from anemoi_dist.config.launcher_checks import check_lines
 from anemoi_dist.config.schema import Config
+from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import ConfigError
 
 
-def from_container(container: dict[str, Any]) -> Config:
+def from_container(container: Tree) -> Config:
     """Give a composed configuration its types and check it.
 
     Parameters
     ----------
-    container : dict[str, Any]
+    container : Tree
         Plain dictionaries, lists and scalars, interpolations resolved.
 
     Raises
@@ -50,7 +51,7 @@ def from_container(container: dict[str, Any]) -> Config:
     return config
 
 
-def refuse_missing(container: dict[str, Any], prefix: str = "") -> None:
+def refuse_missing(container: Tree, prefix: str = "") -> None:
     """Raise :class:`ConfigError` for the first mandatory value (``???``) that nobody gave."""
     for name, value in container.items():
         if isinstance(value, dict):
@@ -73,12 +74,12 @@ def _walk_schema(node: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _walk_schema(hints[item.name], f"{prefix}{item.name}.")
 
 
-def refuse_unknown(container: dict[str, Any], *, origin: str = "") -> None:
+def refuse_unknown(container: Tree, *, origin: str = "") -> None:
     """Raise :class:`ConfigError` for keys that the schema does not know, naming the nearest valid ones.
 
     Parameters
     ----------
-    container : dict[str, Any]
+    container : Tree
         A configuration or a part of one, from its root on.
     origin : str, optional
         Where it was read, for the message.
@@ -89,11 +90,11 @@ def refuse_unknown(container: dict[str, Any], *, origin: str = "") -> None:
         raise unknown_key(key, value, others=[other for other, _ in unknown[1:]], origin=origin)
 
 
-def unknown_keys(container: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def unknown_keys(container: Tree) -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of what the schema does not know; inside free-form nodes everything is known."""
     schema = schema_keys()
 
-    def walk(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    def walk(node: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
         for name, value in node.items():
             key = f"{prefix}{name}"
             if key not in schema:
@@ -173,7 +174,7 @@ def _missing(key: str) -> ConfigError:
     )
 
 
-def _wrong_type(error: OmegaConfBaseException, container: dict[str, Any]) -> ConfigError:
+def _wrong_type(error: OmegaConfBaseException, container: Tree) -> ConfigError:
     key = str(getattr(error, "full_key", None) or "configuration")
     value: Any = container
     for name in re.split(r"[.\[\]]+", key.rstrip("]")):
@@ -188,7 +189,7 @@ def _wrong_type(error: OmegaConfBaseException, container: dict[str, Any]) -> Con
     return ConfigError(key, value, f"must be {_describe(expected)}", fix=fix)
 
 
-def _refuse_scalar_nodes(container: dict[str, Any], prefix: str = "") -> None:
+def _refuse_scalar_nodes(container: Tree, prefix: str = "") -> None:
     schema = schema_keys()
     for name, value in container.items():
         expected = schema[f"{prefix}{name}"]

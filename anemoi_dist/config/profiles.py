@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import anemoi_dist.slurm
 from anemoi_dist.config.schema import LauncherConfig, SlurmConfig
-from anemoi_dist.config.tree import read_yaml
+from anemoi_dist.config.tree import Tree, read_yaml
 from anemoi_dist.errors import ConfigError
 
 PROFILES_DIR = Path(anemoi_dist.slurm.__file__).parent / "profiles"
@@ -22,7 +22,7 @@ def profile_names() -> list[str]:
     return sorted(file.stem for file in PROFILES_DIR.glob("*.yaml"))
 
 
-def read_profile(name: str) -> tuple[dict[str, Any], str]:
+def read_profile(name: str) -> tuple[Tree, str]:
     """Return the part of ``launcher`` that a profile sets, and where it was read.
 
     Parameters
@@ -56,7 +56,7 @@ def _is_path(name: str) -> bool:
     return "/" in name or name.endswith((".yaml", ".yml"))
 
 
-def _refuse_unknown(content: dict[str, Any], schema: type, *, file: Path, prefix: str) -> None:
+def _refuse_unknown(content: Tree, schema: type, *, file: Path, prefix: str) -> None:
     hints = get_type_hints(schema)
     valid = [item.name for item in fields(schema) if prefix or item.name not in _NOT_IN_A_PROFILE]
     for name, value in content.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from anemoi_dist.config.tree import is_below, leaves
+from anemoi_dist.config.tree import Tree, is_below, leaves
 
 DEFAULT = "default (anemoi_dist/config/schema.py)"
 
@@ -39,7 +39,7 @@ class Provenance:
         for name in [name for name in self._origins if is_below(name, (key,))]:
             del self._origins[name]
 
-    def of(self, container: dict[str, Any]) -> dict[str, str]:
+    def of(self, container: Tree) -> dict[str, str]:
         """Return dotted leaf -> origin for a final configuration."""
         return {key: self._nearest(key) for key, _ in leaves(container)}
 
@@ -51,7 +51,7 @@ class Provenance:
         return DEFAULT
 
 
-def annotated_yaml(container: dict[str, Any], provenance: dict[str, str]) -> str:
+def annotated_yaml(container: Tree, provenance: dict[str, str]) -> str:
     """Return ``container`` as YAML, the origin of each value in an aligned comment; it loads as plain YAML."""
     lines = list(_lines(container, provenance, "", 0))
     # One very long value must not push every comment off the screen.
@@ -59,7 +59,7 @@ def annotated_yaml(container: dict[str, Any], provenance: dict[str, str]) -> str
     return "".join(f"{text:<{width}}  # {origin}".rstrip() + "\n" if origin else f"{text}\n" for text, origin in lines)
 
 
-def _lines(node: dict[str, Any], provenance: dict[str, str], prefix: str, depth: int) -> Iterator[tuple[str, str]]:
+def _lines(node: Tree, provenance: dict[str, str], prefix: str, depth: int) -> Iterator[tuple[str, str]]:
     for name, value in node.items():
         key = f"{prefix}{name}"
         label = "  " * depth + _inline(name) + ":"

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from anemoi_dist.config.engines import ENGINE_KINDS, EngineSpec, find_engine
+from anemoi_dist.config.tree import Tree
 
 LAUNCHER_KINDS = ("local", "slurm", "mpi")
 #: Scores by which the best checkpoint can be chosen.
@@ -70,9 +71,9 @@ class TrainingConfig:
     rollout: int = bounded(1, minimum=1)
     lr: LrConfig = field(default_factory=LrConfig)
     #: ``_target_`` and its arguments; ``params`` and ``lr`` are injected.
-    optimizer: dict[str, Any] = MISSING
+    optimizer: Tree = MISSING
     #: ``_target_`` and its arguments; null: a constant rate.
-    scheduler: dict[str, Any] | None = None
+    scheduler: Tree | None = None
     #: Largest global L2 norm of the gradient; null: no clipping.
     clip_grad_norm: float | None = positive(None, fix="null switches clipping off")
     precision: str = one_of("fp32", valid=("fp32", "bf16"))
@@ -92,7 +93,7 @@ class EngineConfig:
     #: Gather the working parameters of what has been stepped while the rest is stepped (ZeRO 1 and 2, FSDP2).
     overlap: bool = False
     #: Further keys of DeepSpeed's own configuration, merged over ours.
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Tree = field(default_factory=dict)
 
     @property
     def spec(self) -> EngineSpec:
@@ -116,7 +117,7 @@ class DataConfig:
     #: Path, name, list or dictionary for ``open_dataset``; for ``kind: synthetic`` its shape.
     dataset: Any = None
     #: Further options of ``open_dataset`` (``select``, ``frequency``, ``missing_dates``, ...).
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Tree = field(default_factory=dict)
     train: SplitConfig = field(default_factory=SplitConfig)
     validation: SplitConfig = field(default_factory=SplitConfig)
     test: SplitConfig = field(default_factory=SplitConfig)
@@ -191,7 +192,7 @@ class SlurmConfig:
     qos: str | None = None
     constraint: str | None = None
     #: Any other ``#SBATCH`` option by its long name, without dashes: ``{mem: 64G, exclusive: true}``.
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Tree = field(default_factory=dict)
     #: Modules to load in the job.
     modules: list[str] = field(default_factory=list)
     #: Shell lines of the batch script that run before anything of ours.
@@ -257,7 +258,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     #: ``_target_`` and its arguments.
-    model: dict[str, Any] = MISSING
+    model: Tree = MISSING
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

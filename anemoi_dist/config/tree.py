@@ -8,6 +8,9 @@ from typing import Any
 
 from anemoi_dist.errors import ConfigError
 
+#: A configuration or a part of one as plain dictionaries, lists and scalars.
+Tree = dict[str, Any]
+
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of everything that is not a mapping with entries; a list is one leaf."""
@@ -23,7 +26,7 @@ def is_below(key: str, nodes: Iterable[str]) -> bool:
     return any(key == node or key.startswith(f"{node}.") for node in nodes)
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> Tree:
     """Read a YAML file as Hydra does (dates stay texts), interpolations left alone."""
     # Most users of this module read no file; both imports would slow down commands such as status.
     import yaml
@@ -55,7 +58,7 @@ def find(container: Any, key: str) -> tuple[bool, Any]:
     return True, container
 
 
-def place(container: dict[str, Any], key: str, value: Any) -> None:
+def place(container: Tree, key: str, value: Any) -> None:
     """Set the dotted ``key``; mappings on the way are created, a scalar on the way gives way to one."""
     *parents, last = key.split(".")
     node: Any = container
@@ -72,7 +75,7 @@ def place(container: dict[str, Any], key: str, value: Any) -> None:
         node[last] = value
 
 
-def remove(container: dict[str, Any], key: str) -> None:
+def remove(container: Tree, key: str) -> None:
     """Delete the dotted ``key``, which exists."""
     parent, _, last = key.rpartition(".")
     node: Any = find(container, parent)[1] if parent else container

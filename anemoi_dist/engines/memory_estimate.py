@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from anemoi_dist.config.optimizer_states import is_ademamix
 from anemoi_dist.config.schema import Config, EngineConfig, TrainingConfig
+from anemoi_dist.config.tree import Tree
 
 _FP32, _BF16 = 4, 2
 
@@ -135,12 +135,12 @@ class ExpectedMemory:
         return self.staging + (self.movable if self.offloaded else 0)
 
 
-def state_bytes(optimizer: Mapping[str, Any]) -> dict[str, int] | None:
+def state_bytes(optimizer: Tree) -> dict[str, int] | None:
     """Return the bytes of each optimizer state for one element, without counters; None for an unknown optimizer.
 
     Parameters
     ----------
-    optimizer : Mapping[str, Any]
+    optimizer : Tree
         ``training.optimizer``.
     """
     if is_ademamix(optimizer):

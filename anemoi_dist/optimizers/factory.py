@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch.optim import Optimizer
 
 from anemoi_dist.config.instantiate import call, check_arguments, split_node
+from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.ademamix import AdEMAMix
 from anemoi_dist.optimizers.schedules import unfinished_warmups
@@ -17,7 +18,7 @@ KEY = "training.optimizer"
 
 
 def create_optimizer(
-    node: Mapping[str, Any],
+    node: Tree,
     params: Iterable[Any],
     *,
     lr: float,
@@ -28,7 +29,7 @@ def create_optimizer(
 
     Parameters
     ----------
-    node : Mapping[str, Any]
+    node : Tree
         ``_target_`` and the optimizer's own arguments; the learning rate and the parameters are injected.
     params : Iterable[Any]
         Parameters, named parameters or parameter groups.

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from anemoi_dist.config.instantiate import call, check_arguments, split_node
 from anemoi_dist.config.schema import LrConfig
 from anemoi_dist.config.timm_scheduler import load_timm_scheduler
+from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import ConfigError
 
 KEY = "training.scheduler"
@@ -42,7 +43,7 @@ def scaled_rate(lr: LrConfig, world_size: int) -> float:
 
 
 def create_scheduler(
-    node: Mapping[str, Any] | None,
+    node: Tree | None,
     optimizer: Optimizer,
     *,
     lr: LrConfig,
@@ -53,7 +54,7 @@ def create_scheduler(
 
     Parameters
     ----------
-    node : Mapping[str, Any] | None
+    node : Tree | None
         ``_target_`` (a scheduler of timm or torch, or one with their methods) and its arguments. What it takes and
         the node leaves out comes from ``lr``: timm's ``t_initial``, ``lr_min``, ``warmup_t``, ``warmup_lr_init`` and
         ``t_in_epochs``, torch's ``T_max`` and ``eta_min``. None: a constant rate.
@@ -149,7 +150,7 @@ def _rewind(scheduler: LRScheduler) -> None:
                 group[name] = value
 
 
-def _injections(lr: LrConfig, optimizer: Optimizer, given: Mapping[str, Any], *, max_steps: int) -> dict[str, Any]:
+def _injections(lr: LrConfig, optimizer: Optimizer, given: Tree, *, max_steps: int) -> Tree:
     """Return the arguments that ``training.lr`` stands for, less those the node gives itself."""
     group = optimizer.param_groups[0]
     iterations = max_steps if lr.iterations is None else lr.iterations
@@ -167,9 +168,7 @@ def _injections(lr: LrConfig, optimizer: Optimizer, given: Mapping[str, Any], *,
     return {name: value for name, value in values.items() if name not in given}
 
 
-def _refuse_unsteady(
-    target: Any, given: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], *, name: str
-) -> None:
+def _refuse_unsteady(target: Any, given: Tree, parameters: Mapping[str, inspect.Parameter], *, name: str) -> None:
     """Refuse what makes the rate depend on more than the number of updates."""
     fix = "use timm.scheduler.CosineLRScheduler"
     if given.get("t_in_epochs"):
@@ -190,7 +189,7 @@ def _warn_of_unused(lr: LrConfig, *, used: Iterable[str], name: str) -> None:
             warnings.warn(f"training.lr.{field}={getattr(lr, field)} has no effect with {name}", stacklevel=3)
 
 
-def _warn_of_long_warmup(arguments: Mapping[str, Any], *, max_steps: int) -> None:
+def _warn_of_long_warmup(arguments: Tree, *, max_steps: int) -> None:
     warmup = arguments.get("warmup_t", 0)
     if warmup > max_steps:
         warnings.warn(

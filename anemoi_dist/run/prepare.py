@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from anemoi_dist.config.identity import HARMLESS, Change, changes_table, config_changes
 from anemoi_dist.config.parse import to_yaml
 from anemoi_dist.config.schema import GUARDED, Config
-from anemoi_dist.config.tree import is_below, leaves, read_yaml
+from anemoi_dist.config.tree import Tree, is_below, leaves, read_yaml
 from anemoi_dist.errors import ConfigError, PreflightError
 from anemoi_dist.run.directory import RunDirectory, write_atomically
 from anemoi_dist.run.lock import Hold, hold_launch
@@ -74,7 +73,7 @@ def _compare(run: RunDirectory, config: Config) -> list[Change]:
     return changes
 
 
-def _has_begun(run: RunDirectory, frozen: dict[str, Any], config: Config) -> bool:
+def _has_begun(run: RunDirectory, frozen: Tree, config: Config) -> bool:
     """Whether the run has saved or trained anything, as far as can be told without asking an object store."""
     urls = (config.checkpoint.url, dict(leaves(frozen)).get("checkpoint.url"))
     if any(url is not None for url in urls) or any(run.checkpoints_dir.glob("step-*")):
@@ -86,7 +85,7 @@ def _has_begun(run: RunDirectory, frozen: dict[str, Any], config: Config) -> boo
         return False
 
 
-def _read_frozen(run: RunDirectory) -> dict[str, Any]:
+def _read_frozen(run: RunDirectory) -> Tree:
     try:
         return read_yaml(run.config_file)
     except ConfigError as error:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from anemoi_dist.config.instantiate import check_arguments, split_node
 from anemoi_dist.config.schema import Config
 from anemoi_dist.config.targets import nested_targets, resolve_target
+from anemoi_dist.config.tree import Tree
 from anemoi_dist.data.batch import Batch, DataSpec
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.factory import create_optimizer
@@ -184,7 +185,7 @@ class BaseGraphModule(TaskModule):
             "lr_scheduler": {"scheduler": self._create_scheduler(optimizer), "interval": "step"},
         }
 
-    def _create_optimizer_from_config(self, opt_cfg: dict[str, Any]) -> Optimizer:
+    def _create_optimizer_from_config(self, opt_cfg: Tree) -> Optimizer:
         """Build the optimizer that ``opt_cfg._target_`` names, over the parameters that take a gradient."""
         params = [parameter for parameter in self.parameters() if parameter.requires_grad]
         training = self.config.training
@@ -214,12 +215,12 @@ class BaseGraphModule(TaskModule):
         return given.index_copy(-1, self._prognostic, prognostic)
 
 
-def build_model(node: dict[str, Any], spec: DataSpec, allowed: Iterable[str] = ()) -> nn.Module:
+def build_model(node: Tree, spec: DataSpec, allowed: Iterable[str] = ()) -> nn.Module:
     """Build the model that a configuration node names.
 
     Parameters
     ----------
-    node : dict[str, Any]
+    node : Tree
         ``_target_`` and the constructor's keyword arguments.
     spec : DataSpec
         Passed as ``data`` to a constructor that takes it.

@@ -1,4 +1,4 @@
-"""How ranks agree on stopping and saving: one small all-reduce that overlaps the next step."""
+"""Agreement of ranks on stopping and saving: one small all-reduce that overlaps the next step."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from anemoi_dist.distributed.world import World
 from anemoi_dist.run.directory import RunDirectory
 
 STOP_FILE = "the stop file"
-#: What asks for a stop, by the number that travels in the control word; the largest wins.
+#: Reasons to stop, by their number in the control word; the largest wins.
 REASONS = {1: STOP_FILE, 2: "SIGINT", 3: "SIGUSR1", 4: "SIGTERM"}
 _SIGNALS = {signal.SIGINT: 2, signal.SIGUSR1: 3, signal.SIGTERM: 4}
 
 
 class StopRequest:
-    """A rank's own wish to stop. The signal handlers only set a number; nothing is saved inside them.
+    """A stop request to this rank. The signal handlers only set a number; nothing is saved inside them.
 
     Parameters
     ----------
     run : RunDirectory
-        Its stop file counts as a request; only rank 0 looks for it, a file system does not like a poll by all.
+        Its stop file is a request too. Only rank 0 looks for it: polling by all ranks would load the file system.
     is_main : bool
         Whether this is rank 0.
     """
@@ -52,7 +52,7 @@ class StopRequest:
         return self._signalled
 
     def reason(self, agreed: int) -> str:
-        """Say what asked for the stop that the ranks agreed on: its first line, where a stop file has one."""
+        """Return the reason for the stop that the ranks agreed on; for a stop file its first line, if it has one."""
         if self._is_main and REASONS[agreed] == STOP_FILE:
             try:
                 said = self._run.stop_file.read_text(encoding="utf-8", errors="replace").strip()
@@ -62,23 +62,23 @@ class StopRequest:
         return REASONS[agreed]
 
     def clear(self) -> None:
-        """Forget a request that has been met, so that the next start goes on."""
+        """Delete the stop file of a request that was met, or the next start would stop at once."""
         if self._is_main:
             self._run.stop_file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Word:
-    """What ranks tell each other once a step. Of each number all ranks learn the largest, of ``written`` the smallest.
+    """The numbers that ranks exchange once a step: all learn the largest of each, but of ``written`` the smallest.
 
     Attributes
     ----------
     stop : int
-        A number of :data:`REASONS`, 0 for none.
+        A key of :data:`REASONS`, 0 for none.
     save_due : int
-        1 where rank 0's clock asks for a checkpoint.
+        1 if ``checkpoint.interval_minutes`` have passed on rank 0's clock.
     written : int
-        The latest save, counted from 1, whose file this rank has made durable.
+        The latest save, counted from 1, whose file this rank has synchronized to disk.
     failed : int
         The latest save that this rank could not write or commit.
     committed : int
@@ -92,11 +92,12 @@ class Word:
     committed: int = 0
 
 
-_WRITTEN = 2  # place of the one number that is a minimum: it travels with its sign changed
+#: Index of the one number that is a minimum: negated, it can be part of the same max-reduction.
+_WRITTEN = 2
 
 
 class ControlWord:
-    """The one place where ranks agree. Sent at the end of a step, read at the end of the next.
+    """The exchange of :class:`Word`: started at the end of a step, read at the end of the next.
 
     Parameters
     ----------
@@ -120,7 +121,7 @@ class ControlWord:
         return agreed
 
     def finish(self) -> Word:
-        """Wait for the word that is on its way and return it; an empty one where there is none."""
+        """Wait for the exchange in progress and return its word; an empty word if there is none."""
         if self._pending is None:
             return Word()
         self._pending.wait()

@@ -1,4 +1,4 @@
-"""How ranks find each other, whoever started them: torchrun, MPI or SLURM. No torch until rank 0 serves the store."""
+"""Rendezvous of ranks that torchrun, MPI or SLURM started. No torch until rank 0 serves the store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import struct
 import sys
 import time
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,12 @@ from anemoi_dist.run.directory import RunDirectory, write_atomically
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-#: How long ranks that MPI or SLURM started wait for the first word of rank 0.
+#: Seconds that ranks which MPI or SLURM started wait for the address of rank 0.
 WAIT_S = 300.0
 _LOOPBACK = "127.0.0.1"
 _SIOCGIFADDR = 0x8915
-_TEXT_BYTES = 512  # of the one message that MPI carries
+#: Size of the one message that is broadcast by MPI.
+_MESSAGE_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -55,25 +56,42 @@ class Place:
         return self.local_world_size == self.world_size
 
 
+@dataclass(frozen=True)
+class Address:
+    """The address that the first process listens on."""
+
+    host: str
+    port: int
+
+    def to_json(self) -> str:
+        """Return the address as :meth:`from_json` reads it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Address:
+        """Read what another process has written."""
+        return cls(**json.loads(text))
+
+
 class Meeting:
-    """Holds rank 0's port from before anybody hears of it. Enter it to join the others; keep it while they talk.
+    """Holds rank 0's port, bound before any other rank learns it. Enter it to join; keep it until the ranks leave.
 
     Parameters
     ----------
     listener : socket.socket, optional
-        Rank 0's: bound and listening, so that whoever connects before the store serves it waits.
+        Rank 0's socket, which listens already, so that ranks that connect before the store serves it wait.
     note : Path, optional
-        The file that tells the others; it has done its service when all have joined.
+        The file with the address for the other ranks; it is deleted when all have joined.
     kills_others : bool
-        Whether what started the ranks kills the others, at once or after a second, when one leaves with another code
-        than 0: mpirun does, and ``srun --kill-on-bad-exit``. torchrun gives them time to save.
+        Whether the launcher kills all ranks, at once or after a second, when one leaves with a code other than 0.
+        mpirun and ``srun --kill-on-bad-exit`` do; torchrun gives the others time to save.
     """
 
     def __init__(
         self, *, listener: socket.socket | None = None, note: Path | None = None, kills_others: bool = False
     ) -> None:
         self._listener, self._note, self.kills_others = listener, note, kills_others
-        self._store: Any = None
+        self._store: TCPStore | None = None  # kept: the store ends with its last reference
 
     def __enter__(self) -> Meeting:
         if self._listener is not None:
@@ -91,20 +109,20 @@ class Meeting:
 def meet(run_directory: Path | None, environ: MutableMapping[str, str] = os.environ) -> Meeting:
     """Put RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT into the environment.
 
-    torchrun has done so. Of ranks that MPI or SLURM started, rank 0 binds a port first and tells the others then, by an
-    MPI broadcast or through a file in the run directory. MASTER_ADDR and MASTER_PORT that are set already are kept.
+    torchrun has done so already. Where MPI or SLURM started the ranks, rank 0 binds a port and then passes the address
+    on, by an MPI broadcast or through a file in the run directory. If MASTER_ADDR and MASTER_PORT are set, they stay.
 
     Parameters
     ----------
     run_directory : Path, optional
-        The run, where it is known on every rank.
+        The run, if every rank knows it.
     environ : MutableMapping[str, str]
         The environment, changed in place.
 
     Raises
     ------
     PreflightError
-        What started the ranks and what they find disagree, or there is no way to tell the others.
+        The launcher and the environment contradict each other, or there is no way to pass the address on.
     """
     kind = starter(environ)
     if kind in ("mpi", "slurm"):
@@ -117,12 +135,12 @@ def meet(run_directory: Path | None, environ: MutableMapping[str, str] = os.envi
 
 
 def starter(environ: Mapping[str, str]) -> str | None:
-    """Return what started this rank: ``environment`` (torchrun, or by hand), ``mpi``, ``slurm``, or None for nothing.
+    """Return what started this rank: ``environment`` (torchrun, or by hand), ``mpi``, ``slurm``, or None.
 
     Raises
     ------
     PreflightError
-        RANK is set to something that cannot be true.
+        RANK contradicts WORLD_SIZE, or what mpirun or srun say.
     """
     mpi, slurm = _mpi_numbers(environ), _slurm_numbers(environ)
     if "RANK" in environ:
@@ -130,7 +148,8 @@ def starter(environ: Mapping[str, str]) -> str | None:
         if not 0 <= own[0] < own[1]:
             raise PreflightError(f"RANK={own[0]} is not below WORLD_SIZE={own[1]}: unset both, or set both right")
         for name, numbers in (("mpirun", mpi), ("srun", slurm)):
-            # Fewer ranks than processes, or the same number in another order. More: each process has started several.
+            # Fewer ranks than processes, or another order, is left over from elsewhere, and two processes would take
+            # the same rank. More ranks are legitimate: each process has started several.
             if numbers and "TORCHELASTIC_RUN_ID" not in environ and own != numbers and own[1] <= numbers[1]:
                 raise PreflightError(
                     f"{name} started this process as rank {numbers[0]} of {numbers[1]}, but its environment has "
@@ -153,7 +172,7 @@ def _mpi_numbers(environ: Mapping[str, str]) -> tuple[int, int] | None:
 
 def _slurm_numbers(environ: Mapping[str, str]) -> tuple[int, int] | None:
     if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
-        return None  # without a step this is the batch script, which has the numbers of a first task
+        return None  # without a step this is the batch script, whose variables are those of a first task
     # In the shell of salloc SLURM_NTASKS counts the job's tasks; the step has one.
     size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
     return _integer(environ, "SLURM_PROCID"), _integer(environ, size)
@@ -172,23 +191,21 @@ def _integer(environ: Mapping[str, str], name: str, *, default: int | None = Non
 def _meet_by_mpi(environ: MutableMapping[str, str]) -> Meeting:
     started = _mpi_numbers(environ)
     assert started is not None
-    # MPI knows no timeouts, and no watchdog looks yet. Some libraries hang now and then while they start.
+    # MPI has no timeouts and no watchdog runs yet, but some MPI libraries occasionally hang in MPI_Init.
     switch = Deadman(grace_s=1.0, code=ExitCode.HANG, log=sys.stderr)
     switch.hold(WAIT_S)
     try:
-        place, told, listener = _agree_by_mpi(started, environ)
+        place, address, listener = _agree_by_mpi(started, environ)
     finally:
         switch.close()
-    if "error" in told:
-        raise PreflightError(f"rank 0 cannot listen: {told['error']}")
-    _publish(environ, place, told)
+    _publish(environ, place, address)
     return Meeting(listener=listener, kills_others=True)
 
 
 def _agree_by_mpi(
     started: tuple[int, int], environ: Mapping[str, str]
-) -> tuple[Place, dict[str, Any], socket.socket | None]:
-    """Return this rank's place and what rank 0 tells all; on rank 0 also the socket that listens."""
+) -> tuple[Place, Address | None, socket.socket | None]:
+    """Return this rank's place, the address of rank 0 unless it is set already, and on rank 0 the listening socket."""
     mpi = _import_mpi(started[1])
     world = mpi.COMM_WORLD
     if world.size != started[1]:
@@ -199,20 +216,22 @@ def _agree_by_mpi(
         )
     node = world.Split_type(mpi.COMM_TYPE_SHARED)
     place = Place(world.rank, world.size, node.rank, node.size)
-    listener: socket.socket | None = None
-    told: dict[str, Any] = {}
-    if not _is_told(environ):
+    listener, message = None, b""
+    if not _has_address(environ):
         if place.rank == 0:
             try:
-                listener, told = _listen_as_main(place, environ)
-            except PreflightError as error:
-                told = {"error": str(error)[: _TEXT_BYTES // 2]}  # the others are waiting below
-        buffer = bytearray(json.dumps(told).encode().ljust(_TEXT_BYTES))
+                listener, own = _listen_as_main(place, environ)
+                message = own.to_json().encode()
+            except PreflightError as error:  # the others wait in the broadcast and must hear of it
+                message = str(error).encode()[: _MESSAGE_BYTES // 2]
+        buffer = bytearray(message.ljust(_MESSAGE_BYTES))
         world.Bcast([buffer, mpi.BYTE], root=0)
-        told = json.loads(buffer)
+        message = bytes(buffer).strip()
     node.Free()
-    mpi.Finalize()  # its part is done; whoever ends without it later is killed for that
-    return place, told, listener
+    mpi.Finalize()  # mpirun would report every rank that ends later without it as aborted
+    if message and not message.startswith(b"{"):
+        raise PreflightError(f"rank 0 cannot listen: {message.decode(errors='replace')}")
+    return place, Address.from_json(message.decode()) if message else None, listener
 
 
 def _import_mpi(num_ranks: int) -> Any:
@@ -236,8 +255,8 @@ def _import_mpi(num_ranks: int) -> Any:
 
 def _meet_by_file(run_directory: Path | None, environ: MutableMapping[str, str]) -> Meeting:
     place = slurm_place(environ)
-    if _is_told(environ):
-        _publish(environ, place, {})
+    if _has_address(environ):
+        _publish(environ, place, None)
         return Meeting(kills_others=True)
     if run_directory is None:
         raise PreflightError(
@@ -246,9 +265,9 @@ def _meet_by_file(run_directory: Path | None, environ: MutableMapping[str, str])
         )
     note = RunDirectory(run_directory.absolute()).rendezvous_file(step_key(environ))
     if place.rank == 0:
-        listener, told = _listen_as_main(place, environ)
-        write_atomically(note, json.dumps(told))
-        _publish(environ, place, told)
+        listener, address = _listen_as_main(place, environ)
+        write_atomically(note, address.to_json())
+        _publish(environ, place, address)
         return Meeting(listener=listener, note=note, kills_others=True)
     _publish(environ, place, wait_for(note))
     return Meeting(kills_others=True)
@@ -268,24 +287,24 @@ def slurm_place(environ: Mapping[str, str]) -> Place:
 
 
 def step_key(environ: Mapping[str, str]) -> str:
-    """Return a name that no other start of these ranks ever had: a requeue counts on, and so do the steps of a life."""
+    """Return a name that is unique to this start of the ranks: SLURM counts requeues, and within one the steps."""
     names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
     return ".".join(re.sub(r"[^A-Za-z0-9_-]", "_", environ.get(name, "0")) for name in names)
 
 
-def wait_for(note: Path) -> dict[str, Any]:
-    """Return what the first process has written about where it listens: ``host`` and ``port``.
+def wait_for(note: Path) -> Address:
+    """Return the address that the first process has written.
 
     Raises
     ------
     PreflightError
-        It has not written anything in time.
+        It has written nothing in time.
     """
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
-        # Listing the directory makes NFS look again; a missing name alone would be remembered as missing.
+        # Listing the directory makes an NFS client ask the server; that a name is missing it would cache.
         if note.parent.is_dir() and note in note.parent.iterdir():
-            return json.loads(note.read_text(encoding="utf-8"))
+            return Address.from_json(note.read_text(encoding="utf-8"))
         time.sleep(0.05)
     raise PreflightError(
         f"rank 0 has not said within {WAIT_S:.0f} s where it listens ({note}): it has ended, or run.root does not lie "
@@ -296,30 +315,30 @@ def wait_for(note: Path) -> dict[str, Any]:
 # Addresses
 
 
-def _is_told(environ: Mapping[str, str]) -> bool:
+def _has_address(environ: Mapping[str, str]) -> bool:
     return bool(environ.get("MASTER_ADDR")) and bool(environ.get("MASTER_PORT"))
 
 
-def _publish(environ: MutableMapping[str, str], place: Place, told: Mapping[str, Any]) -> None:
+def _publish(environ: MutableMapping[str, str], place: Place, address: Address | None) -> None:
     environ.update(
         RANK=str(place.rank),
         WORLD_SIZE=str(place.world_size),
         LOCAL_RANK=str(place.local_rank),
         LOCAL_WORLD_SIZE=str(place.local_world_size),
     )
-    if told:
-        environ.update(MASTER_ADDR=told["host"], MASTER_PORT=str(told["port"]))
-        environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch: the store is there, connect and start none
+    if address is not None:
+        environ.update(MASTER_ADDR=address.host, MASTER_PORT=str(address.port))
+        environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch then connects to the store and starts none itself
 
 
-def _listen_as_main(place: Place, environ: Mapping[str, str]) -> tuple[socket.socket, dict[str, Any]]:
-    """Listen as rank 0; on one node nobody else can connect to it."""
+def _listen_as_main(place: Place, environ: Mapping[str, str]) -> tuple[socket.socket, Address]:
+    """Listen as rank 0; on loopback if all ranks are on one node, so that no other machine can connect."""
     host = environ.get("MASTER_ADDR") or (_LOOPBACK if place.is_one_node else own_address(environ))
     return listen(host, num_callers=place.world_size)
 
 
-def listen(host: str, *, num_callers: int) -> tuple[socket.socket, dict[str, Any]]:
-    """Take a free port of an address for as long as this process lives; return its socket, and ``host`` and ``port``.
+def listen(host: str, *, num_callers: int) -> tuple[socket.socket, Address]:
+    """Bind a free port of ``host`` for the lifetime of this process; return the socket and the address.
 
     Raises
     ------
@@ -337,11 +356,11 @@ def listen(host: str, *, num_callers: int) -> tuple[socket.socket, dict[str, Any
             "GLOO_SOCKET_IFNAME"
         ) from error
     bound, port = listener.getsockname()[:2]
-    return listener, {"host": bound, "port": port}
+    return listener, Address(bound, port)
 
 
 def serve(listener: socket.socket) -> TCPStore:
-    """Return a store that takes over a listening socket: it listens there alone, and nobody took its port meanwhile."""
+    """Return a store that takes over a listening socket, so that no other process can take the port in between."""
     from torch.distributed import TCPStore
 
     host, port = listener.getsockname()[:2]
@@ -349,10 +368,10 @@ def serve(listener: socket.socket) -> TCPStore:
 
 
 def own_address(environ: Mapping[str, str]) -> str:
-    """Return the address of this node that other nodes reach.
+    """Return an address of this node that other nodes reach.
 
-    That of the interface which GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, or of this host's name, or of the
-    interface with the route to other machines.
+    In this order: the address of the interface that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, that of this
+    host's name, and that of the interface with the default route.
 
     Raises
     ------
@@ -366,14 +385,14 @@ def own_address(environ: Mapping[str, str]) -> str:
     named = _addresses_of_this_host()
     if reachable := [address for address in named if not ipaddress.ip_address(address).is_loopback]:
         return reachable[0]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unconnected:
         try:
-            probe.connect(("10.255.255.255", 9))  # sends nothing: the kernel chooses the interface
-            return probe.getsockname()[0]
+            unconnected.connect(("10.255.255.255", 9))  # sends nothing: the kernel only chooses the interface
+            return unconnected.getsockname()[0]
         except OSError:
             pass
     if named:
-        return named[0]  # nodes of a cluster that lies on one machine
+        return named[0]  # a cluster whose nodes all run on one machine
     raise PreflightError(
         f"host {socket.gethostname()} has no address that other nodes could reach: set GLOO_SOCKET_IFNAME or "
         "MASTER_ADDR"
@@ -389,10 +408,10 @@ def _addresses_of_this_host() -> list[str]:
 
 
 def _address_of(interface: str) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         try:
             request = struct.pack("256s", interface.encode()[:15])
-            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+            return socket.inet_ntoa(fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, request)[20:24])
         except OSError as error:
             present = ", ".join(name for _, name in socket.if_nameindex())
             raise PreflightError(

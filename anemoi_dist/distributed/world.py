@@ -1,4 +1,4 @@
-"""Ranks, devices, process groups and seeds: everything a rank knows about the others."""
+"""The world of a rank: its device, its process groups, and its random seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from anemoi_dist.errors import PreflightError
 
-#: Of glibc's malloc.h: allocations that are mapped by themselves, and free bytes at the heap's end that are given back.
+#: Parameters of glibc's mallopt: how many allocations get a mapping of their own, and how many free bytes at the end
+#: of the heap are returned to the system.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 
 
@@ -24,11 +25,11 @@ class World:
     Attributes
     ----------
     rank, world_size, local_rank : int
-        From the environment that torchrun, SLURM or MPI sets.
+        As in the environment that the rendezvous has set.
     device : torch.device
-        ``cuda:<local_rank>`` where there are GPUs, else the CPU.
+        ``cuda:<local_rank>`` if there are GPUs, else the CPU.
     control_group : dist.ProcessGroup
-        gloo on the CPU, for the trainer's control word: it neither waits for nor delays the GPU.
+        gloo on the CPU, for the control word and for text: it neither waits for the GPU nor delays it.
     """
 
     def __init__(self, *, rank: int, world_size: int, local_rank: int, device: torch.device) -> None:
@@ -42,7 +43,7 @@ class World:
 
     @classmethod
     def join(cls, *, timeout_s: float = 1800.0) -> World:
-        """Join the process group that the environment describes; alone where it describes none.
+        """Join the process group that the environment describes, or a group of this process alone if it describes none.
 
         Raises
         ------
@@ -79,7 +80,7 @@ class World:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed reads these nevertheless
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            # With a device NCCL connects now and not in the middle of the first step.
+            # With a device NCCL connects now: a failure shows here, and the first step is not the slow one.
             dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
 
     def broadcast_text(self, text: str | None) -> str:
@@ -119,11 +120,11 @@ class World:
                 total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
         return total
 
-    def outlast(self, seconds: float | None) -> None:
-        """Let collectives of the groups that there are wait for longer than ``seconds``; None: leave them as they are.
+    def extend_collective_timeouts(self, seconds: float | None) -> None:
+        """Give collectives of all existing groups a timeout longer than ``seconds``; None leaves them as they are.
 
-        The watchdog is to end a run that hangs, and knows who is to blame. A group's own timeout, 10 minutes with NCCL
-        and 30 with gloo, ends it as an internal error.
+        The watchdog should end a run that hangs, because it knows which rank is to blame. A group's own timeout, 10
+        minutes with NCCL and 30 with gloo, would end it first, as an internal error.
         """
         if seconds is None:
             return
@@ -137,12 +138,12 @@ class World:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees, as the allocator of a GPU does; return whether it can.
+    """Let this process keep the memory that it frees, as torch's CUDA allocator does; return whether it can.
 
-    Gradients and activations are freed and allocated anew in every step. By default glibc gives large ones back to the
-    system at once, and a page that is touched for the first time costs more than the arithmetic on it.
+    Gradients and activations are freed and allocated again in every step. By default glibc returns large blocks to the
+    system at once, and touching a fresh page costs more than the arithmetic on it.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries than glibc have none
     if mallopt is None:
         return False
     return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
@@ -151,8 +152,8 @@ def keep_freed_memory() -> bool:
 def seed_step(seed: int, *, step: int, rank: int) -> None:
     """Seed torch for one optimizer step on one rank.
 
-    Random draws (dropout, noise) are then a function of (seed, step, rank), like the sample order and the learning
-    rate: a resumed run needs no saved random state.
+    Dropout and noise are then functions of (seed, step, rank), as the sample order and the learning rate are: a resumed
+    run needs no saved random state.
     """
     digest = hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)

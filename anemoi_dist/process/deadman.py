@@ -1,7 +1,7 @@
-"""A dead man's switch: unless it is held, this process shows its stacks and ends, whoever has the interpreter lock.
+"""A dead man's switch: unless it is held, the process dumps its stacks and ends, even if C code holds the GIL.
 
-A thread of Python's own can do nothing while some C code holds that lock. The two that act here are C threads:
-faulthandler's, which writes the stacks, and one of the C library's timer, which calls ``_exit``.
+A Python thread can do nothing while C code holds the GIL. The two threads that act here are C threads: that of
+faulthandler, which writes the stacks, and that of a timer of the C library, which calls ``_exit``.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Deadman:
     grace_s : float
         Seconds from the stacks to the end.
     code : int
-        With this code. Not on Linux, where there is no such timer: with 1, as faulthandler does it.
+        Exit code. Without such a timer (not Linux, or an old glibc) faulthandler ends the process, with code 1.
     log : IO
-        Where the stacks go; it has a file descriptor and stays open.
+        Destination of the stacks; it has a file descriptor and stays open.
     """
 
     def __init__(self, *, grace_s: float, code: int, log: IO[str]) -> None:
@@ -59,26 +59,26 @@ class Deadman:
         self._timer = _exit_timer(code)
 
     def hold(self, seconds: float) -> None:
-        """Start counting anew: without another call the stacks of all threads are written after ``seconds``."""
+        """Restart the countdown: without another call the stacks of all threads are written after ``seconds``."""
         if self._timer is not None:
             _set_timer(self._timer, seconds + self._grace_s)
-        with suppress(RuntimeError):  # no thread can be started: then the end comes without the stacks
+        with suppress(RuntimeError):  # no thread can be started: the process then ends without its stacks
             faulthandler.dump_traceback_later(seconds, exit=self._timer is None, file=self._log)
 
     def close(self) -> None:
-        """Count no more."""
+        """Stop the countdown."""
         if self._timer is not None:
             _set_timer(self._timer, 0.0)
         faulthandler.cancel_dump_traceback_later()
 
 
 def _exit_timer(code: int) -> ctypes.c_void_p | None:
-    """Return a timer of the C library that is not set yet and calls ``_exit(code)``; None where there is none."""
+    """Return a timer of the C library, not armed yet, that calls ``_exit(code)``; None if there is no such timer."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "timer_create"):
-        return None  # before glibc 2.34 it was in another library
+        return None  # before glibc 2.34 it was in librt, which this process may not have loaded
     event = _SigEvent(
         argument=code, notify=_SIGEV_THREAD, function=ctypes.cast(libc._exit, ctypes.c_void_p), attributes=None
     )

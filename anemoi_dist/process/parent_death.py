@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, and how to tell one from another. No torch: both sides use it."""
+"""Processes that end with the one that started them, and the identity of a process. No torch: both sides use it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-#: In the environment of a process: who started it. Its own look at its parent may come too late.
+#: Environment variable with the pid of the process that started this one; getppid may be asked too late for it.
 PARENT_PID = "ANEMOI_DIST_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
 
@@ -21,9 +21,9 @@ def die_with_parent(*, parent_pid: int | None = None, number: signal.Signals = s
     Parameters
     ----------
     parent_pid : int, optional
-        The process that started this one. Without it, whoever is the parent now: one that ended before is not noticed.
+        The process that started this one. By default the present parent, and then one that has ended is not noticed.
     number : signal.Signals
-        What to send.
+        The signal.
     """
     if sys.platform != "linux":
         return
@@ -36,28 +36,28 @@ def die_with_parent(*, parent_pid: int | None = None, number: signal.Signals = s
 
 
 def parent_in_environment() -> int | None:
-    """Return the process that :data:`PARENT_PID` names, None where nobody has set it."""
+    """Return the pid in :data:`PARENT_PID`, or None if it is not set."""
     text = os.environ.get(PARENT_PID, "")
     return int(text) if text.isdigit() else None
 
 
 def process_started(pid: int) -> int | None:
-    """Return when a process of this machine began, in clock ticks since boot: with it a pid is never taken for another.
+    """Return the start of a process of this machine in clock ticks since boot, or None if there is no such process.
 
-    None where there is no such process.
+    The kernel reuses pids: only pid and start together identify a process.
     """
     try:
         text = Path("/proc", str(pid), "stat").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
-    fields = text.rpartition(")")[2].split()  # a program's name may hold anything
+    fields = text.rpartition(")")[2].split()  # the program's name before it may hold spaces and parentheses
     return None if fields[0] == "Z" else int(fields[19])
 
 
 def main(arguments: list[str]) -> None:
-    """Become the command that the arguments are, which now gets SIGTERM when whoever started this process ends."""
+    """Replace this process by a command, which gets SIGTERM when the process that started this one ends."""
     die_with_parent(parent_pid=parent_in_environment(), number=signal.SIGTERM)
-    os.execvp(arguments[0], arguments)  # noqa: S606 - what the kernel was asked for stays asked
+    os.execvp(arguments[0], arguments)  # noqa: S606 - exec keeps the death signal
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
     """
     stop = StopRequest(run, is_main=world.is_main)
     stop.listen()
-    world.outlast(config.watchdog.timeout_s)
+    world.extend_collective_timeouts(config.watchdog.timeout_s)
     store = open_store(run, config.checkpoint.url)
     selection = select(store, world=world, strict=config.checkpoint.strict)
     first_step = selection.checkpoint.manifest.step if selection.checkpoint else 0
@@ -103,7 +103,7 @@ def _create_engine(task: Task, config: Config, world: World) -> Engine:
     beat()
     engine = create_engine(module, config=config, world=world)
     beat()
-    world.outlast(config.watchdog.timeout_s)  # once more: engines make groups of their own
+    world.extend_collective_timeouts(config.watchdog.timeout_s)  # once more: engines make groups of their own
     return engine
 
 

@@ -7,7 +7,6 @@ first node holds rank 0, and the store listens on one address instead of on ever
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -46,12 +45,12 @@ class FixedRendezvous(RendezvousHandler):
             listener, place = listen(address, num_callers=num_nodes)
             self._store = serve(listener)
             if file is not None:
-                write_atomically(file, json.dumps(place))
+                write_atomically(file, place.to_json())
         else:
             assert file is not None, "nodes beyond the first read the port from a file"
             place = wait_for(file)
-            self._store = TCPStore(place["host"], place["port"], is_master=False)
-        self._address, self._port = place["host"], place["port"]
+            self._store = TCPStore(place.host, place.port, is_master=False)
+        self._address, self._port = place.host, place.port
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Return this node's place; the ranks meet in the same store, so that no second port is needed."""

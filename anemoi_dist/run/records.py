@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -195,21 +195,20 @@ class RunState(_Record):
 
 def from_json(cls: type[_R], content: Mapping[str, Any]) -> _R:
     """Return a record of what was decoded from JSON."""
-    kinds = _kinds(cls)  # type: ignore[arg-type] # mypy takes a type variable's class for unhashable
-    known = {}
-    for key, (name, kind) in kinds.items():
-        given = content.get(key)
-        if given is not None and (value := _typed(kind, given)) is not None:
-            known[name] = value
-    if issubclass(cls, _Record):
-        known["unknown"] = {key: value for key, value in content.items() if key not in kinds}
-    return cls(**known)
+    decoders = _decoders(cls)  # type: ignore[arg-type] # mypy takes a type variable's class for unhashable
+    known, unknown = {}, {}
+    for key, value in content.items():
+        if key not in decoders:
+            unknown[key] = value
+        elif (decoded := decoders[key][1](value)) is not None:
+            known[decoders[key][0]] = decoded
+    return cls(**known, unknown=unknown) if issubclass(cls, _Record) else cls(**known)
 
 
 def to_json(record: Any) -> dict[str, Any]:
     """Return a record as what JSON can encode; :func:`from_json` gives it back."""
     content = {}
-    for key, (name, _) in _kinds(type(record)).items():  # type: ignore[arg-type]
+    for key, (name, _) in _decoders(type(record)).items():  # type: ignore[arg-type]
         value = getattr(record, name)
         if isinstance(value, list):
             value = [to_json(item) if is_dataclass(item) else item for item in value]
@@ -221,35 +220,33 @@ def to_json(record: Any) -> dict[str, Any]:
 
 
 @functools.cache  # reading the hints costs more than decoding a record, and `runs` decodes thousands
-def _kinds(cls: Any) -> Mapping[str, tuple[str, Any]]:
-    """Return key in the file -> attribute and its type; of an optional one the type without None."""
+def _decoders(cls: Any) -> Mapping[str, tuple[str, Callable[[Any], Any]]]:
+    """Return key in the file -> attribute, and what turns a value into its type, or into None if it is of another."""
     hints = {name: hint for name, hint in get_type_hints(cls).items() if name != "unknown"}
-    return {_KEYS.get(name, name): (name, _without_none(hint)) for name, hint in hints.items()}
+    return {_KEYS.get(name, name): (name, _decoder(hint)) for name, hint in hints.items()}
 
 
-def _without_none(hint: Any) -> Any:
+def _decoder(hint: Any) -> Callable[[Any], Any]:
     arguments = get_args(hint)
-    return arguments[0] if type(None) in arguments else hint
-
-
-def _typed(kind: Any, value: Any) -> Any:
-    """Return ``value`` if it is of the type ``kind``, else None."""
-    if kind is int:
-        return whole(value)
-    if kind is float:
-        return number(value)
-    if kind in (str, bool):
-        return value if isinstance(value, kind) else None
+    kind = arguments[0] if type(None) in arguments else hint
+    if kind is Any:
+        return lambda value: value
+    if kind in (int, float):
+        return whole if kind is int else number
     if get_origin(kind) is list:
-        (item,) = get_args(kind)
-        if not isinstance(value, list):
-            return None
-        if is_dataclass(item):  # a damaged record keeps its place: attempts are known by their number
-            value = [each if isinstance(each, dict) else {} for each in value]
-        return [typed for each in value if (typed := _typed(item, each)) is not None]
-    if isinstance(kind, type) and is_dataclass(kind):
-        return from_json(kind, value) if isinstance(value, dict) else None
-    return value if kind is Any or isinstance(value, kind) else None
+        return functools.partial(_decode_list, get_args(kind)[0])
+    if is_dataclass(kind):
+        return lambda value: from_json(kind, value) if isinstance(value, dict) else None  # type: ignore[arg-type]
+    return lambda value: value if isinstance(value, kind) else None
+
+
+def _decode_list(item: Any, value: Any) -> list[Any] | None:
+    if not isinstance(value, list):
+        return None
+    if is_dataclass(item):  # a damaged record keeps its place: attempts are known by their number
+        value = [each if isinstance(each, dict) else {} for each in value]
+    decode = _decoder(item)
+    return [decoded for each in value if (decoded := decode(each)) is not None]
 
 
 def number(value: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG that takes its colours from the style of the HTML page it stands in. No torch.
+"""Figures of a report as SVG, coloured by the style of the surrounding HTML page. No torch.
 
 Matplotlib draws them through its Figure interface: no display, no global state of ``pyplot``.
 """
@@ -23,7 +23,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-# Drawn with these colours and then replaced by the page's variables, so that a dark page gets its own.
+# Placeholder colours, replaced by CSS variables of the page, so that dark mode works. Matplotlib takes no variables.
 INK, MUTED, GRID, BAD = "#101114", "#101115", "#101116", "#101117"
 SERIES = ("#101120", "#101121", "#101122", "#101123", "#101124")
 VARIABLES = {
@@ -33,15 +33,17 @@ VARIABLES = {
     BAD: "var(--bad)",
     **{colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)},
 }
+# Colour alone would not tell the curves apart in print, or for a colour-blind reader.
 MARKERS = ("o", "s", "^", "D", "v")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (2, 1)))
 
 RC: dict[Any, Any] = {
+    # Text stays text: it can be searched, takes the font of the page, and is a tenth of the size of outlines.
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 8,
     "text.color": INK,
-    # A variable's name may hold a dollar sign.
+    # The name of a variable may hold a dollar sign, which would start a formula.
     "text.parse_math": False,
     "axes.edgecolor": GRID,
     "axes.facecolor": "none",
@@ -72,7 +74,7 @@ RC: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart: ``y`` against ``x``, with gaps where ``y`` is NaN; ``style`` picks colour and marker."""
+    """One line of a chart: ``y`` against ``x``, with gaps at NaN; ``style`` picks colour and marker."""
 
     label: str
     x: Sequence[float]
@@ -90,19 +92,19 @@ class Chart:
     name : str
         Unique on its page.
     alt : str
-        What it shows, in words.
+        Description for screen readers.
     curves : Sequence[Curve]
-        A single one needs no legend.
+        A single one gets no legend.
     x_label : str
-        What stands below.
+        Label of the horizontal axis.
     scale : str
-        ``linear``, ``log``, or ``decay`` for a decay rate such as 0.9999, drawn by how far it is from 1.
+        ``linear``, ``log``, or ``decay`` for a decay rate such as 0.9999, drawn by its distance from 1.
     smooth : bool
         Draw the single curve faintly, and a running mean over it.
     restarts, skipped : Sequence[int]
-        Steps that are marked.
+        Steps to mark.
     x_ticks : Sequence[float]
-        Where to put ticks; empty: anywhere.
+        Positions of the ticks; if empty, they are chosen.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Chart:
 
 def draw_chart(chart: Chart) -> str:
     """Return a chart as SVG."""
+    # The salt makes ids of clip paths reproducible, and different from those of other figures on the page.
     with matplotlib.rc_context({**RC, "svg.hashsalt": chart.name}):
         figure = Figure(figsize=(5.4, 2.7), layout="constrained")
         axes = figure.add_subplot()
@@ -132,7 +135,7 @@ def draw_chart(chart: Chart) -> str:
         axes.set_xlabel(chart.x_label, loc="right")
         axes.grid(visible=False, axis="x")
         if not len(chart.x_ticks):
-            # From the first step on, also where there is no other yet.
+            # A run with a single step would otherwise get an axis of fractions of a step.
             last = max(5.0, *(curve.x[-1] for curve in chart.curves))
             axes.set_xlim(-0.02 * last, 1.02 * last)
         axes.xaxis.set_major_locator(
@@ -158,7 +161,7 @@ def _draw_curve(axes: Axes, curve: Curve, *, faint: bool, alone: bool) -> None:
         alpha=0.35 if faint else 1,
         linewidth=0.9 if faint else 1.6 if curve.style == 0 else 1.2,
         linestyle=DASHES[curve.style % len(DASHES)],
-        # A single point would not be seen as a line.
+        # A line through a single point is invisible.
         marker=MARKERS[curve.style % len(MARKERS)] if curve.markers or len(curve.x) == 1 else None,
         markersize=3.5,
         label=curve.label if not alone else "recorded" if faint else None,
@@ -168,6 +171,7 @@ def _draw_curve(axes: Axes, curve: Curve, *, faint: bool, alone: bool) -> None:
 def _draw_running_mean(axes: Axes, curve: Curve) -> None:
     values = np.asarray(curve.y, dtype=float)
     width = max(len(values) // 25, 1)
+    # Skipped updates have no gradient norm: they are left out of the mean instead of making it NaN.
     known = np.isfinite(values)
     kernel = np.ones(2 * width + 1)
     total = np.convolve(np.where(known, values, 0.0), kernel)[width:-width]
@@ -185,6 +189,7 @@ def _scale_y(axes: Axes, chart: Chart) -> None:
         return
     low, high = values.min(), values.max()
     margin = max((high / low) ** 0.06, 1.05)
+    # Before the locators and formatters: a change of scale replaces them.
     axes.set_yscale("log")
     axes.set_ylim(low / margin, high * margin)
     axes.yaxis.set_major_locator(FixedLocator(_log_ticks(low / margin, high * margin)))
@@ -196,7 +201,7 @@ def _scale_y(axes: Axes, chart: Chart) -> None:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers between two bounds: about three to eight, where powers of ten alone could be one."""
+    """Return about three to eight round numbers between two bounds, which may hold a single power of ten."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
     for mantissas in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
@@ -224,7 +229,7 @@ def _mark_steps(axes: Axes, chart: Chart) -> None:
 
 
 def _plain_number(value: float, _: object = None) -> str:
-    """Return 0.001, 250, 1.5e-05: short, with no offset and no mathematics to typeset."""
+    """Return 0.001, 250, 1.5e-05: short, without offset or formula."""
     if value and not 1e-4 <= abs(value) < 1e6:
         mantissa, exponent = f"{value:.3e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -239,9 +244,9 @@ def _to_svg(figure: Figure, *, alt: str) -> str:
     svg = svg[svg.index("<svg") :]
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
-    # Every figure numbers its groups from one; on one page these would be the same names again and again.
+    # Every figure numbers its groups from one; on one page ids must be unique.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    # The page's own font; and no size: it takes the room that its card gives it.
+    # The font of the page, and no fixed size: a figure fills its card.
     svg = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
@@ -257,17 +262,17 @@ class Field:
     name : str
         Unique on its page.
     alt, title : str
-        What it shows, in words, and the text above it.
+        Description for screen readers, and the text above the map.
     values : np.ndarray
         Shape (latitude, longitude).
     latitudes, longitudes : np.ndarray
         Degrees, shapes (latitude,) and (longitude,).
     limits : tuple[float, float]
-        Values at the two ends of the colour scale.
+        Values at the ends of the colour scale.
     unit : str
         Text below the colour bar.
     diverging : bool
-        The scale has a middle that means zero.
+        The middle of the scale means zero.
     """
 
     name: str
@@ -283,14 +288,14 @@ class Field:
 
 def draw_map(field: Field) -> str:
     """Return a map as SVG: the whole globe in the Equal Earth projection, a region in plain degrees."""
-    # West to east from the date line on: the projection has its edge there.
+    # West to east from the date line, which is the edge of the projection: a grid from 0 to 360 would be torn there.
     longitudes = (field.longitudes + 180) % 360 - 180
     order = np.argsort(longitudes)
     longitudes, values = longitudes[order], field.values[:, order]
     is_global = np.ptp(longitudes) > 300 and np.ptp(field.longitudes % 360) > 300
     project: Projection = equal_earth if is_global else _plain_degrees
     with matplotlib.rc_context({**RC, "svg.hashsalt": field.name, "axes.grid": False}):
-        # Laid out by hand: the automatic layout cuts the title where the aspect of the map is fixed.
+        # Laid out by hand: with a fixed aspect the automatic layout cuts off the title.
         figure = Figure(figsize=(3.7, 2.53))
         axes = figure.add_axes((0.02, 0.215, 0.96, 0.68))
         axes.set_axis_off()
@@ -301,7 +306,7 @@ def draw_map(field: Field) -> str:
             values,
             cmap="RdBu_r" if field.diverging else "viridis",
             norm=Normalize(*field.limits),
-            # Ten thousand cells would be a megabyte of vectors.
+            # Ten thousand cells as vectors would be a megabyte.
             rasterized=True,
         )
         axes.set_xlim(x.min(), x.max())
@@ -342,6 +347,7 @@ def _plain_degrees(longitudes: np.ndarray, latitudes: np.ndarray) -> tuple[np.nd
 
 def _edges(centres: np.ndarray, limit: float) -> np.ndarray:
     middle = (centres[1:] + centres[:-1]) / 2
+    # Clipped, because cells of a pole row would reach beyond the pole, where the projection is undefined.
     ends = (centres[0] - (middle[0] - centres[0]), centres[-1] + (centres[-1] - middle[-1]))
     return np.clip(np.concatenate(([ends[0]], middle, [ends[1]])), -limit, limit)
 
@@ -355,6 +361,7 @@ def _draw_contours(axes: Axes, field: Field, longitudes: np.ndarray, values: np.
 
 
 def _draw_coast(axes: Axes, project: Projection) -> None:
+    # Shipped with the package: cartopy downloads its coastlines, and compute nodes have no network.
     document = json.loads((Path(__file__).parent / "coastlines.geojson").read_text(encoding="utf-8"))
     lines = []
     for feature in document["features"]:

@@ -1,16 +1,18 @@
-"""The sections of a report that hold figures: from events and arrays to what the template shows. No torch."""
+"""Sections of a report that hold figures, made from events and arrays. No torch."""
 
 from __future__ import annotations
 
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from anemoi_dist.evaluation.summary import Score
 from anemoi_dist.report.figures import Chart, Curve, Field, draw_chart, draw_map
 from anemoi_dist.run.events import Event, latest_by_step
 
@@ -20,16 +22,111 @@ FORECASTS = {
     "climatology": "Climatology",
     "tide_tendency": "Tide + damped tendency",
 }
-# Charts beyond these would hide the page; the table has every variable.
+# A dataset of a hundred variables would make a page of hundreds of charts; the tables have every variable.
 MAX_CHARTED_VARIABLES = 4
 MAX_CHARTED_LEADS = 4
 
 
 class Unit(NamedTuple):
-    """How values of a variable are shown: times ``factor``, followed by ``symbol``."""
+    """Unit in which a variable is shown: its values times ``factor``, followed by ``symbol``."""
 
     symbol: str
     factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Card:
+    """One figure with its title and a note."""
+
+    title: str
+    note: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class SkillCell:
+    """RMSE and ACC of one forecast at one lead time, and whether they are the best of their column."""
+
+    rmse: str
+    acc: str
+    best_rmse: bool
+    best_acc: bool
+
+
+@dataclass(frozen=True)
+class SkillRow:
+    """One forecast: the model or a baseline, at all lead times."""
+
+    name: str
+    style: int
+    cells: list[SkillCell]
+
+
+@dataclass(frozen=True)
+class SkillTable:
+    """Scores of one variable.
+
+    Attributes
+    ----------
+    variable, unit : str
+        Its name, and the symbol of its unit.
+    leads : list[str]
+        Lead times, as labels of the columns.
+    rows : list[SkillRow]
+        The model, then the baselines.
+    gains : list[float or None]
+        For each lead time the model's RMSE relative to the best baseline's, less 1; None without either.
+    first_rmse : str or None
+        The model's RMSE at the first lead time.
+    """
+
+    variable: str
+    unit: str
+    leads: list[str]
+    rows: list[SkillRow]
+    gains: list[float | None]
+    first_rmse: str | None
+
+
+@dataclass(frozen=True)
+class Skill:
+    """Scores after ``step`` on ``split``: tables of all variables, charts of some.
+
+    Attributes
+    ----------
+    num_compared, num_won : int
+        Combinations of variable and lead time with a baseline, and those in which the model beats all baselines.
+    num_uncharted : int
+        Variables without a chart.
+    """
+
+    split: str
+    step: int
+    tables: list[SkillTable]
+    charts: list[Card]
+    num_compared: int
+    num_won: int
+    num_uncharted: int
+
+
+@dataclass(frozen=True)
+class LeadMaps:
+    """Maps of one lead time as SVG (forecast, truth, error), with the RMSE of the forecast and of persistence."""
+
+    label: str
+    panels: list[str]
+    rmse: str
+    persistence: str
+
+
+@dataclass(frozen=True)
+class ForecastMaps:
+    """Maps of one forecast, or ``missing``: a sentence that says why there are none."""
+
+    variable: str = ""
+    date: str = ""
+    leads: Sequence[LeadMaps] = ()
+    missing: str = ""
 
 
 _UNITS = {
@@ -58,24 +155,24 @@ def date_label(unix_s: float) -> str:
 
 
 def restarts(events: Sequence[Event]) -> list[int]:
-    """Return the steps from which attempts after the first one went on."""
+    """Return the steps that attempts after the first one resumed from."""
     starts = [event for event in events if event["event"] == "start"]
     return [event.get("resumed_from_step") or 0 for event in starts[1:]]
 
 
-def curves(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Return the training curves: ``title``, ``note``, ``svg``; one for each value that was recorded."""
+def curves(events: Sequence[Event]) -> list[Card]:
+    """Return the training curves, one for each value that was recorded."""
     steps = latest_by_step(events, "step")
     resumed, skipped = sorted(set(restarts(events))), list(latest_by_step(events, "skipped_update"))
     wanted = (
         ("loss", "Loss", "cos-latitude-weighted, of the normalised tendency", "log", True),
         ("grad_norm", "Gradient norm", "global L2 norm, before clipping", "log", True),
         ("lr", "Learning rate", "of the first parameter group", "linear", False),
-        ("alpha", "alpha", "weight of AdEMAMix's slow average", "linear", False),
-        ("beta3", "beta3", "decay of AdEMAMix's slow average", "decay", False),
+        ("alpha", "alpha", "weight of AdEMAMix's slow EMA", "linear", False),
+        ("beta3", "beta3", "decay of AdEMAMix's slow EMA", "decay", False),
         ("samples_per_s", "Speed", "samples per second, over all ranks, moving window", "linear", False),
     )
-    figures = []
+    cards = []
     for key, title, note, scale, smooth in wanted:
         x, y = _series(steps, key)
         if not any(math.isfinite(value) for value in y):
@@ -85,17 +182,18 @@ def curves(events: Sequence[Event]) -> list[dict[str, Any]]:
             alt=f"{title} against optimizer step, from {_first(y):.4g} to {_first(y[::-1]):.4g}",
             curves=[Curve(title, x, y)],
             scale=_fitting_scale(scale, y),
-            smooth=smooth and len(y) >= 25,
+            smooth=smooth and len(y) >= 25,  # the mean of a handful of values is no trend
             restarts=resumed,
             skipped=skipped,
         )
         if chart.scale == "log":
             note += ", log scale"
-        figures.append({"title": title, "note": note, "svg": draw_chart(chart)})
-    return figures
+        cards.append(Card(title, note, draw_chart(chart)))
+    return cards
 
 
 def _series(steps: Mapping[int, Event], key: str) -> tuple[list[int], list[float]]:
+    # Null stands for a value that was not finite: NaN leaves a gap in the curve.
     points = [(step, event[key]) for step, event in steps.items() if key in event]
     return [step for step, _ in points], [math.nan if value is None else float(value) for _, value in points]
 
@@ -106,6 +204,7 @@ def _first(values: Sequence[float]) -> float:
 
 def _fitting_scale(scale: str, values: Sequence[float]) -> str:
     known = [value for value in values if math.isfinite(value)]
+    # A logarithmic axis over less than a factor of 5 has no two powers of ten to read it by.
     if scale == "log" and (min(known) <= 0 or max(known) / min(known) < 5):
         return "linear"
     if scale == "decay" and not 0 <= min(known) <= max(known) < 1:
@@ -113,71 +212,86 @@ def _fitting_scale(scale: str, values: Sequence[float]) -> str:
     return scale
 
 
-def skill(events: Sequence[Event]) -> dict[str, Any] | None:
-    """Return the tables and charts of forecast skill, or None where nothing has been scored.
+def skill(events: Sequence[Event]) -> Skill | None:
+    """Return tables and charts of forecast skill, or None if nothing has been scored.
 
-    The table shows the last scores on the test block, before there are any those on the validation block.
+    The tables show the last scores on the test split, or on the validation split until there are any.
     """
     validations = latest_by_step(events, "validation", split="validation")
     tests = latest_by_step(events, "validation", split="test")
     scored = list((tests or validations).values())
     if not scored:
         return None
-    event = scored[-1]
-    names = list(dict.fromkeys(score["variable"] for score in event["scores"]))
-    variables = [_skill_table(name, event["scores"]) for name in names]
-    comparisons = [gain for table in variables for gain in table["gains"] if gain is not None]
+    split, step, scores = scored[-1]["split"], scored[-1]["step"], _scores(scored[-1])
+    names = list(dict.fromkeys(score.variable for score in scores))
+    tables = [_skill_table(name, scores) for name in names]
+    comparisons = [gain for table in tables for gain in table.gains if gain is not None]
+    history = {at: _scores(event) for at, event in validations.items()}
     charts = []
     for name in names[:MAX_CHARTED_VARIABLES]:
-        charts += _skill_charts(name, event, list(validations.values()))
-    return {
-        "split": event["split"],
-        "step": event["step"],
-        "variables": variables,
-        "num_compared": len(comparisons),
-        "num_won": sum(gain < 0 for gain in comparisons),
-        "charts": charts,
-        "num_uncharted": max(len(names) - MAX_CHARTED_VARIABLES, 0),
-    }
+        charts += _skill_charts(name, scores, split, history)
+    return Skill(
+        split=split,
+        step=step,
+        tables=tables,
+        charts=charts,
+        num_compared=len(comparisons),
+        num_won=sum(gain < 0 for gain in comparisons),
+        num_uncharted=max(len(names) - MAX_CHARTED_VARIABLES, 0),
+    )
 
 
-def _skill_table(variable: str, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    by_key = {(s["forecast"], s["lead_s"]): s for s in scores if s["variable"] == variable}
+def _scores(event: Event) -> list[Score]:
+    """Decode the scores of a ``validation`` event."""
+    # Null stands for a number that was not finite, which JSON cannot hold.
+    return [
+        Score(
+            s["forecast"],
+            s["variable"],
+            lead_s=s["lead_s"],
+            rmse=math.nan if s["rmse"] is None else s["rmse"],
+            acc=s.get("acc"),
+        )
+        for s in event["scores"]
+    ]
+
+
+def _skill_table(variable: str, scores: Sequence[Score]) -> SkillTable:
+    by_key = {(s.forecast, s.lead_s): s for s in scores if s.variable == variable}
     leads = sorted({lead for _, lead in by_key})
     forecasts = forecast_order({forecast for forecast, _ in by_key})
     unit = unit_of(variable)
-    rmse = {key: s["rmse"] * unit.factor for key, s in by_key.items() if s.get("rmse") is not None}
-    acc = {key: s["acc"] for key, s in by_key.items() if s.get("acc") is not None}
+    rmse = {key: s.rmse * unit.factor for key, s in by_key.items() if math.isfinite(s.rmse)}
+    acc = {key: s.acc for key, s in by_key.items() if s.acc is not None}
     lowest = {lead: min((v for (_, at), v in rmse.items() if at == lead), default=None) for lead in leads}
     highest = {lead: max((v for (_, at), v in acc.items() if at == lead), default=None) for lead in leads}
+    # One number of decimals for the whole table, so that its columns can be compared by eye.
     decimals = _decimals(min((value for value in rmse.values() if value > 0), default=1.0))
-    rows = []
-    for forecast in forecasts:
-        cells = []
-        for lead in leads:
-            key = (forecast, lead)
-            cells.append(
-                {
-                    "rmse": f"{rmse[key]:.{decimals}f}" if key in rmse else "–",
-                    "acc": f"{acc[key]:.3f}" if key in acc else "–",
-                    "best_rmse": key in rmse and rmse[key] == lowest[lead],
-                    "best_acc": key in acc and acc[key] == highest[lead],
-                }
-            )
-        rows.append({"name": forecast_name(forecast), "style": forecast_style(forecast), "cells": cells})
-    gains = [_gain(lead, rmse) for lead in leads]
-    return {
-        "variable": variable,
-        "unit": unit.symbol,
-        "leads": [lead_label(lead) for lead in leads],
-        "rows": rows,
-        "gains": gains,
-        "first_rmse": f"{rmse['model', leads[0]]:.{decimals}f}" if ("model", leads[0]) in rmse else None,
-    }
+
+    def cell(forecast: str, lead: int) -> SkillCell:
+        key = (forecast, lead)
+        return SkillCell(
+            rmse=f"{rmse[key]:.{decimals}f}" if key in rmse else "–",
+            acc=f"{acc[key]:.3f}" if key in acc else "–",
+            best_rmse=key in rmse and rmse[key] == lowest[lead],
+            best_acc=key in acc and acc[key] == highest[lead],
+        )
+
+    return SkillTable(
+        variable=variable,
+        unit=unit.symbol,
+        leads=[lead_label(lead) for lead in leads],
+        rows=[
+            SkillRow(forecast_name(name), forecast_style(name), [cell(name, lead) for lead in leads])
+            for name in forecasts
+        ],
+        gains=[_gain(lead, rmse) for lead in leads],
+        first_rmse=cell("model", leads[0]).rmse if ("model", leads[0]) in rmse else None,
+    )
 
 
-def _gain(lead: float, rmse: Mapping[tuple[str, float], float]) -> float | None:
-    """Return the model's RMSE relative to the best baseline's, less 1; None where one of them is missing."""
+def _gain(lead: int, rmse: Mapping[tuple[str, int], float]) -> float | None:
+    """Return the model's RMSE relative to the best baseline's, less 1; None if one of them is missing."""
     baselines = [value for (forecast, at), value in rmse.items() if at == lead and forecast != "model"]
     if ("model", lead) not in rmse or not baselines or min(baselines) <= 0:
         return None
@@ -190,7 +304,7 @@ def forecast_order(forecasts: set[str]) -> list[str]:
 
 
 def forecast_name(forecast: str) -> str:
-    """Return the name that a reader sees."""
+    """Return the name that is shown to the reader."""
     return FORECASTS.get(forecast, forecast.replace("_", " "))
 
 
@@ -200,60 +314,67 @@ def forecast_style(forecast: str) -> int:
 
 
 def _decimals(smallest: float) -> int:
+    """Return the decimals that show three significant digits of ``smallest``."""
     return max(2 - math.floor(math.log10(smallest)), 0)
 
 
-def _skill_charts(variable: str, event: Event, validations: Sequence[Event]) -> list[dict[str, str]]:
+def _skill_charts(
+    variable: str, scores: Sequence[Score], split: str, history: Mapping[int, Sequence[Score]]
+) -> list[Card]:
+    """Return charts of RMSE by lead time, and of RMSE during training from ``history`` (scores by step)."""
     unit = unit_of(variable)
-    scores = [s for s in event["scores"] if s["variable"] == variable and s.get("rmse") is not None]
-    leads = sorted({s["lead_s"] for s in scores})
+    scores = [s for s in scores if s.variable == variable and math.isfinite(s.rmse)]
+    leads = sorted({s.lead_s for s in scores})
     charts = []
     if len(leads) > 1:
-        lines = []
-        for forecast in forecast_order({s["forecast"] for s in scores}):
-            points = sorted((s["lead_s"] / 3600, s["rmse"] * unit.factor) for s in scores if s["forecast"] == forecast)
-            x, y = zip(*points, strict=True)
-            lines.append(Curve(forecast_name(forecast), x, y, forecast_style(forecast), markers=True))
+        points: dict[str, list[tuple[float, float]]] = {}
+        for s in sorted(scores, key=lambda s: s.lead_s):
+            points.setdefault(s.forecast, []).append((s.lead_s / 3600, s.rmse * unit.factor))
         chart = Chart(
             name=f"lead-{variable}",
             alt=f"RMSE of {variable} against lead time for the model and its baselines, as in the table above",
-            curves=lines,
+            curves=_forecast_curves(points, marked=set(points)),
             x_label="lead time, h",
             scale="log",
             x_ticks=[lead / 3600 for lead in leads],
         )
-        title = f"{variable}: RMSE by lead time"
-        charts.append({"title": title, "note": f"{unit.symbol}, {event['split']} block", "svg": draw_chart(chart)})
+        charts.append(Card(f"{variable}: RMSE by lead time", f"{unit.symbol}, {split} split", draw_chart(chart)))
     for lead in leads[:MAX_CHARTED_LEADS]:
-        if svg := _training_chart(variable, lead, validations, unit):
+        if svg := _training_chart(variable, lead, history, unit):
             title = f"{variable}: RMSE at {lead_label(lead)} during training"
-            charts.append({"title": title, "note": f"{unit.symbol}, validation block", "svg": svg})
+            charts.append(Card(title, f"{unit.symbol}, validation split", svg))
     return charts
 
 
-def _training_chart(variable: str, lead: float, validations: Sequence[Event], unit: Unit) -> str | None:
-    found: dict[str, list[tuple[int, float]]] = {}
-    for event in validations:
-        for s in event["scores"]:
-            if s["variable"] == variable and s["lead_s"] == lead and s.get("rmse") is not None:
-                found.setdefault(s["forecast"], []).append((event["step"], s["rmse"] * unit.factor))
-    if not found:
+def _training_chart(variable: str, lead: int, history: Mapping[int, Sequence[Score]], unit: Unit) -> str | None:
+    points: dict[str, list[tuple[float, float]]] = {}
+    for step, scores in history.items():
+        for s in scores:
+            if s.variable == variable and s.lead_s == lead and math.isfinite(s.rmse):
+                points.setdefault(s.forecast, []).append((step, s.rmse * unit.factor))
+    if not points:
         return None
-    lines = []
-    for forecast in forecast_order(set(found)):
-        x, y = zip(*found[forecast], strict=True)
-        lines.append(Curve(forecast_name(forecast), x, y, forecast_style(forecast), markers=forecast == "model"))
     return draw_chart(
         Chart(
             name=f"training-{variable}-{lead:g}",
-            alt=f"RMSE of {variable} at {lead_label(lead)} on the validation block against optimizer step",
-            curves=lines,
+            alt=f"RMSE of {variable} at {lead_label(lead)} on the validation split against optimizer step",
+            # Baselines are constant: markers on them would only hide the model's.
+            curves=_forecast_curves(points, marked={"model"}),
             scale="log",
         )
     )
 
 
-def maps(path: Path) -> dict[str, Any]:
+def _forecast_curves(points: Mapping[str, Sequence[tuple[float, float]]], *, marked: set[str]) -> list[Curve]:
+    """Return one curve for each forecast, in the order, name and style that it has everywhere on the page."""
+    curves = []
+    for forecast in forecast_order(set(points)):
+        x, y = zip(*points[forecast], strict=True)
+        curves.append(Curve(forecast_name(forecast), x, y, forecast_style(forecast), markers=forecast in marked))
+    return curves
+
+
+def maps(path: Path) -> ForecastMaps:
     """Return the maps of one forecast.
 
     Parameters
@@ -261,23 +382,20 @@ def maps(path: Path) -> dict[str, Any]:
     path : Path
         ``forecast.npz``: ``truth``, ``forecast``, ``persistence`` of shape (lead, latitude, longitude), ``lead_s``,
         ``latitudes``, ``longitudes``, ``date`` (Unix seconds), ``variable``.
-
-    Returns
-    -------
-    dict[str, Any]
-        ``missing``, a sentence, where there is nothing to draw; else ``variable``, ``date`` and ``leads``.
     """
+    # A file that cannot be drawn must not cost the reader the rest of the page.
     try:
+        # No pickles: a run directory may come from somebody else, and loading one would execute its code.
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
         return _draw_maps(arrays)
     except FileNotFoundError:
-        return {"missing": "No forecast has been drawn yet: the run writes one when it ends."}
+        return ForecastMaps(missing="No forecast has been drawn yet: the run writes one when it ends.")
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        return {"missing": f"The forecast in {path.name} cannot be drawn: {error}"}
+        return ForecastMaps(missing=f"The forecast in {path.name} cannot be drawn: {error}")
 
 
-def _draw_maps(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _draw_maps(arrays: Mapping[str, np.ndarray]) -> ForecastMaps:
     variable, date = str(arrays["variable"]), float(arrays["date"])
     unit = unit_of(variable)
     truth, forecast, persistence = (
@@ -285,11 +403,12 @@ def _draw_maps(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     )
     latitudes, longitudes = _axes(arrays["latitudes"], arrays["longitudes"], shape=truth.shape)
     error = forecast - truth
+    # One colour scale for all lead times; percentiles, because one extreme cell would leave the rest in one colour.
     low, high = np.nanpercentile(truth, (0.5, 99.5))
     largest = float(np.nanpercentile(np.abs(error), 99.5)) or 1.0
     leads = []
-    for i, lead in enumerate(np.asarray(arrays["lead_s"], dtype=float)[:MAX_CHARTED_LEADS]):
-        when = f"{lead_label(lead)}, valid {date_label(date + lead)}"
+    for i, lead_s in enumerate(np.asarray(arrays["lead_s"], dtype=float)[:MAX_CHARTED_LEADS]):
+        when = f"{lead_label(lead_s)}, valid {date_label(date + lead_s)}"
         panels = []
         for title, values, limits, diverging in (
             ("Forecast", forecast[i], (low, high), False),
@@ -309,21 +428,21 @@ def _draw_maps(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
                 diverging=diverging,
             )
             panels.append(draw_map(field))
-        rmse, reference = (_rmse(field - truth[i], latitudes) for field in (forecast[i], persistence[i]))
+        rmse, reference = (_rmse(values - truth[i], latitudes) for values in (forecast[i], persistence[i]))
         decimals = _decimals(max(rmse, reference) or 1.0)
-        leads.append(
-            {
-                "label": lead_label(lead),
-                "panels": panels,
-                "rmse": f"{rmse:.{decimals}f} {unit.symbol}",
-                "persistence": f"{reference:.{decimals}f} {unit.symbol}",
-            }
-        )
-    return {"variable": variable, "date": date_label(date), "leads": leads}
+        texts = (f"{value:.{decimals}f} {unit.symbol}" for value in (rmse, reference))
+        leads.append(LeadMaps(lead_label(lead_s), panels, *texts))
+    return ForecastMaps(variable, date_label(date), leads)
 
 
 def _axes(latitudes: np.ndarray, longitudes: np.ndarray, *, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the axes of a regular grid, also where each cell comes with its own coordinates."""
+    """Return the axes of a regular grid, also if each cell comes with its own coordinates.
+
+    Raises
+    ------
+    ValueError
+        The fields are not on a regular grid, or the coordinates do not fit them.
+    """
     if len(shape) != 3 or min(shape[1:]) < 2:
         raise ValueError(f"fields of shape {shape} are not (lead, latitude, longitude) on a regular grid")
     if latitudes.size == longitudes.size == shape[1] * shape[2]:
@@ -334,5 +453,6 @@ def _axes(latitudes: np.ndarray, longitudes: np.ndarray, *, shape: tuple[int, ..
 
 
 def _rmse(error: np.ndarray, latitudes: np.ndarray) -> float:
+    # Cells shrink towards the poles: without weights they would count far too much.
     weights = np.broadcast_to(np.cos(np.radians(latitudes))[:, None], error.shape)
     return math.sqrt(np.average(error**2, weights=weights))

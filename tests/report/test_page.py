@@ -146,19 +146,17 @@ def test_a_missing_package_is_named_with_the_fix(finished_run, monkeypatch):
 @pytest.mark.parametrize(
     ("recorded", "columns"),
     [
-        (MEMORY, ["each rank"]),
         ([MEMORY, MEMORY], ["rank 0", "rank 1"]),
-        ({"0": MEMORY, "1": MEMORY}, ["rank 0", "rank 1"]),
         ([{**MEMORY, "parameters": size} for size in (5, 4096, 8192, 6, 7)], ["smallest", "largest"]),
     ],
 )
 def test_memory_by_rank(recorded, columns):
     found = memory([{"event": "start", "step": 0, "memory": recorded}])
-    assert found["columns"] == columns
-    assert [row["name"] for row in found["rows"]] == ["parameters", "fp32 masters", "exp_avg_fast", "exp_avg_slow"]
-    assert found["rows"][2]["cells"] == ["1.0 KiB"] * len(columns)
-    assert found["totals"][-1] == ("12.0 KiB" if "largest" in columns else "8.0 KiB")
-    assert sum(part["percent"] for part in found["bars"][-1]["parts"]) == pytest.approx(100)
+    assert found.columns == columns
+    assert [row.name for row in found.rows] == ["parameters", "fp32 masters", "exp_avg_fast", "exp_avg_slow"]
+    assert found.rows[2].cells == ["1.0 KiB"] * len(columns)
+    assert found.totals[-1] == ("12.0 KiB" if "largest" in columns else "8.0 KiB")
+    assert sum(row.percents[-1] for row in found.rows) == pytest.approx(100)
 
 
 def test_memory_that_is_not_recorded_is_none():
@@ -170,6 +168,6 @@ def test_time_is_summed_over_attempts_that_ended(finished_run):
     events = read_events(finished_run.events_file)
     events.append({"event": "end", "step": 100, "seconds": {"step": 100.0, "data": None}})
     found = time_spent(events)
-    assert [phase["seconds"] for phase in found["phases"]] == ["5.0", "1.0", "180", "10.0", "4.0"]
-    assert (found["useful"], found["num_unfinished"]) == ("90 %", 0)
+    assert [phase.seconds for phase in found.phases] == ["5.0", "1.0", "180", "10.0", "4.0"]
+    assert (found.useful, found.num_unfinished) == ("90 %", 0)
     assert time_spent(events[:3]) is None

@@ -1,4 +1,4 @@
-"""anemoi-training's older and newer layouts of ``training``, translated into ours. No torch: the control side uses it.
+"""Translation of anemoi-training's older and newer layouts of ``training``. No torch: the control side uses it.
 
 =============== =====================================================================================
 up to 0.7       ``optimizer.{zero, kwargs}`` (always AdamW) and ``lr.{rate, iterations, min, warmup}``
@@ -28,12 +28,12 @@ def translate_training(training: Tree) -> tuple[Tree, list[str]]:
     Parameters
     ----------
     training : Tree
-        In any of the three layouts; it is not changed.
+        The node in any of the three layouts; it is not modified.
 
     Returns
     -------
     tuple[Tree, list[str]]
-        The node in our layout, and a message for each thing that became another. No message: nothing changed.
+        The node in this product's layout, and a message for each translation; none if nothing changed.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def _translate_optimizer(node: Tree, messages: list[str]) -> Tree:
 
 
 def _unwrap_zero_optimizer(node: Tree, messages: list[str]) -> Tree:
-    """Take the optimizer out of torch's partitioning wrapper: partitioning is the engine's work here."""
+    """Take the optimizer out of torch's partitioning wrapper: engines do the partitioning here."""
     key = "training.optimizer.optimizer_class"
     arguments = {name: value for name, value in node.items() if name not in ("_target_", "optimizer_class")}
     inner = node.get("optimizer_class")

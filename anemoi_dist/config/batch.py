@@ -1,4 +1,4 @@
-"""How the global batch is cut over ranks and micro-batches."""
+"""Division of the global batch over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from anemoi_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the global batch is cut: ``global_size = world_size * accumulation * micro_size``."""
+    """Sizes of a batch in samples: ``global_size = world_size * accumulation * micro_size``."""
 
     global_size: int
     micro_size: int
@@ -24,12 +24,12 @@ class BatchPlan:
 
 
 def plan_batches(training: TrainingConfig, *, world_size: int) -> BatchPlan:
-    """Cut ``training.global_batch_size`` over the ranks.
+    """Divide ``training.global_batch_size`` over the ranks.
 
     Raises
     ------
     ConfigError
-        The sizes do not divide; the message names the nearest that do.
+        The sizes are not divisible; the message names the nearest that are.
     """
     total = training.global_batch_size
     if total % world_size:

@@ -75,7 +75,7 @@ def _check_training(training: TrainingConfig) -> None:
 
 
 def _check_rename(rename: dict[str, str]) -> None:
-    """Refuse renames that would be done again, to something else, when the renamed checkpoint is resumed."""
+    """Refuse renames that would apply again to the renamed checkpoint when it is resumed."""
     for old, new in rename.items():
         key = f"checkpoint.rename.{old}"
         if not old or "" in old.split(".") or (new and "" in new.split(".")):
@@ -138,7 +138,7 @@ def _check_target(key: str, node: Tree) -> None:
 
 
 def _check_state_dtype(optimizer: Tree) -> None:
-    """Refuse before a queue is waited in what every rank would refuse."""
+    """Refuse now, before the job queues, what every rank would refuse."""
     if is_ademamix(optimizer) and "state_dtype" in optimizer:
         betas = optimizer.get("betas")
         beta1 = betas[0] if isinstance(betas, Sequence) and betas else 1.0

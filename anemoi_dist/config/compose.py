@@ -1,7 +1,7 @@
-"""From a command line to a typed configuration.
+"""Composition of a typed configuration from a command line.
 
-Hydra composes the groups; a user's YAML file lies over them, single keys from the command line over that. Nothing is
-executed and no ``_target_`` is imported here. No torch: a login node composes too.
+Hydra composes the groups; a user's YAML file is laid over them, and single keys of the command line over that. No
+``_target_`` is imported here. No torch: login nodes compose too.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from anemoi_dist.config.schema import FREE_FORM, Config
 from anemoi_dist.config.tree import Tree, find, leaves, place, read_yaml, remove
 from anemoi_dist.errors import ConfigError
 
-#: Nodes that are one choice, by the key that makes the choice: another one replaces the node instead of merging, or
-#: AdEMAMix's alpha would reach Adam.
+#: Nodes that are replaced, not merged, when the given key of theirs changes: AdEMAMix's alpha must not reach Adam.
 CHOICE_NODES = {
     "model": "_target_",
     "training.optimizer": "_target_",
     "training.scheduler": "_target_",
     "engine": "kind",
 }
-#: Sections that only an anemoi-training configuration has; its ``data`` and ``model`` hold other things than ours.
+#: Sections that only an anemoi-training configuration has; its ``data`` and ``model`` mean something else there.
 _FOREIGN = ("hardware", "system", "dataloader", "datamodule", "diagnostics", "graph", "config_validation")
 
 
@@ -53,7 +52,7 @@ class Composed:
     provenance : dict[str, str]
         Dotted leaf -> the file, ``command line``, ``default (...)`` or ``derived``.
     messages : list[str]
-        What the user should read: translated layouts, ignored sections.
+        Notes for the user: translated layouts, ignored sections.
     choices : dict[str, str]
         Group -> option.
     """
@@ -83,7 +82,7 @@ def compose(overrides: Sequence[str], *, config_file: Path | None = None, config
     Raises
     ------
     ConfigError
-        Anything that the user can mend.
+        The arguments or a file are wrong; the message says how to correct them.
     """
     groups = available_groups(config_dir)
     parsed = parse_overrides(overrides, groups=groups)
@@ -98,7 +97,7 @@ def compose(overrides: Sequence[str], *, config_file: Path | None = None, config
 
 
 class _Builder:
-    """The configuration while its layers are laid, in the order of the methods."""
+    """The configuration under construction; the methods lay its layers, in their order."""
 
     def __init__(self, config_dir: Path | None) -> None:
         self.config_dir = config_dir
@@ -133,7 +132,7 @@ class _Builder:
         return over
 
     def profile(self, over: Tree, edits: Sequence[KeyEdit]) -> None:
-        """Lay the cluster's profile over the groups, whichever of the later layers names it."""
+        """Lay the cluster's profile over the groups; a later layer may name it."""
         named = [edit.value for edit in edits if edit.key == "launcher.profile" and edit.action != "delete"]
         if not named:
             exists, value = find(over, "launcher.profile")
@@ -153,7 +152,7 @@ class _Builder:
         self._merge(over, str(file))
 
     def edit(self, edits: Sequence[KeyEdit]) -> None:
-        """Apply the keys of the command line, those that replace a node first: the others are meant for the new one."""
+        """Apply the keys of the command line, those that replace a node first: the others refer to the new node."""
         replacing = {f"{node}.{choice}" for node, choice in CHOICE_NODES.items()}
         known = schema_keys()
         for edit in sorted(edits, key=lambda edit: edit.key not in replacing):
@@ -187,7 +186,7 @@ class _Builder:
         self.provenance.record([key for key, _ in leaves(over)], origin)
 
     def finish(self) -> Composed:
-        """Resolve interpolations, give types, derive the run's name."""
+        """Resolve interpolations, convert to the typed configuration and derive the run id."""
         refuse_missing(self.container)
         container = _resolved(self.container)
         config = from_container(container)
@@ -216,7 +215,7 @@ def _check_edit(edit: KeyEdit, container: Tree, *, known: Iterable[str]) -> None
 def _hydra_compose(
     chosen: dict[str, str], config_dir: Path | None
 ) -> tuple[Tree, list[tuple[Path, str]], dict[str, str]]:
-    """Return the container, its files with their packages in the order of merging, and the options taken."""
+    """Return the container, its files with their packages in the order of merging, and the chosen options."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -269,7 +268,7 @@ def _shown(file: Path) -> str:
 
 
 def _read_overlay(file: Path, groups: dict[str, tuple[str, ...]]) -> tuple[Tree, list[str]]:
-    """Return a user's file in our layout, and what was made of it in words."""
+    """Return a user's file in this product's layout, and notes on its translation."""
     over, messages = read_yaml(file), []
     foreign = [name for name in _FOREIGN if name in over]
     if foreign:

@@ -1,4 +1,4 @@
-"""What makes two configurations the same run: names, identifiers and differences. No torch."""
+"""Identity of a run: its derived name, and the differences between two of its configurations. No torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from anemoi_dist.errors import ConfigError
 if TYPE_CHECKING:  # OmegaConf, which the schema imports, would slow down every command about a run
     from anemoi_dist.config.schema import Config
 
-#: Not part of what a run computes: the same work elsewhere or with other logs is the same run.
+#: Keys that do not change what a run computes: the same work elsewhere or with other logs is the same run.
 _NOT_IDENTITY = ("run.root", "run.id", "run.allow_changed", "checkpoint.strict", "launcher", "watchdog", "telemetry")
 
 
-#: May change between two attempts of one run without a word said to allow it.
+#: Keys that may change between two attempts of a run without ``run.allow_changed``.
 HARMLESS = ("data.num_workers", "data.prefetch_factor")
 
 
@@ -30,9 +30,9 @@ def derive_run_id(config: Config, *, choices: dict[str, str]) -> str:
     Parameters
     ----------
     config : Config
-        The configuration; where it runs and what it logs do not count.
+        The configuration; its place and its logs do not count.
     choices : dict[str, str]
-        Group -> option, for the readable part.
+        Group -> option, for the readable part of the name.
     """
     identity = {key: value for key, value in leaves(dataclasses.asdict(config)) if not is_below(key, _NOT_IDENTITY)}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
@@ -42,7 +42,7 @@ def derive_run_id(config: Config, *, choices: dict[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """One key that differs between the frozen configuration of a run and a new one; absent values are ``None``."""
+    """One key whose value in a new configuration differs from the frozen one; an absent value is None."""
 
     key: str = ""
     was: Any = None
@@ -50,7 +50,7 @@ class Change:
 
 
 def config_changes(was: Tree, now: Tree) -> list[Change]:
-    """Return what differs between two configurations, by dotted key; where the run lies does not count."""
+    """Return the keys whose values differ between two configurations; the location of the run does not count."""
     old, new = dict(leaves(was)), dict(leaves(now))
     keys = [key for key in dict.fromkeys([*old, *new]) if key not in ("run.root", "run.allow_changed")]
     return [Change(key, old.get(key), new.get(key)) for key in keys if repr(old.get(key)) != repr(new.get(key))]
@@ -67,7 +67,7 @@ RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def check_run_id(run_id: str) -> str:
-    """Return ``run_id``, or raise :class:`ConfigError` where it could not be a directory name everywhere."""
+    """Return ``run_id``, or raise :class:`ConfigError` if some file system could not have a directory of that name."""
     if not RUN_ID_PATTERN.fullmatch(run_id):
         raise ConfigError(
             "run.id",

@@ -1,4 +1,4 @@
-"""What ``launcher`` may say: time limits, names and values that go into a batch script. No torch."""
+"""Rules of the ``launcher`` group: time limits, and names and values that go into a batch script. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from anemoi_dist.config.schema import LauncherConfig, SlurmConfig
 from anemoi_dist.errors import ConfigError
 
-#: ``#SBATCH`` options that follow from other keys, with the key to set instead; ours alone where there is none.
+#: ``#SBATCH`` options that follow from other keys, with the key to set instead; empty if no key sets them.
 TAKEN_OPTIONS = {
     "nodes": "launcher.nodes",
     "ntasks": "launcher.ranks",
@@ -34,7 +34,7 @@ TAKEN_OPTIONS = {
     "wait": "",
     "wrap": "",
 }
-#: Seconds in which a small run may be saved; to suggest less would help nobody.
+#: Seconds in which a small run can be saved; shorter values are never suggested.
 _SHORTEST_SIGNAL_S = 30
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d\d):(?P<seconds>\d\d)")
 _DAYS = re.compile(r"(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d\d))?")
@@ -46,12 +46,13 @@ _INTERFACE = re.compile(r"[=^]{0,2}[A-Za-z0-9_.:-]+(,[A-Za-z0-9_.:-]+)*")
 def parse_time_limit(text: str) -> int:
     """Return the seconds of ``HH:MM:SS``, ``D-HH``, ``D-HH:MM`` or ``D-HH:MM:SS``.
 
-    SLURM's two shorter forms are refused: ``90`` would be minutes, and so would what YAML makes of ``24:00:00``.
+    SLURM's two shorter forms are refused: it would read ``90``, or the integer that YAML makes of ``24:00:00``, as
+    minutes.
 
     Raises
     ------
     ConfigError
-        Another form, or no time at all.
+        The text has another form, or the time is zero.
     """
     match = _TIME.fullmatch(text) or _DAYS.fullmatch(text)
     if match is None:
@@ -75,7 +76,7 @@ def format_time_limit(seconds: int) -> str:
 
 
 def _longer(limit_s: int, signal_s: int) -> str:
-    """Say what to change where nothing is left between the start of a job and its request to save."""
+    """Return the fix for a time limit that leaves no time between the start of a job and its request to save."""
     fix = f"launcher.time={format_time_limit(4 * (signal_s + 60))}"
     less_s = min(signal_s, limit_s // 4 - 60)
     return f"launcher.slurm.signal_s={less_s}, or {fix}" if less_s >= _SHORTEST_SIGNAL_S else fix
@@ -118,7 +119,7 @@ def check_launcher(launcher: LauncherConfig) -> None:
 
 
 def check_lines(setup: Any) -> None:
-    """Refuse ``launcher.slurm.setup`` as written where it holds other things than text: ``false`` is no command."""
+    """Refuse lines of ``launcher.slurm.setup`` that YAML does not read as text: ``false`` is no command then."""
     for line in setup if isinstance(setup, list) else ():
         if not isinstance(line, str):
             fix = f"in quotes: launcher.slurm.setup=['{str(line).lower()}']"
@@ -142,7 +143,7 @@ def _refuse_without_effect(launcher: LauncherConfig) -> None:
 
 
 def check_value(key: str, value: str) -> None:
-    """Refuse what has no place in one ``#SBATCH`` line."""
+    """Raise :class:`ConfigError` for a value that does not fit into one ``#SBATCH`` line."""
     if not value or any(ord(char) < 32 or ord(char) == 127 for char in value):
         raise ConfigError(key, value, "must be one line of text", fix=f"{key}=null leaves it out")
     try:

@@ -1,4 +1,4 @@
-"""The averages that AdEMAMix keeps of every parameter, and the rule of their types. No torch: plans read it too."""
+"""EMA states of AdEMAMix and their dtypes. No torch: plans read it too."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from anemoi_dist.config.targets import ALIASES
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import ConfigError
 
-#: States of AdEMAMix in the shape of their parameter.
-AVERAGES = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
-#: What ``state_dtype`` may be, or say of each average. ``bf16`` alone leaves the slow one in float32.
+#: Optimizer states of AdEMAMix, each in the shape of its parameter.
+EMA_STATES = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+#: Values of ``state_dtype``, for all states or by state. ``bf16`` for all leaves the slow EMA in float32.
 STATE_DTYPES = ("fp32", "bf16")
 _ADEMAMIX = ("anemoi_dist.optimizers.ademamix.AdEMAMix", "anemoi_dist.optimizers.AdEMAMix")
 
@@ -23,31 +23,36 @@ def is_ademamix(optimizer: Tree) -> bool:
 
 
 def checked_state_dtype(chosen: Any, *, beta1: float, key: str = "state_dtype") -> str | dict[str, str]:
-    """Return ``state_dtype``, a mapping of it completed, after checking it.
+    """Check ``state_dtype`` and return it, a mapping completed.
 
     Parameters
     ----------
     chosen : Any
-        As the user gave it.
+        Value given by the user.
     beta1 : float
-        Where it is 0 there is no fast average.
+        First beta; with 0 there is no fast EMA.
     key : str
-        What the user would call it.
+        Name of the option in messages.
+
+    Raises
+    ------
+    ConfigError
+        An unknown state or dtype, or a dtype of a state that does not exist.
     """
     rule = "is no type of states"
     if "8" in str(chosen):
-        rule += " (in 8 bits the slow average drifts by a third and more)"
+        rule += " (in 8 bits the slow EMA drifts by a third and more)"
     if not isinstance(chosen, Mapping):
         if chosen not in STATE_DTYPES:
             raise ConfigError(key, chosen, rule, valid=(*STATE_DTYPES, "{exp_avg_slow: bf16, ...}"))
         return str(chosen)
     for name, dtype in chosen.items():
-        if name not in AVERAGES:
-            raise ConfigError(key, name, "is no average", valid=AVERAGES)
+        if name not in EMA_STATES:
+            raise ConfigError(key, name, "is no EMA state", valid=EMA_STATES)
         if dtype not in STATE_DTYPES:
             raise ConfigError(f"{key}.{name}", dtype, rule, valid=STATE_DTYPES)
     if not beta1 and chosen.get("exp_avg_fast") == "bf16":
-        rule = "has no effect: with a first beta of 0 there is no fast average"
+        rule = "has no effect: with a first beta of 0 there is no fast EMA"
         raise ConfigError(f"{key}.exp_avg_fast", "bf16", rule, fix="remove it")
-    # Plain: Hydra's dictionary would follow the optimizer into its pickles.
-    return {name: str(chosen.get(name, "fp32")) for name in AVERAGES}
+    # A plain dictionary: Hydra's own would end up in the optimizer's pickles.
+    return {name: str(chosen.get(name, "fp32")) for name in EMA_STATES}

@@ -1,7 +1,7 @@
-"""What a user types after the command: group choices (``engine=zero1``) and single keys (``training.lr.rate=1e-3``).
+"""Arguments of a command: group choices (``engine=zero1``) and single keys (``training.lr.rate=1e-3``).
 
-The grammar is Hydra's. Choices go to Hydra; keys are applied here, because a configuration file given with ``--config``
-lies between the two. No torch, and Hydra only when something is parsed: ``--help`` needs the list of groups alone.
+The grammar is Hydra's. Hydra applies the choices; keys are applied by :mod:`~anemoi_dist.config.compose`, because a
+file given with ``--config`` lies between the two. Hydra is imported only to parse: ``--help`` needs the groups alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class KeyEdit:
     key : str
         Dotted key.
     value : Any
-        For ``delete``, None or the value that it must have.
+        New value; for ``delete`` the value that the key must have, or None for any.
     text : str
         As typed, for messages.
     """
@@ -43,7 +43,7 @@ class KeyEdit:
 
 @dataclass(frozen=True)
 class ParsedOverrides:
-    """Command-line arguments, sorted by what they are."""
+    """Command-line arguments, sorted into group choices and edits of keys."""
 
     choices: dict[str, str] = field(default_factory=dict)
     edits: list[KeyEdit] = field(default_factory=list)
@@ -55,7 +55,7 @@ def available_groups(config_dir: Path | None = None) -> dict[str, tuple[str, ...
     Raises
     ------
     ConfigError
-        ``config_dir`` is no directory, or one of its files has the name of a built-in option.
+        ``config_dir`` is not a directory, or one of its files has the name of a built-in option.
     """
     builtin = _groups_below(CONFIGS_DIR)
     if config_dir is None:
@@ -65,7 +65,7 @@ def available_groups(config_dir: Path | None = None) -> dict[str, tuple[str, ...
             "--config-dir", str(config_dir), "is not a directory", fix="give the directory of your groups"
         )
     for group, options in _groups_below(config_dir).items():
-        # Hydra would take the built-in one without a word.
+        # Hydra would silently take the built-in one.
         if hidden := options & builtin.get(group, set()):
             name = f"{group}/{min(hidden)}.yaml"
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""From plain containers and YAML to the typed configuration, and back; unknown keys are refused with the nearest."""
+"""Conversion between YAML, plain containers and the typed configuration; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from anemoi_dist.errors import ConfigError
 
 
 def from_container(container: Tree) -> Config:
-    """Give a composed configuration its types and check it.
+    """Convert a composed configuration to its types and check it.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def from_container(container: Tree) -> Config:
     refuse_unknown(container)
     refuse_missing(container)
     _refuse_scalar_nodes(container)
-    check_lines(container.get("launcher", {}).get("slurm", {}).get("setup"))  # typed, false would be a text
+    check_lines(container.get("launcher", {}).get("slurm", {}).get("setup"))  # OmegaConf makes a text of false
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), container)
         if missing := sorted(OmegaConf.missing_keys(merged)):
@@ -52,7 +52,7 @@ def from_container(container: Tree) -> Config:
 
 
 def refuse_missing(container: Tree, prefix: str = "") -> None:
-    """Raise :class:`ConfigError` for the first mandatory value (``???``) that nobody gave."""
+    """Raise :class:`ConfigError` for the first mandatory value (``???``) that is not set."""
     for name, value in container.items():
         if isinstance(value, dict):
             refuse_missing(value, f"{prefix}{name}.")
@@ -62,7 +62,7 @@ def refuse_missing(container: Tree, prefix: str = "") -> None:
 
 @functools.cache
 def schema_keys() -> Mapping[str, Any]:
-    """Return every dotted key that the schema knows with its type, nodes before what is in them."""
+    """Return every dotted key of the schema with its type, nodes before the keys in them."""
     return MappingProxyType(dict(_walk_schema(Config, "")))
 
 
@@ -82,7 +82,7 @@ def refuse_unknown(container: Tree, *, origin: str = "") -> None:
     container : Tree
         A configuration or a part of one, from its root on.
     origin : str, optional
-        Where it was read, for the message.
+        The file it comes from, for the message.
     """
     unknown = list(unknown_keys(container))
     if unknown:
@@ -91,7 +91,7 @@ def refuse_unknown(container: Tree, *, origin: str = "") -> None:
 
 
 def unknown_keys(container: Tree) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of what the schema does not know; inside free-form nodes everything is known."""
+    """Yield (dotted key, value) of keys that are not in the schema; inside free-form nodes every key is valid."""
     schema = schema_keys()
 
     def walk(node: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -143,7 +143,7 @@ def unknown_key(
 
 
 def nearest_keys(key: str, known: Iterable[str], *, count: int = 3) -> list[str]:
-    """Return the valid keys that ``key`` most probably meant: the same last name elsewhere, or a slip of the pen."""
+    """Return the valid keys that ``key`` most probably meant: the same last name elsewhere, or a similar spelling."""
     keys = list(dict.fromkeys(known))
     last = key.rpartition(".")[2]
     by_name: dict[str, list[str]] = {}
@@ -217,7 +217,7 @@ def to_yaml(config: Config) -> str:
     text = OmegaConf.to_yaml(structured)
     if "\x85" not in text:
         return text
-    # YAML ends a line there. PyYAML writes it as if it did not, and reads it as a space; as an escape it comes back.
+    # U+0085 ends a line in YAML. PyYAML writes it unescaped and reads it back as a space; escaped it survives.
     container = OmegaConf.to_container(structured, enum_to_str=True)
     return str(yaml.dump(container, Dumper=get_omega_conf_dumper(), default_flow_style=False, sort_keys=False))
 

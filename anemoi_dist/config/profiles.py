@@ -1,4 +1,4 @@
-"""Cluster profiles: what one cluster wants in ``launcher``, written down once. No torch."""
+"""Cluster profiles: the values of ``launcher`` that one cluster needs. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from anemoi_dist.config.tree import Tree, read_yaml
 from anemoi_dist.errors import ConfigError
 
 PROFILES_DIR = Path(anemoi_dist.slurm.__file__).parent / "profiles"
-#: A profile describes a cluster, not which launcher to use, nor another profile.
+#: Keys of ``launcher`` that do not describe a cluster.
 _NOT_IN_A_PROFILE = ("kind", "profile")
 
 
@@ -23,7 +23,7 @@ def profile_names() -> list[str]:
 
 
 def read_profile(name: str) -> tuple[Tree, str]:
-    """Return the part of ``launcher`` that a profile sets, and where it was read.
+    """Return the part of ``launcher`` that a profile sets, and the file it comes from.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def read_profile(name: str) -> tuple[Tree, str]:
 
 
 def absolute_profile(name: str) -> str:
-    """Return ``name`` so that it means the same in another directory: a run is resumed from anywhere."""
+    """Return ``name`` with an absolute path: a run may be resumed from another directory."""
     return str(Path(name).expanduser().absolute()) if _is_path(name) else name
 
 

@@ -1,4 +1,4 @@
-"""Where every value of a configuration came from, and the configuration as YAML with that beside it. No torch."""
+"""Origin of every value of a configuration, and the configuration as YAML annotated with it. No torch."""
 
 from __future__ import annotations
 
@@ -10,32 +10,27 @@ import yaml
 from anemoi_dist.config.tree import Tree, is_below, leaves
 
 DEFAULT = "default (anemoi_dist/config/schema.py)"
-
-
 COMMAND_LINE = "command line"
-
-
 DERIVED = "derived"
 
 
 class Provenance:
-    """Records, layer by layer, who set a key last.
+    """Records, layer by layer, which origin set a key last.
 
-    A key that is set again with everything below it (a replaced node, a mapping that became a scalar) forgets what was
-    recorded below it.
+    Setting a key drops the records of all keys below it: the node was replaced, or a mapping became a scalar.
     """
 
     def __init__(self) -> None:
         self._origins: dict[str, str] = {}
 
     def record(self, keys: Iterable[str], origin: str) -> None:
-        """Note that ``origin`` set these dotted keys."""
+        """Record that ``origin`` set these dotted keys."""
         for key in keys:
             self.forget(key)
             self._origins[key] = origin
 
     def forget(self, key: str) -> None:
-        """Drop ``key`` and what is below it."""
+        """Drop the records of ``key`` and of all keys below it."""
         for name in [name for name in self._origins if is_below(name, (key,))]:
             del self._origins[name]
 
@@ -54,7 +49,7 @@ class Provenance:
 def annotated_yaml(container: Tree, provenance: dict[str, str]) -> str:
     """Return ``container`` as YAML, the origin of each value in an aligned comment; it loads as plain YAML."""
     lines = list(_lines(container, provenance, "", 0))
-    # One very long value must not push every comment off the screen.
+    # A single very long value must not push all comments off the screen.
     width = max((len(text) for text, _ in lines if len(text) <= 72), default=0)
     return "".join(f"{text:<{width}}  # {origin}".rstrip() + "\n" if origin else f"{text}\n" for text, origin in lines)
 

@@ -1,4 +1,4 @@
-"""The typed configuration: what every key means, and its default. No torch."""
+"""The typed configuration: meaning, default and bounds of every key. No torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def one_of(default: Any = MISSING, *, valid: Sequence[Any], rule: str = "is not 
 
 @dataclass
 class RunConfig:
-    """Which run this is. ``id`` null: derived from the configuration, so that the same command continues it."""
+    """Identity of the run. ``id`` null: derived from the configuration, so that the same command continues the run."""
 
     root: str = "runs"
     id: str | None = None
@@ -46,7 +46,7 @@ class RunConfig:
 
 @dataclass
 class LrConfig:
-    """Learning rate: a function of this block and the optimizer step, nothing else."""
+    """Learning rate: a function of this group and of the optimizer step, nothing else."""
 
     rate: float = positive(1e-3, rule="must be a positive, finite number", fix="training.lr.rate=1e-3")
     #: Optimizer steps of the cosine; null: ``training.max_steps``.
@@ -61,13 +61,13 @@ class LrConfig:
 
 @dataclass
 class TrainingConfig:
-    """What is optimized and for how long."""
+    """Optimization: its length, batch, rate and optimizer."""
 
     max_steps: int = bounded(minimum=1)
     global_batch_size: int = bounded(minimum=1)
-    #: Samples that one rank holds in one forward pass; null: all of its share of the global batch.
+    #: Samples in one forward pass of one rank; null: all of the rank's share of the global batch.
     micro_batch_size: int | None = None
-    #: Forecast steps that the loss rolls out.
+    #: Forecast steps of the loss.
     rollout: int = bounded(1, minimum=1)
     lr: LrConfig = field(default_factory=LrConfig)
     #: ``_target_`` and its arguments; ``params`` and ``lr`` are injected.
@@ -77,20 +77,20 @@ class TrainingConfig:
     #: Largest global L2 norm of the gradient; null: no clipping.
     clip_grad_norm: float | None = positive(None, fix="null switches clipping off")
     precision: str = one_of("fp32", valid=("fp32", "bf16"))
-    #: Updates in a row that may be skipped for a loss or gradient that is not finite, before the run ends (code 5).
+    #: Consecutive updates that may be skipped because loss or gradient is not finite; one more ends the run (code 5).
     max_skipped: int = bounded(10, minimum=0)
 
 
 @dataclass
 class EngineConfig:
-    """How parameters, gradients and optimizer states are spread over ranks."""
+    """Partitioning of parameters, gradients and optimizer states over the ranks."""
 
     kind: str = one_of(valid=ENGINE_KINDS)
     #: ZeRO stage, for ``kind: deepspeed``.
     stage: int = one_of(0, valid=(0, 1, 2, 3), rule="must be a ZeRO stage")
-    #: Keep the optimizer's states and its step on the CPU (ZeRO 3).
+    #: Keep the optimizer states and run the optimizer step on the CPU (ZeRO 3).
     offload: bool = False
-    #: Gather the working parameters of what has been stepped while the rest is stepped (ZeRO 1 and 2, FSDP2).
+    #: Gather updated parameters while the others are still being updated (ZeRO 1 and 2, FSDP2).
     overlap: bool = False
     #: Further keys of DeepSpeed's own configuration, merged over ours.
     options: Tree = field(default_factory=dict)
@@ -103,7 +103,7 @@ class EngineConfig:
 
 @dataclass
 class SplitConfig:
-    """First and last date (inclusive) of one block of the dataset; null: as far as it goes."""
+    """First and last date (inclusive) of a split; null: the first or the last of the dataset."""
 
     start: str | None = None
     end: str | None = None
@@ -111,7 +111,7 @@ class SplitConfig:
 
 @dataclass
 class DataConfig:
-    """What is read. ``dataset`` takes whatever ``anemoi.datasets.open_dataset`` takes."""
+    """Dataset, its splits and its loader. ``dataset`` takes whatever ``anemoi.datasets.open_dataset`` takes."""
 
     kind: str = one_of(valid=("anemoi", "synthetic"))
     #: Path, name, list or dictionary for ``open_dataset``; for ``kind: synthetic`` its shape.
@@ -121,9 +121,9 @@ class DataConfig:
     train: SplitConfig = field(default_factory=SplitConfig)
     validation: SplitConfig = field(default_factory=SplitConfig)
     test: SplitConfig = field(default_factory=SplitConfig)
-    #: Variables that are given, not forecast (sun, orography, ...).
+    #: Variables that are inputs only, not forecast (insolation, orography, ...).
     forcing: list[str] = field(default_factory=list)
-    #: Past states that the model sees.
+    #: Past states that are the input of the model.
     multistep_input: int = bounded(2, minimum=1)
     num_workers: int = bounded(1, minimum=0)
     #: Batches that each worker reads ahead.
@@ -132,7 +132,7 @@ class DataConfig:
 
 @dataclass
 class ValidationConfig:
-    """When and on what the forecast is scored."""
+    """Validation of the forecast: interval, lead times and samples."""
 
     #: Optimizer steps between validations; null: only at the end.
     interval_steps: int | None = bounded(None, minimum=1)
@@ -144,39 +144,39 @@ class ValidationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When the run is saved and what is kept. The end of a run is always saved."""
+    """When checkpoints are written and which are kept. The end of a run is always saved."""
 
-    #: Optimizer steps between checkpoints; null: none but those of ``interval_minutes`` and the end.
+    #: Optimizer steps between checkpoints; null: only ``interval_minutes`` and the end of the run cause one.
     interval_steps: int | None = bounded(None, minimum=1)
     #: Minutes between checkpoints, by the clock of rank 0; null: only ``interval_steps`` counts.
     interval_minutes: float | None = positive(None, fix="null: by steps alone")
     #: Newest checkpoints to keep; null: all.
     keep_last: int | None = bounded(3, minimum=1)
-    #: Keep, for ever, the checkpoints whose step is a multiple of this.
+    #: Keep for good the checkpoints whose step is a multiple of this.
     keep_every: int | None = bounded(None, minimum=1)
-    #: Keep the best by ``rmse`` or ``acc`` on the validation block; null: none for that.
+    #: Keep the best checkpoint by ``rmse`` or ``acc`` on the validation split; null: none.
     keep_best: str | None = one_of(None, valid=SAVE_METRICS)
-    #: Write in a thread while training goes on, from a copy in host memory.
+    #: Write in a thread, from a copy in host memory, while training continues.
     asynchronous: bool = True
-    #: What a checkpoint does that is due while one is being written: ``wait`` for it, or ``skip``.
+    #: If a checkpoint is due while another is being written: ``wait`` for that one, or ``skip`` the new one.
     when_busy: str = one_of("wait", valid=("wait", "skip"))
-    #: What a checkpoint that could not be written does: ``warn`` and train on, or ``stop`` the run (code 4).
+    #: If a checkpoint cannot be written: ``warn`` and train on, or ``stop`` the run (code 4).
     on_error: str = one_of("warn", valid=("warn", "stop"))
-    #: Read every file back and check it before it is committed.
+    #: Read every file back and verify it before the checkpoint is committed.
     read_back: bool = True
-    #: Where fsspec keeps checkpoints, below it one prefix a run (``s3://bucket/runs``); null: in the run directory.
+    #: Location of checkpoints for fsspec (``s3://bucket/runs``), with one prefix a run; null: the run directory.
     url: str | None = None
-    #: Refuse to go on where the newest checkpoint is damaged, instead of taking the one before.
+    #: Refuse to resume if the newest checkpoint is damaged, instead of taking the one before.
     strict: bool = False
     #: Old name, or prefix before a dot, of parameters and buffers in the checkpoint -> name in the model.
     rename: dict[str, str] = field(default_factory=dict)
-    #: Patterns of parameters and buffers that the model or the checkpoint may have alone, or that have changed.
+    #: Patterns of parameters and buffers that may be in the model or the checkpoint only, or have changed their shape.
     allow_missing: list[str] = field(default_factory=list)
 
 
 @dataclass
 class TelemetryConfig:
-    """What is shown and recorded."""
+    """Progress lines, events and metrics."""
 
     #: Optimizer steps between lines, events and metrics.
     interval_steps: int = bounded(10, minimum=1)
@@ -185,7 +185,7 @@ class TelemetryConfig:
 
 @dataclass
 class SlurmConfig:
-    """What a SLURM cluster wants to know of a job. Null and empty: the cluster's default."""
+    """Options of SLURM jobs. Null and empty: the cluster's default."""
 
     partition: str | None = None
     account: str | None = None
@@ -195,7 +195,7 @@ class SlurmConfig:
     options: Tree = field(default_factory=dict)
     #: Modules to load in the job.
     modules: list[str] = field(default_factory=list)
-    #: Shell lines of the batch script that run before anything of ours.
+    #: Shell lines that the batch script runs first.
     setup: list[str] = field(default_factory=list)
     #: Network interface that NCCL and gloo use between nodes.
     interface: str | None = None
@@ -205,27 +205,27 @@ class SlurmConfig:
 
 @dataclass
 class LauncherConfig:
-    """Where ranks run, and how often they are started again."""
+    """Number and place of the ranks, and how often they are started again."""
 
     kind: str = one_of("local", valid=LAUNCHER_KINDS)
     nodes: int = bounded(1, minimum=1)
-    #: Ranks on each node; null: one a GPU, or 2 where there is none.
+    #: Ranks on each node; null: one a GPU, or 2 if there is none.
     ranks: int | None = bounded(None, minimum=1)
     #: GPUs that each node gives to the job; null: those of this machine, or none.
     gpus_per_node: int | None = bounded(None, minimum=0)
     #: Time limit of one job (``HH:MM:SS`` or ``D-HH:MM:SS``); null: the queue's.
     time: str | None = None
-    #: Times that the ranks are started again after a crash or a hang, without leaving the machine or the allocation.
+    #: Restarts of the ranks after a crash or a hang, within the same allocation.
     max_restarts: int = bounded(0, minimum=0)
-    #: Seconds before the first of these restarts; each further one waits twice as long, 60 s at most.
+    #: Seconds before the first restart; each further restart waits twice as long, 60 s at most.
     backoff_s: float = bounded(1.0, minimum=0)
-    #: Times that a job goes back into the queue after a time limit or a preemption.
+    #: Requeues of a job after its time limit or a preemption.
     max_requeues: int = bounded(100, minimum=0)
-    #: Times that a job goes back into the queue after a crash, as long as each life made progress.
+    #: Requeues of a job after a crash, as long as each start has made progress.
     max_retries: int = bounded(3, minimum=0)
-    #: Ranks look at each other before they train (versions, clocks, disk, collectives), as ``anemoi-dist doctor`` does.
+    #: Compare the ranks before training (versions, clocks, disk, collectives), as ``anemoi-dist doctor`` does.
     preflight: bool = False
-    #: What starts the ranks of a node in a SLURM job: one ``torchrun``, or one ``srun`` task a rank.
+    #: In a SLURM job, ranks are started by one ``torchrun`` a node, or by one ``srun`` task a rank.
     ranks_by: str = one_of("torchrun", valid=("torchrun", "srun"))
     #: File with one host a line, for mpirun; null: this machine, or the hosts of the job it is started in.
     hostfile: str | None = None
@@ -236,15 +236,15 @@ class LauncherConfig:
 
 @dataclass
 class WatchdogConfig:
-    """What counts as a hang."""
+    """Detection of hangs."""
 
-    #: Seconds without a sign of life from a rank until its stacks are dumped and the run ends with code 6; null: never.
+    #: Seconds without a heartbeat from a rank until its stacks are dumped and the run ends with code 6; null: never.
     timeout_s: float | None = positive(1800.0, fix="null switches the watchdog off")
 
 
 @dataclass
 class SecurityConfig:
-    """Import prefixes that ``_target_`` may name, beside the built-in ones."""
+    """Import prefixes that ``_target_`` may name, in addition to the built-in ones."""
 
     allowed_targets: list[str] = field(default_factory=list)
 

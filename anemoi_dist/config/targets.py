@@ -1,8 +1,8 @@
-"""From a ``_target_`` to the object it names, for names that the allow-list covers.
+"""Import of the object that a ``_target_`` names, if the allow-list covers it.
 
-A configuration may come from anywhere, and importing a name runs code. So a name is compared with the allow-list
-before anything is imported, each module that it leads through is compared again, and so is the canonical name of what
-it leads to: ``torch.optim.lr_scheduler.types.FunctionType`` starts well and ends in ``builtins``.
+A configuration may come from an untrusted source, and importing a name runs code. So a name is checked against the
+allow-list before anything is imported; each module on its path is checked again, and so is the canonical name of the
+object found: ``torch.optim.lr_scheduler.types.FunctionType`` begins with an allowed prefix and ends in ``builtins``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from anemoi_dist.errors import ConfigError
 
 BUILT_IN_ALLOWED = ("torch.optim", "timm.scheduler", "anemoi_dist", "anemoi.models")
 
-#: Names of anemoi-training for what is ours here.
+#: Names of anemoi-training -> names of the same objects here.
 ALIASES = {"anemoi.training.optimizers.AdEMAMix.AdEMAMix": "anemoi_dist.optimizers.ademamix.AdEMAMix"}
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -38,17 +38,17 @@ def resolve_target(
     key : str
         The configuration key that holds it, for error messages.
     allowed : Iterable[str]
-        Import paths that the user allows (``security.allowed_targets``), beside :data:`BUILT_IN_ALLOWED`. Each
-        covers itself and whatever lies below it.
+        Import paths that the user allows (``security.allowed_targets``) in addition to :data:`BUILT_IN_ALLOWED`. Each
+        covers itself and everything below it.
     base : type or tuple[type, ...]
-        What a class must derive from. Whatever the user has not allowed must be such a class: a function of an allowed
-        package may do anything with its arguments, call what they name for one.
+        Required base class. Built-in targets must be such classes: a function of an allowed package could do anything
+        with its arguments, for example call an object that they name.
 
     Raises
     ------
     ConfigError
-        The name is no import path, is not allowed (nothing of it has been imported then), does not exist, is not
-        callable, is no class of the right kind, or is another name for something that is not allowed.
+        The name is not an import path, is not allowed (then nothing has been imported), does not exist, is not
+        callable, is not a class of the required kind, or is another name of an object that is not allowed.
     """
     trusted = _checked_prefixes(allowed)
     prefixes = (*BUILT_IN_ALLOWED, *trusted)
@@ -60,7 +60,7 @@ def resolve_target(
     target = _walk(name, key=key, prefixes=prefixes)
     if not callable(target):
         raise ConfigError(key, name, f"must name a class or function, not a {type(target).__name__}")
-    # An instance or a partial has no name of its own, so nothing says where it is from.
+    # An instance or a partial has no name of its own, so its origin cannot be checked and it is refused.
     canonical = f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', None)}"
     if not is_below(canonical, prefixes):
         raise _refusal(key, name, canonical, prefixes)
@@ -77,7 +77,7 @@ def resolve_target(
 
 
 def nested_targets(node: Any, *, key: str) -> Iterator[tuple[str, Any]]:
-    """Yield the key and the value of every ``_target_`` below ``node``: Hydra would call them, whatever they are."""
+    """Yield key and value of every ``_target_`` below ``node``: Hydra would call each of them unchecked."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             if name == "_target_":
@@ -94,7 +94,7 @@ def _as_tuple(base: type | tuple[type, ...]) -> tuple[type, ...]:
 
 
 def _walk(name: str, *, key: str, prefixes: tuple[str, ...]) -> Any:
-    """Go from the first module to the object, importing only modules that are allowed or lead to an allowed name."""
+    """Walk from the first module to the object; modules on the way are imported only if the allow-list covers them."""
     parts = name.split(".")
     target: Any
     target, done = _first_module(name, key=key, prefixes=prefixes)
@@ -123,7 +123,7 @@ def _first_module(name: str, *, key: str, prefixes: tuple[str, ...]) -> tuple[Mo
         try:
             module = importlib.import_module(path)
         except ModuleNotFoundError as error:
-            # A prefix may name a class: then the module is what lies above it.
+            # A prefix may name a class; its module is then one level up.
             if error.name != path or depth == 1:
                 raise ConfigError(
                     key, name, f"cannot be imported: {error}", fix="install it, or correct the path"

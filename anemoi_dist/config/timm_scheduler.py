@@ -34,7 +34,7 @@ def load_timm_scheduler() -> ModuleType:
     if spec is None:
         raise PreflightError("timm is not installed; its scheduler needs nothing else: pip install --no-deps timm")
     before = set(sys.modules)
-    # Never executed: all that an import of a submodule needs of its package is __path__.
+    # The package itself is never executed: importing a submodule needs only its __path__.
     sys.modules["timm"] = importlib.util.module_from_spec(spec)
     try:
         return importlib.import_module(_NAME)

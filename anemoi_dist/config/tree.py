@@ -13,7 +13,7 @@ Tree = dict[str, Any]
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of everything that is not a mapping with entries; a list is one leaf."""
+    """Yield (dotted key, value) of every leaf; a list or an empty mapping is one leaf."""
     if isinstance(node, dict) and node:
         for name, value in node.items():
             yield from leaves(value, f"{prefix}.{name}" if prefix else str(name))
@@ -27,7 +27,7 @@ def is_below(key: str, nodes: Iterable[str]) -> bool:
 
 
 def read_yaml(file: Path) -> Tree:
-    """Read a YAML file as Hydra does (dates stay texts), interpolations left alone."""
+    """Read a YAML file as Hydra does (dates stay texts), without resolving interpolations."""
     # Most users of this module read no file; both imports would slow down commands such as status.
     import yaml
     from omegaconf import OmegaConf
@@ -59,7 +59,7 @@ def find(container: Any, key: str) -> tuple[bool, Any]:
 
 
 def place(container: Tree, key: str, value: Any) -> None:
-    """Set the dotted ``key``; mappings on the way are created, a scalar on the way gives way to one."""
+    """Set the dotted ``key``; missing mappings on its path are created, and a scalar there is replaced by one."""
     *parents, last = key.split(".")
     node: Any = container
     for name in parents:

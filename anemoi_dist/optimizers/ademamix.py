@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from anemoi_dist.config.optimizer_states import AVERAGES
+from anemoi_dist.config.optimizer_states import EMA_STATES
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import gpu, implementations
 from anemoi_dist.optimizers.options import checked_options, narrow_states
@@ -60,7 +60,7 @@ from anemoi_dist.optimizers.update import (
 )
 
 __all__ = [
-    "AVERAGES",
+    "EMA_STATES",
     "AdEMAMix",
     "UpdateScalars",
     "ademamix_update",
@@ -236,7 +236,7 @@ class AdEMAMix(Optimizer):
                 local = p.to_local() if isinstance(p, DTensor) else p
                 fast, slow, square = (
                     torch.empty_like(local, dtype=_ema_dtype(name, p, group), requires_grad=False, device="meta")
-                    for name in AVERAGES
+                    for name in EMA_STATES
                 )
                 names[implementations.select(ParamTensors(local, local, fast, slow, square), group)] += 1
         return dict(names)
@@ -276,7 +276,7 @@ class AdEMAMix(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float64, device=p.device if group["capturable"] else "cpu")
         elif state["step"].dtype != torch.float64:  # float32, in what others saved, counts to 2^24 only
             state["step"] = state["step"].double()
-        for name in AVERAGES if group["betas"][0] else AVERAGES[1:]:
+        for name in EMA_STATES if group["betas"][0] else EMA_STATES[1:]:
             if name not in state:
                 state[name] = torch.zeros_like(p, dtype=_ema_dtype(name, p, group), requires_grad=False)
         return state
@@ -435,7 +435,7 @@ class _Hidden:
 
 def _hide_ema_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     hidden = {
-        key: {name: _Hidden(x) if name in AVERAGES and isinstance(x, Tensor) else x for name, x in state.items()}
+        key: {name: _Hidden(x) if name in EMA_STATES and isinstance(x, Tensor) else x for name, x in state.items()}
         if isinstance(state, dict)
         else state
         for key, state in state_dict["state"].items()
@@ -449,9 +449,9 @@ def _hide_ema_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[s
 
 def _ema_dtypes(states: Mapping[Any, Any]) -> dict[str, set[torch.dtype]]:
     """Return the types of the EMA states in a state dictionary's, or an optimizer's, states."""
-    found: dict[str, set[torch.dtype]] = {name: set() for name in AVERAGES}
+    found: dict[str, set[torch.dtype]] = {name: set() for name in EMA_STATES}
     for state in states.values():
-        for name in AVERAGES:
+        for name in EMA_STATES:
             if isinstance(state, dict) and isinstance(x := state.get(name), Tensor):
                 found[name].add(x.dtype)
     return {name: dtypes for name, dtypes in found.items() if dtypes}
@@ -459,7 +459,7 @@ def _ema_dtypes(states: Mapping[Any, Any]) -> dict[str, set[torch.dtype]]:
 
 def _normalize_loaded_state(p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
     """Bring the state of one parameter, loaded from wherever, into the form that this class keeps."""
-    for name in AVERAGES:
+    for name in EMA_STATES:
         if isinstance(state.get(name), _Hidden):
             state[name] = state[name].tensor.to(device=p.device, dtype=_ema_dtype(name, p, group))
         elif name in state and state[name] is None:  # Apple's way of saying beta1 = 0

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.ademamix import (
-    AVERAGES,
+    EMA_STATES,
     AdEMAMix,
     ademamix_update,
     device_scalars,
@@ -192,12 +192,12 @@ def test_narrow_parameters_keep_wide_averages(dtype, options):
     run(optimizer, params, rows)
     for p in params:
         assert p.dtype == dtype
-        assert {optimizer.state[p][name].dtype for name in AVERAGES} == {torch.float32}
+        assert {optimizer.state[p][name].dtype for name in EMA_STATES} == {torch.float32}
 
     loaded = AdEMAMix([p.clone() for p in params], **options)
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for p, q in zip(params, loaded.param_groups[0]["params"], strict=True):
-        for name in AVERAGES:
+        for name in EMA_STATES:
             assert loaded.state[q][name].dtype == torch.float32
             assert torch.equal(loaded.state[q][name], optimizer.state[p][name])
 
@@ -216,7 +216,7 @@ def test_float64_parameters_have_float64_averages():
     p = torch.ones(2, dtype=torch.float64)
     optimizer = AdEMAMix([p])
     run(optimizer, [p], [[torch.ones(2, dtype=torch.float64)]])
-    assert {optimizer.state[p][name].dtype for name in AVERAGES} == {torch.float64}
+    assert {optimizer.state[p][name].dtype for name in EMA_STATES} == {torch.float64}
 
 
 def test_no_fast_average_without_beta1():
@@ -321,7 +321,7 @@ def test_init_state_creates_what_is_missing():
     optimizer.init_state(p)
     assert {k: (v.dtype, v.shape) for k, v in optimizer.state[p].items()} == {
         "step": (torch.float64, ()),
-        **dict.fromkeys(AVERAGES, (torch.float32, (3,))),
+        **dict.fromkeys(EMA_STATES, (torch.float32, (3,))),
     }
     optimizer.state[p]["exp_avg_sq"].fill_(2.0)
     optimizer.init_state(p)

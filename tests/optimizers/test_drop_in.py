@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from anemoi_dist.optimizers import AdEMAMix, schedule_values
-from anemoi_dist.optimizers.ademamix import AVERAGES
+from anemoi_dist.optimizers.ademamix import EMA_STATES
 
 from .test_implementations import WARM
 
@@ -37,7 +37,7 @@ def test_dcp_does_not_advance_the_schedules(lr, eps):
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = AdEMAMix(model.parameters(), **{**WARM, "lr": lr, "eps": eps})
     seen = get_optimizer_state_dict(model, optimizer)
-    assert seen["state"]["0.weight"].keys() == {"step", *AVERAGES}
+    assert seen["state"]["0.weight"].keys() == {"step", *EMA_STATES}
     assert seen["state"]["0.weight"]["step"] == 0
     assert schedule_values(optimizer)["alpha"] == 0.0
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
@@ -77,7 +77,7 @@ def _through_dcp(world, dtype):
     # A copy: like every optimizer of torch, this one keeps the tensors that it loads.
     set_optimizer_state_dict(resumed, other, copy.deepcopy(get_optimizer_state_dict(model, optimizer)))
     for state in other.state.values():
-        assert {state[name].dtype for name in AVERAGES} == {torch.float32}
+        assert {state[name].dtype for name in EMA_STATES} == {torch.float32}
         assert state["step"] == 4
     for m, o in ((model, optimizer), (resumed, other)):
         train(m, o, range(4, 8))
@@ -177,12 +177,12 @@ def _sharded_states(world, state_dtype):
         for index, p in enumerate(params):
             p.grad = distribute_tensor(_given(index, p.numel(), step).view(p.shape), p.device_mesh, p.placements)
         optimizer.step()
-    return [[x.detach().full_tensor() for x in (p, *(optimizer.state[p][name] for name in AVERAGES))] for p in params]
+    return [[x.detach().full_tensor() for x in (p, *(optimizer.state[p][name] for name in EMA_STATES))] for p in params]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_fsdp2_rounds_states_as_one_process_does(ranks, num_ranks):
-    state_dtype = dict.fromkeys(AVERAGES, "bf16")
+    state_dtype = dict.fromkeys(EMA_STATES, "bf16")
     params = list(make_model().parameters())
     optimizer = AdEMAMix(params, state_dtype=state_dtype, **WARM)
     for step in range(5):
@@ -191,7 +191,7 @@ def test_fsdp2_rounds_states_as_one_process_does(ranks, num_ranks):
         optimizer.step()
     for result in ranks(num_ranks).run(_sharded_states, state_dtype):
         for p, tensors in zip(params, result, strict=True):
-            for x, y in zip(tensors, (p, *(optimizer.state[p][name] for name in AVERAGES)), strict=True):
+            for x, y in zip(tensors, (p, *(optimizer.state[p][name] for name in EMA_STATES)), strict=True):
                 assert x.dtype == y.dtype and torch.equal(x, y)
 
 

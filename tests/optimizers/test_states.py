@@ -11,14 +11,14 @@ from omegaconf import OmegaConf
 
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import AdEMAMix, create_optimizer, native, rounding
-from anemoi_dist.optimizers.ademamix import AVERAGES
+from anemoi_dist.optimizers.ademamix import EMA_STATES
 from anemoi_dist.optimizers.rounding import ElementRange, random_words, range_table, round_to_bfloat16
 from anemoi_dist.optimizers.update import ParamTensors, ademamix_update
 
 from .problems import random_problem, run
 from .test_implementations import WARM, assert_equal, exact_sqrt, needs_c, scalars_at  # noqa: F401, the fixture
 
-ALL = dict.fromkeys(AVERAGES, "bf16")
+ALL = dict.fromkeys(EMA_STATES, "bf16")
 #: Which of m1, m2 and nu are bfloat16.
 NARROW = [x for x in itertools.product((False, True), repeat=3) if any(x)]
 SIZES = (1, 63, 64, 65, 1000, 16_385, 40_000)
@@ -198,7 +198,7 @@ def test_the_optimizer_takes_the_same_steps_on_every_path(options, state_dtype):
     run(two, others, rows)
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-        for name in AVERAGES:
+        for name in EMA_STATES:
             x, y = one.state[p][name], two.state[q][name]
             assert x.dtype == y.dtype
             # The device's numbers are rounded to float32 before they are used, the host's by each operation.
@@ -218,7 +218,7 @@ def relative(x, y):
         ("fp32", 0.9, set()),
         ("bf16", 0.9, {"exp_avg_fast", "exp_avg_sq"}),
         ("bf16", 0.0, {"exp_avg_sq"}),
-        (ALL, 0.9, set(AVERAGES)),
+        (ALL, 0.9, set(EMA_STATES)),
         ({"exp_avg_slow": "bf16"}, 0.9, {"exp_avg_slow"}),
         ({}, 0.9, set()),
         (OmegaConf.create({"exp_avg_sq": "bf16", "exp_avg_fast": "fp32"}), 0.0, {"exp_avg_sq"}),
@@ -230,7 +230,7 @@ def test_the_states_are_what_is_asked_for(state_dtype, beta1, narrow, dtype):
     optimizer = AdEMAMix([p], betas=(beta1, 0.999, 0.9999), state_dtype=state_dtype)
     run(optimizer, [p], [[torch.ones(1000, dtype=dtype)]])
     state = {name: x for name, x in optimizer.state[p].items() if name != "step"}
-    assert state.keys() == (set(AVERAGES) if beta1 else set(AVERAGES[1:]))
+    assert state.keys() == (set(EMA_STATES) if beta1 else set(EMA_STATES[1:]))
     assert {name for name, x in state.items() if x.dtype == torch.bfloat16} == narrow
     assert sum(x.nbytes for x in state.values()) == 1000 * (4 * len(state) - 2 * len(narrow))
     text = pickle.dumps(optimizer)
@@ -244,9 +244,9 @@ def test_the_states_are_what_is_asked_for(state_dtype, beta1, narrow, dtype):
         ({"state_dtype": "int8"}, "(?s)8 bits .*valid: fp32, bf16"),
         ({"state_dtype": None}, "valid: fp32, bf16"),
         ({"state_dtype": torch.bfloat16}, "valid: fp32, bf16"),
-        ({"state_dtype": {"exp_avg": "bf16"}}, "(?s)is no average.*valid: exp_avg_fast"),
+        ({"state_dtype": {"exp_avg": "bf16"}}, "(?s)is no EMA state.*valid: exp_avg_fast"),
         ({"state_dtype": {"exp_avg_slow": "fp8"}}, "state_dtype.exp_avg_slow"),
-        ({"state_dtype": ALL, "betas": (0.0, 0.99, 0.999)}, "no fast average"),
+        ({"state_dtype": ALL, "betas": (0.0, 0.99, 0.999)}, "no fast EMA"),
         ({"state_dtype": "bf16", "foreach": True}, "can't be done by foreach"),
         ({"state_dtype": ALL, "implementation": "foreach"}, "can't be done by foreach"),
     ],
@@ -301,7 +301,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(state_dtype):
     run(resumed, copies, rows)
     for p, q in zip(params, copies, strict=True):
         assert torch.equal(p, q)
-        assert all(torch.equal(optimizer.state[p][name], resumed.state[q][name]) for name in AVERAGES)
+        assert all(torch.equal(optimizer.state[p][name], resumed.state[q][name]) for name in EMA_STATES)
 
 
 def test_another_type_of_states_is_converted_and_said():

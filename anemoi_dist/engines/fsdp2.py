@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, clipped, local, step_only
+from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, local, step_only
 from anemoi_dist.optimizers.norm import squared_norms, sum_of_squares
 from anemoi_dist.tasks.base import Batch
 
@@ -83,8 +83,7 @@ class Fsdp2Engine(ShardedEngine):
         norm = square.sqrt().float()
         value, skipped = float(norm), not bool(norm.isfinite())
         if not skipped:
-            limit = self.config.training.clip_grad_norm
-            with clipped(self.optimizer, list(gradients.values()), norm=norm, limit=limit):
+            with self.clipped(list(gradients.values()), norm=norm):
                 self._step()
         self.optimizer.zero_grad(set_to_none=True)
         return value, skipped

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, clipped
+from anemoi_dist.engines.sharded import LocalShard, ShardedEngine
 from anemoi_dist.optimizers.norm import squared_norms
 from anemoi_dist.tasks.base import Batch
 
@@ -38,29 +38,33 @@ class DdpEngine(ShardedEngine):
             loss.backward()
 
     def _update(self) -> tuple[float, bool]:
-        return step_replicated(self.optimizer, self.module, limit=self.config.training.clip_grad_norm)
+        return step_replicated(self)
 
     def local_shards(self) -> Iterator[LocalShard]:
         """Yield every parameter whole."""
         yield from replicated_shards(self.module)
 
 
-def replicated_shards(module: torch.nn.Module) -> Iterator[LocalShard]:
-    """Yield the parameters of a module that every rank holds whole."""
+def replicated_shards(module: torch.nn.Module, *, frozen_only: bool = False) -> Iterator[LocalShard]:
+    """Yield the parameters of a module that every rank holds whole: all, or those without gradient."""
     for name, parameter in module.named_parameters():
-        yield LocalShard(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, replicated=True)
+        if not (frozen_only and parameter.requires_grad):
+            yield LocalShard(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, replicated=True)
 
 
-def step_replicated(
-    optimizer: torch.optim.Optimizer, module: torch.nn.Module, *, limit: float | None
-) -> tuple[float, bool]:
-    """Clip and step gradients that are already the same on every rank; skip where they are not finite."""
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+def step_replicated(engine: ShardedEngine) -> tuple[float, bool]:
+    """Clip and step gradients that are already the same on every rank; skip where they are not finite.
+
+    Returns
+    -------
+    tuple[float, bool]
+        L2 norm of the gradient, and whether the update was skipped.
+    """
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     norm = squared_norms(gradients).sum().sqrt().float()
-    value = float(norm)
-    skipped = not norm.isfinite()
+    skipped = not bool(norm.isfinite())
     if not skipped:
-        with clipped(optimizer, gradients, norm=norm, limit=limit):
-            optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return value, bool(skipped)
+        with engine.clipped(gradients, norm=norm):
+            engine.optimizer.step()
+    engine.optimizer.zero_grad(set_to_none=True)
+    return float(norm), skipped

@@ -24,9 +24,11 @@ from anemoi_dist.config.schema import Config
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import MemoryReport, StepReport
 from anemoi_dist.errors import CheckpointError, ConfigError
-from anemoi_dist.optimizers.ademamix import AdEMAMix, conversions, schedule_values
+from anemoi_dist.optimizers.ademamix import conversions, schedule_values
+from anemoi_dist.optimizers.capabilities import Capabilities, capabilities
 from anemoi_dist.optimizers.learning_rate import set_num_updates
 from anemoi_dist.optimizers.rounding import ElementRange
+from anemoi_dist.optimizers.schedules import late_start
 from anemoi_dist.tasks.base import Batch, TaskModule
 from anemoi_dist.telemetry.heartbeat import beat
 
@@ -84,6 +86,7 @@ class ShardedEngine(ABC):
     """
 
     optimizer: torch.optim.Optimizer
+    capabilities: Capabilities
     #: torch's optimizers that cannot be right here: LBFGS calls the model again from inside its step, SparseAdam wants
     #: sparse gradients, and Adafactor's factored states are neither of the parameter's shape nor element-wise.
     refused_optimizers: tuple[str, ...] = ("LBFGS", "SparseAdam", "Adafactor")
@@ -189,7 +192,7 @@ class ShardedEngine(ABC):
         """
         options = self.config.checkpoint
         matched = match(source, self._declared, rename=options.rename, allow_missing=options.allow_missing)
-        if hasattr(self.optimizer, "init_state"):  # all its states are there
+        if self.capabilities.has_all_states:
             matched.select_states(self._held_states().keys(), FROM_ADAMW)
         for note in [*matched.notes(), *self._notes_on_states(matched, num_updates)]:
             warnings.warn(note, stacklevel=2)
@@ -242,6 +245,19 @@ class ShardedEngine(ABC):
 
     # Helpers
 
+    @contextmanager
+    def clipped(self, gradients: Sequence[torch.Tensor], *, norm: torch.Tensor) -> Iterator[None]:
+        """Clip ``gradients``, of global L2 ``norm``, for the optimizer steps in here: in its update or in a pass."""
+        limit = self.config.training.clip_grad_norm
+        if limit is None or float(norm) <= limit:
+            yield
+            return
+        self.capabilities.scale_gradients(gradients, clip_coefficient(norm, limit))
+        try:
+            yield
+        finally:
+            self.capabilities.reset_scale()
+
     def _create_optimizer(self) -> None:
         created = self.module.configure_optimizers()
         self.optimizer = created["optimizer"]
@@ -253,7 +269,8 @@ class ShardedEngine(ABC):
                 f"does not work with engine={self.config.engine.spec.name}",
                 fix="take an element-wise optimizer (AdEMAMix, AdamW, SGD, ...)",
             )
-        if self.config.engine.overlap and not (issubclass(kind, AdEMAMix) or kind.__module__.startswith("torch.optim")):
+        self.capabilities = capabilities(self.optimizer)
+        if self.config.engine.overlap and not self.capabilities.counts_per_parameter:
             raise ConfigError(
                 "engine.overlap",
                 True,
@@ -265,22 +282,17 @@ class ShardedEngine(ABC):
 
     def _create_states(self) -> None:
         """Let the optimizer allocate now: what does not fit fails here, and memory() is right from the start."""
-        if init_state := getattr(self.optimizer, "init_state", None):
-            for group in self.optimizer.param_groups:
-                for owner in group["params"]:
-                    init_state(owner)
+        self.capabilities.allocate_states()
 
     def _set_element_ranges(self) -> None:
         """Tell the optimizer which parameters' elements it steps: what it rounds at random must not depend on ranks."""
-        if not isinstance(self.optimizer, AdEMAMix):
-            return
-        placed: dict[torch.Tensor, list[ElementRange]] = {}
+        held: dict[torch.Tensor, list[ElementRange]] = {}
         for shard in self.local_shards():
             if shard.fqn in self._trained:
-                held = ElementRange(shard.fqn, shard.offset, shard.start, shard.numel)
-                placed.setdefault(shard.owner, []).append(held)
-        for owner, ranges in placed.items():
-            self.optimizer.set_element_ranges(owner, ranges, seed=self.config.run.seed)
+                element_range = ElementRange(shard.fqn, shard.offset, shard.start, shard.numel)
+                held.setdefault(shard.owner, []).append(element_range)
+        for owner, ranges in held.items():
+            self.capabilities.set_element_ranges(owner, ranges, seed=self.config.run.seed)
 
     def _held_states(self) -> dict[str, set[torch.dtype]]:
         """Return the types of the optimizer's states that there are now, by their names."""
@@ -324,13 +336,8 @@ class ShardedEngine(ABC):
         if not saved or not absent:
             return notes
         note = f"the checkpoint has no {', '.join(absent)}: they start at zero"
-        group = self.optimizer.param_groups[0]
-        warms_up = group.get("alpha_warmup") or group.get("beta3_warmup")
-        if "exp_avg_slow" in absent and warms_up and not group["schedule_start"]:
-            note += (
-                f"; this goes on at step {num_updates}, but the warm-ups of alpha and beta3 count from step 0: set "
-                f"++training.optimizer.schedule_start={num_updates}"
-            )
+        if "exp_avg_slow" in absent:
+            note += late_start(self.optimizer.param_groups[0], num_updates=num_updates)
         return [*notes, note]
 
     def _begins(self, shard: LocalShard, available: Mapping[tuple[str, str], TensorInfo], kinds: Sequence[str]) -> bool:
@@ -338,7 +345,7 @@ class ShardedEngine(ABC):
         if shard.fqn not in self._trained or any((shard.fqn, kind) in available for kind in kinds):
             return False
         # An optimizer that creates states at the first gradient has not met one: it still creates it then.
-        return (shard.fqn, "param") not in available or hasattr(self.optimizer, "init_state")
+        return (shard.fqn, "param") not in available or self.capabilities.has_all_states
 
     def _begin_state(self, source: ShardSource, shard: LocalShard, kind: str, *, is_counter: bool) -> None:
         """Start the state of a parameter that the checkpoint has none of: EMA states at zero, at the others' step.
@@ -384,29 +391,9 @@ class ShardedEngine(ABC):
                 yield name, buffer
 
 
-def clip_coefficient(norm: torch.Tensor, limit: float | None) -> torch.Tensor:
+def clip_coefficient(norm: torch.Tensor, limit: float) -> torch.Tensor:
     """Return the factor that brings a gradient of L2 ``norm`` down to ``limit``; 1 where it is within."""
-    if limit is None:
-        return torch.ones_like(norm)
     return (limit / (norm + 1e-6)).clamp(max=1.0)
-
-
-@contextmanager
-def clipped(
-    optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor], *, norm: torch.Tensor, limit: float | None
-) -> Iterator[None]:
-    """Let ``optimizer`` step in here with gradients clipped to ``limit``: inside its update, or in a pass before it."""
-    if limit is None or float(norm) <= limit:
-        yield
-    elif isinstance(optimizer, AdEMAMix):
-        optimizer.grad_scale = clip_coefficient(norm, limit).reciprocal()
-        try:
-            yield
-        finally:
-            del optimizer.grad_scale
-    else:
-        torch._foreach_mul_(list(gradients), clip_coefficient(norm, limit))
-        yield
 
 
 def step_only(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:

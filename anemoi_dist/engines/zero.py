@@ -20,10 +20,9 @@ import torch.distributed as dist
 from anemoi_dist.checkpoint.shard import TensorInfo
 from anemoi_dist.engines.memory_estimate import REDUCE_BUCKET
 from anemoi_dist.engines.replicated import replicated_shards, step_replicated
-from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, clip_coefficient, clipped, step_only
+from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, clip_coefficient, step_only
 from anemoi_dist.engines.zero_gradients import GradientPartitions
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.optimizers.ademamix import AdEMAMix
 from anemoi_dist.optimizers.norm import squared_norms
 from anemoi_dist.tasks.base import Batch
 
@@ -92,7 +91,7 @@ class Zero0Engine(_ZeroEngine):
         self._initialize(self._base_config() | {"zero_optimization": {"stage": 0}})
 
     def _update(self) -> tuple[float, bool]:
-        norm, skipped = step_replicated(self.optimizer, self.module, limit=self.config.training.clip_grad_norm)
+        norm, skipped = step_replicated(self)
         self._engine.micro_steps += 1  # what engine.step() would have counted
         return norm, skipped
 
@@ -132,20 +131,6 @@ class _PartitionedEngine(_ZeroEngine):
         for master, own in zip(masters, working, strict=True):
             if own.dtype == master.dtype and own.device == master.device:
                 master.data = own.data
-
-    def _attach_grad(self, partition: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Let the optimizer see ``gradient`` as that of ``partition``, as it is where it can read its type."""
-        if gradient.dtype != partition.dtype:
-            if isinstance(self.optimizer, AdEMAMix) and hasattr(partition, "grad_dtype"):
-                partition.grad_dtype = gradient.dtype
-            else:
-                gradient = gradient.to(partition.dtype)
-        partition.grad = gradient
-
-    def _frozen_shards(self) -> Iterator[LocalShard]:
-        for name, parameter in self.module.named_parameters():
-            if not parameter.requires_grad:
-                yield LocalShard(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, replicated=True)
 
 
 @dataclass(frozen=True)
@@ -211,8 +196,7 @@ class Zero12Engine(_PartitionedEngine):
         self._buckets = list(self._cut(overlap=overlap))
         for index, group in enumerate(self.optimizer.param_groups):
             group["params"] = [bucket.parameter for bucket in self._buckets if bucket.index == index]
-        if isinstance(self.optimizer, AdEMAMix):
-            self.optimizer.copies = {b.parameter: b.working[self.world.rank] for b in self._buckets if not b.is_own}
+        self.capabilities.set_copies({b.parameter: b.working[self.world.rank] for b in self._buckets if not b.is_own})
         zero.step = self._step
 
     def _cut(self, *, overlap: bool) -> Iterator[_Bucket]:
@@ -256,16 +240,14 @@ class Zero12Engine(_PartitionedEngine):
     def _step_buckets(self, norm: torch.Tensor) -> None:
         """Step each bucket and gather its working parameters, meanwhile or at the end."""
         for bucket in self._buckets:
-            self._attach_grad(bucket.parameter, bucket.gradient)
+            self.capabilities.attach_grad(bucket.parameter, bucket.gradient)
         gradients = [bucket.parameter.grad for bucket in self._buckets if bucket.parameter.grad is not None]
         under_way: list[Any] = []
-        with clipped(self.optimizer, gradients, norm=norm, limit=self.config.training.clip_grad_norm):
+        with self.clipped(gradients, norm=norm):
             for bucket in self._buckets:
                 step_only(self.optimizer, [bucket.parameter])
                 bucket.parameter.grad = None
-                own = bucket.working[self.world.rank]
-                if not (bucket.is_own or isinstance(self.optimizer, AdEMAMix)):
-                    own.copy_(bucket.parameter)
+                self.capabilities.finish_copies(bucket.parameter)
                 if self.world.world_size > 1:
                     under_way += self._begin_gather(bucket)
         for work in under_way:
@@ -298,7 +280,7 @@ class Zero12Engine(_PartitionedEngine):
                         bucket.parameter,
                         low - bucket.begin,
                     )
-        yield from self._frozen_shards()
+        yield from replicated_shards(self.module, frozen_only=True)
 
     def _after_load(self) -> None:
         self._zero.update_lp_params()
@@ -322,13 +304,13 @@ class Zero3Engine(_PartitionedEngine):
             self._alias_masters(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
             zero._prepare_fp32_grad_for_sub_group = self._attach_sub_group_grad
             zero._get_norm_groups = self._norms
-        if not isinstance(self.optimizer, AdEMAMix):
+        if not self.capabilities.is_fused:
             return
         # DeepSpeed calls it for each partition right before it steps that one; its own is a pass over the gradient.
         zero.unscale_and_clip_grads = self._scale_in_update
         flat = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True)
         if not zero.offload_optimizer:
-            self.optimizer.copies = {p: w for p, w in flat if w.data_ptr() != p.data_ptr()}
+            self.capabilities.set_copies({p: w for p, w in flat if w.data_ptr() != p.data_ptr()})
             # They are views of what the update writes; DeepSpeed copies to it once more and makes the views anew.
             zero._reassign_or_swap_out_partitioned_parameters = lambda sub_group: None
 
@@ -336,14 +318,13 @@ class Zero3Engine(_PartitionedEngine):
         """Leave clipping to the update. There is no loss scale to undo: nothing runs in fp16."""
         limit = self.config.training.clip_grad_norm
         if limit is not None:
-            assert isinstance(self.optimizer, AdEMAMix)
-            self.optimizer.grad_scale = clip_coefficient(norm, limit).reciprocal()
+            self.capabilities.scale_gradients([], clip_coefficient(norm, limit))
 
     def _attach_sub_group_grad(self, sub_group: int) -> None:
         """Let a partition's gradient be its part of DeepSpeed's buffer, not an fp32 copy of that."""
         zero = self._zero
         partition = zero.fp32_partitioned_groups_flat[sub_group]
-        self._attach_grad(partition, self._gradients(sub_group))
+        self.capabilities.attach_grad(partition, self._gradients(sub_group))
         zero.averaged_gradients[sub_group] = None
 
     def _gradients(self, sub_group: int) -> torch.Tensor:
@@ -381,7 +362,7 @@ class Zero3Engine(_PartitionedEngine):
 
     def _update(self) -> tuple[float, bool]:
         self._engine.step()
-        vars(self.optimizer).pop("grad_scale", None)
+        self.capabilities.reset_scale()
         for partition in self._zero.fp32_partitioned_groups_flat:  # with offload they keep theirs on the CPU
             if partition.grad is not None:
                 partition.grad.zero_()

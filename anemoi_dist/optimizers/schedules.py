@@ -76,6 +76,24 @@ def half_life(beta: float, *, form: str) -> float:
     return 0.0 if base == 0.0 else math.log(0.5) / math.log(base)
 
 
+def late_start(group: Mapping[str, Any], *, num_updates: int) -> str:
+    """Return advice for warm-ups that count from step 0 in a run whose slow EMA starts at ``num_updates``, or ``""``.
+
+    Parameters
+    ----------
+    group : Mapping[str, Any]
+        As in :func:`unfinished_warmups`.
+    num_updates : int
+        Optimizer steps done.
+    """
+    if not (group.get("alpha_warmup") or group.get("beta3_warmup")) or group.get("schedule_start"):
+        return ""
+    return (
+        f"; this goes on at step {num_updates}, but the warm-ups of alpha and beta3 count from step 0: set "
+        f"++training.optimizer.schedule_start={num_updates}"
+    )
+
+
 def unfinished_warmups(group: Mapping[str, Any], *, max_steps: int) -> list[str]:
     """Say which warm-ups of an AdEMAMix parameter group (or of its configuration) end after the run.
 

@@ -1,4 +1,4 @@
-"""Two checkpoints, tensor by tensor. No torch; a piece of two tensors is in memory at a time."""
+"""Two checkpoints, tensor by tensor. No torch; a chunk of two tensors is in memory at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anemoi_dist.checkpoint.arrays import pieces, to_float
+from anemoi_dist.checkpoint.arrays import chunks, to_float
 from anemoi_dist.checkpoint.manifest import TensorRecord
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 
@@ -72,7 +72,7 @@ def _describe(record: TensorRecord | None) -> str:
 def _compare(a: SavedCheckpoint, b: SavedCheckpoint, fqn: str, kind: str) -> tuple[int, float]:
     types = a.records[fqn, kind].dtype, b.records[fqn, kind].dtype
     count, largest = 0, 0.0
-    for ours, theirs in zip(pieces(a, fqn, kind), pieces(b, fqn, kind), strict=True):
+    for ours, theirs in zip(chunks(a, fqn, kind), chunks(b, fqn, kind), strict=True):
         if types[0] == types[1]:
             if ours.tobytes() == theirs.tobytes():
                 continue

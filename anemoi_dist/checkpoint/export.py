@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -10,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from anemoi_dist.checkpoint.arrays import FLOATS, pieces, to_dtype
-from anemoi_dist.checkpoint.manifest import ITEM_BYTES, TensorRecord
+from anemoi_dist.checkpoint.arrays import FLOATS, chunks, to_dtype
+from anemoi_dist.checkpoint.manifest import TensorRecord
+from anemoi_dist.checkpoint.safetensors_format import ITEM_BYTES, header
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.run.directory import fsync_directory
@@ -30,7 +30,7 @@ def export(
     checkpoint : SavedCheckpoint
         What to export; every block is verified as it is read.
     out : Path
-        ``.safetensors`` holds at most one piece of a tensor in memory, ``.pt`` everything that it writes.
+        ``.safetensors`` holds at most one chunk of a tensor in memory, ``.pt`` everything that it writes.
     with_optimizer : bool
         The optimizer's states too.
     dtype : str, optional
@@ -84,29 +84,22 @@ def _target(record: TensorRecord, dtype: str | None) -> str:
 def _write_safetensors(
     stream: BinaryIO, checkpoint: SavedCheckpoint, records: list[TensorRecord], dtype: str | None
 ) -> None:
-    # Widest types first: every tensor then starts at a multiple of its item size, as safetensors wants it.
+    # Widest types first, as `header` asks for.
     ordered = sorted(records, key=lambda record: -ITEM_BYTES[_target(record, dtype)])
     manifest = checkpoint.manifest
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "step": str(manifest.step), "save_id": manifest.save_id}}
-    offset = 0
+    entries = ((_name(record), _target(record, dtype), record.shape) for record in ordered)
+    metadata = {"format": "pt", "step": str(manifest.step), "save_id": manifest.save_id}
+    stream.write(header(entries, metadata=metadata))
     for record in ordered:
-        target = _target(record, dtype)
-        end = offset + record.numel * ITEM_BYTES[target]
-        header[_name(record)] = {"dtype": target, "shape": record.shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    for record in ordered:
-        for piece in pieces(checkpoint, record.fqn, record.kind):
-            stream.write(to_dtype(piece, record.dtype, _target(record, dtype)).data)
+        for values in chunks(checkpoint, record.fqn, record.kind):
+            stream.write(to_dtype(values, record.dtype, _target(record, dtype)).data)
 
 
 def _write_torch(stream: BinaryIO, checkpoint: SavedCheckpoint, records: list[TensorRecord], dtype: str | None) -> None:
     """Write a state dictionary; with states ``{"model": ..., "optimizer": {name: {kind: ...}}, "step": ...}``."""
     import torch
 
-    from anemoi_dist.checkpoint.dtypes import DTYPES
+    from anemoi_dist.checkpoint.shard import DTYPES
 
     weights: dict[str, Any] = {}
     states: dict[str, dict[str, Any]] = {}

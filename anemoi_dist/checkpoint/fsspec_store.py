@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 
-from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, Manifest
+from anemoi_dist.checkpoint.manifest import HASH_BLOCK_BYTES, MANIFEST_FILE, Manifest
 from anemoi_dist.errors import CheckpointError
 
 _SAVE_ID = re.compile(r"[0-9a-f]{16}")
@@ -30,7 +30,7 @@ class RemoteFile:
     def open(self, mode: str, *, buffering: int) -> Any:
         """Open it as a binary stream; a new one appears when the stream is closed."""
         del buffering  # fsspec's streams have their own
-        return self._filesystem.open(self._path, mode.replace("x", "w"), block_size=BLOCK_BYTES)
+        return self._filesystem.open(self._path, mode.replace("x", "w"), block_size=HASH_BLOCK_BYTES)
 
     def read_text(self, *, encoding: str) -> str:
         """Return what is in it."""

@@ -13,27 +13,15 @@ from typing import Any, TypedDict
 
 import xxhash
 
+from anemoi_dist.checkpoint.safetensors_format import ITEM_BYTES
 from anemoi_dist.errors import CheckpointError
 
 FORMAT = "anemoi-dist-checkpoint"
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TRAINER_FILE = "trainer.json"
-BLOCK_BYTES = 4 * 1024 * 1024
-
-#: Bytes of one element, by safetensors' names of the types that a checkpoint may hold.
-ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
+#: Bytes that are hashed at once, and the least that a reader has to read to trust a byte.
+HASH_BLOCK_BYTES = 4 * 1024 * 1024
 
 _FILE_NAME = re.compile(r"rank-\d{5,}\.safetensors")
 
@@ -177,7 +165,7 @@ class Manifest:
             if name != TRAINER_FILE and not _FILE_NAME.fullmatch(name):
                 raise CheckpointError(f"the manifest names a file {name!r}, which no checkpoint has")
             # A block without a hash would be read unverified.
-            if record.size_bytes < 0 or len(record.blocks) != -(-record.size_bytes // BLOCK_BYTES):
+            if record.size_bytes < 0 or len(record.blocks) != -(-record.size_bytes // HASH_BLOCK_BYTES):
                 raise CheckpointError(f"{name}: {len(record.blocks)} block hashes for {record.size_bytes} bytes")
         for tensor in self.tensors:
             if tensor.dtype not in ITEM_BYTES:

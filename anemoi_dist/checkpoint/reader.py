@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from anemoi_dist.checkpoint.dtypes import DTYPES
-from anemoi_dist.checkpoint.shard import TensorInfo
+from anemoi_dist.checkpoint.shard import DTYPES, TensorInfo
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 
 

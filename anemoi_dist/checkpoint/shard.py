@@ -8,6 +8,12 @@ from typing import Protocol
 
 import torch
 
+from anemoi_dist.checkpoint.safetensors_format import TYPES
+
+#: torch's types by safetensors' names.
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torch_name) for name, (torch_name, _) in TYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from anemoi_dist.checkpoint.manifest import MANIFEST_FILE, Manifest
-from anemoi_dist.run.directory import fsync_directory, write_atomically
+from anemoi_dist.config.tree import read_yaml
+from anemoi_dist.errors import ConfigError
+from anemoi_dist.run.directory import RunDirectory, fsync_directory, write_atomically
 
 _COMMITTED = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"step-\d{8,}\.[0-9a-f]{16}\.(tmp|broken)")
@@ -153,3 +155,35 @@ class LocalStore:
             else:
                 with suppress(OSError):
                     entry.unlink()
+
+
+def open_store(run: RunDirectory, url: str | None) -> Store:
+    """Return the store of a run: in its directory, or where its configuration says.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        Its directory exists.
+    url : str | None
+        ``checkpoint.url``.
+
+    Raises
+    ------
+    ConfigError
+        No installed fsspec driver reaches ``url``.
+    """
+    if url is None:
+        return LocalStore(run.checkpoints_dir)
+    # fsspec takes a tenth of a second to import, and most runs keep their checkpoints in their directory.
+    from anemoi_dist.checkpoint.fsspec_store import FsspecStore
+
+    try:
+        return FsspecStore(f"{url.rstrip('/')}/{run.run_id}")
+    except (ValueError, ImportError) as error:
+        raise ConfigError("checkpoint.url", url, str(error)) from error
+
+
+def store_of(run: RunDirectory) -> Store:
+    """Return the store of a run that exists, by its frozen configuration."""
+    frozen = read_yaml(run.config_file) if run.config_file.is_file() else {}
+    return open_store(run, (frozen.get("checkpoint") or {}).get("url"))

@@ -11,8 +11,7 @@ from typing import Any
 import xxhash
 
 from anemoi_dist.checkpoint.manifest import (
-    BLOCK_BYTES,
-    ITEM_BYTES,
+    HASH_BLOCK_BYTES,
     MANIFEST_FILE,
     TRAINER_FILE,
     FileRecord,
@@ -20,6 +19,7 @@ from anemoi_dist.checkpoint.manifest import (
     TensorRecord,
     TrainerState,
 )
+from anemoi_dist.checkpoint.safetensors_format import ITEM_BYTES
 from anemoi_dist.checkpoint.store import File, Folder
 from anemoi_dist.errors import CheckpointError
 from anemoi_dist.telemetry.heartbeat import beat
@@ -51,14 +51,14 @@ class VerifiedFile:
         if size_bytes != record.size_bytes:
             self._stream.close()
             raise CheckpointError(f"{path.name} has {size_bytes} bytes, the manifest says {record.size_bytes}")
-        self._buffer = memoryview(bytearray(min(BLOCK_BYTES, max(size_bytes, 1))))
+        self._buffer = memoryview(bytearray(min(HASH_BLOCK_BYTES, max(size_bytes, 1))))
         self._loaded: int | None = None
 
     def read_into(self, offset_bytes: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``offset_bytes`` on."""
         done = 0
         while done < len(out):
-            index, begin = divmod(offset_bytes + done, BLOCK_BYTES)
+            index, begin = divmod(offset_bytes + done, HASH_BLOCK_BYTES)
             size_bytes = self._block_bytes(index)
             if begin == 0 and len(out) - done >= size_bytes:  # a whole block: no copy
                 self._read_block(index, out[done : done + size_bytes])
@@ -79,11 +79,11 @@ class VerifiedFile:
             self._read_block(index, self._buffer[: self._block_bytes(index)])
 
     def _block_bytes(self, index: int) -> int:
-        return min(BLOCK_BYTES, self._record.size_bytes - index * BLOCK_BYTES)
+        return min(HASH_BLOCK_BYTES, self._record.size_bytes - index * HASH_BLOCK_BYTES)
 
     def _read_block(self, index: int, out: memoryview) -> None:
         beat()
-        begin = index * BLOCK_BYTES
+        begin = index * HASH_BLOCK_BYTES
         try:
             self._stream.seek(begin)
             done = 0
@@ -198,8 +198,8 @@ def _damages(path: File, record: FileRecord) -> Iterator[Damage]:
         stream.seek(0)
         found: Damage | None = None
         for index, expected in enumerate(record.blocks):
-            begin = index * BLOCK_BYTES
-            end = min(begin + BLOCK_BYTES, record.size_bytes)
+            begin = index * HASH_BLOCK_BYTES
+            end = min(begin + HASH_BLOCK_BYTES, record.size_bytes)
             if end > size_bytes:
                 break
             if xxhash.xxh3_128_hexdigest(_read(stream, end - begin)) != expected:

@@ -6,14 +6,12 @@ import json
 import secrets
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
 
 import torch
 import xxhash
 
-from anemoi_dist.checkpoint.dtypes import DTYPE_NAMES
 from anemoi_dist.checkpoint.manifest import (
-    BLOCK_BYTES,
+    HASH_BLOCK_BYTES,
     TRAINER_FILE,
     FileRecord,
     Manifest,
@@ -24,7 +22,8 @@ from anemoi_dist.checkpoint.manifest import (
     file_name,
 )
 from anemoi_dist.checkpoint.ranks import Ranks
-from anemoi_dist.checkpoint.shard import Shard
+from anemoi_dist.checkpoint.safetensors_format import header
+from anemoi_dist.checkpoint.shard import DTYPE_NAMES, Shard
 from anemoi_dist.checkpoint.store import File, Folder, Store, make_durable
 from anemoi_dist.checkpoint.verified import VerifiedFile
 from anemoi_dist.errors import CheckpointError
@@ -74,10 +73,10 @@ class HashingFile:
         """Hash and write, cut at block borders; both let go of the interpreter lock."""
         while len(view):
             # Small enough to be in the processor's cache still when the kernel copies it: a quarter of the time.
-            piece = view[: min(_PIECE_BYTES, BLOCK_BYTES - self._in_block)]
+            piece = view[: min(_PIECE_BYTES, HASH_BLOCK_BYTES - self._in_block)]
             self._block.update(piece)
             self._in_block += len(piece)
-            if self._in_block == BLOCK_BYTES:
+            if self._in_block == HASH_BLOCK_BYTES:
                 self._end_block()
             view = view[len(piece) :]
             while len(piece):
@@ -133,42 +132,26 @@ def write_shards(
     SaveCancelledError
         ``cancelled`` said so.
     """
-    # Widest types first: every tensor then starts at a multiple of its item size, as safetensors wants it.
+    # Widest types first, as `header` asks for.
     ordered = sorted(shards, key=lambda shard: -shard.tensor.element_size())
     file = HashingFile(path)
     try:
-        file.write(_header(ordered, save_id=save_id))
+        entries = ((f"{s.fqn}:{s.kind}:{s.start}", DTYPE_NAMES[s.tensor.dtype], s.tensor.shape) for s in ordered)
+        file.write(header(entries, metadata={"save_id": save_id}))
         records = []
         for shard in ordered:
             location = [path.name, shard.start, shard.tensor.numel(), file.size_bytes]
             dtype = DTYPE_NAMES[shard.tensor.dtype]
             records.append(TensorRecord(shard.fqn, shard.kind, list(shard.global_shape), dtype, [location]))
             data = _bytes_of(shard.tensor)
-            for begin in range(0, len(data), 8 * BLOCK_BYTES):
+            for begin in range(0, len(data), 8 * HASH_BLOCK_BYTES):
                 if cancelled():
                     raise SaveCancelledError("another rank could not write")
-                file.write(data[begin : begin + 8 * BLOCK_BYTES])
+                file.write(data[begin : begin + 8 * HASH_BLOCK_BYTES])
         return file.close(), records
     except BaseException:
         file.abandon()
         raise
-
-
-def _header(shards: Iterable[Shard], *, save_id: str) -> bytes:
-    """Return the length and the text that a safetensors file begins with."""
-    header: dict[str, Any] = {"__metadata__": {"save_id": save_id}}
-    offset = 0
-    for shard in shards:
-        end = offset + shard.tensor.nbytes
-        header[f"{shard.fqn}:{shard.kind}:{shard.start}"] = {
-            "dtype": DTYPE_NAMES[shard.tensor.dtype],
-            "shape": [shard.tensor.numel()],
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from anemoi_dist.checkpoint.locate import open_store
 from anemoi_dist.checkpoint.manifest import Origin
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.saver import Saver
 from anemoi_dist.checkpoint.select import Selection, select
+from anemoi_dist.checkpoint.store import open_store
 from anemoi_dist.config.batch import BatchPlan, plan_batches
 from anemoi_dist.config.schema import Config
 from anemoi_dist.data.loader import BatchLoader, build_loader

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anemoi_dist.checkpoint.compare import differences
-from anemoi_dist.checkpoint.locate import store_of
-from anemoi_dist.checkpoint.store import Folder
+from anemoi_dist.checkpoint.store import Folder, store_of
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import CheckpointError, ConfigError, ExitCode
 from anemoi_dist.telemetry.progress import format_bytes

@@ -17,7 +17,7 @@ from support import toy
 from support.saving import ORIGIN, SingleRank, read_all, save_values, shard
 
 from anemoi_dist.checkpoint import store as store_module
-from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, Manifest
+from anemoi_dist.checkpoint.manifest import HASH_BLOCK_BYTES, MANIFEST_FILE, Manifest
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.retention import Policy, prune
 from anemoi_dist.checkpoint.select import select
@@ -29,7 +29,7 @@ from anemoi_dist.errors import CheckpointError
 
 def save_one(folder: Path, *, step: int, fill: float = 1.0) -> Path:
     # More than one block, so that damage in the second is not seen by whoever reads only the first.
-    values = torch.arange(BLOCK_BYTES // 4 + 1000, dtype=torch.float32) * fill
+    values = torch.arange(HASH_BLOCK_BYTES // 4 + 1000, dtype=torch.float32) * fill
     return save_values(LocalStore(folder), step=step, values=values)
 
 
@@ -58,7 +58,7 @@ def test_round_trip_and_ranged_read(tmp_path: Path) -> None:
     checkpoint = Checkpoint(path)
     whole = read_all(checkpoint)
     assert torch.equal(whole, torch.arange(whole.numel(), dtype=torch.float32) * 0.5)
-    for start, numel in ((0, 1), (BLOCK_BYTES // 4 - 30, 60), (whole.numel() - 5, 5)):
+    for start, numel in ((0, 1), (HASH_BLOCK_BYTES // 4 - 30, 60), (whole.numel() - 5, 5)):
         out = torch.empty(numel)
         checkpoint.read("w", "param", start=start, out=out)
         assert torch.equal(out, whole[start : start + numel])
@@ -106,7 +106,7 @@ def test_none_that_is_whole_is_an_error_and_nothing_saved_is_not(tmp_path: Path)
 def test_every_flipped_byte_region_of_a_shard_is_named(tmp_path: Path) -> None:
     path = save_one(tmp_path, step=1) / "rank-00000.safetensors"
     data = path.read_bytes()
-    for position in (0, 8, 60, BLOCK_BYTES - 1, BLOCK_BYTES, len(data) - 1):
+    for position in (0, 8, 60, HASH_BLOCK_BYTES - 1, HASH_BLOCK_BYTES, len(data) - 1):
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         with pytest.raises(CheckpointError, match=r"rank-00000.safetensors is damaged between bytes"):
             Checkpoint(path.parent).verify()

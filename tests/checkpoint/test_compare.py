@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.saved import example_tensors, save_tensors
 
-from anemoi_dist.checkpoint.arrays import PIECE_NUMEL, to_dtype, to_float
+from anemoi_dist.checkpoint.arrays import CHUNK_NUMEL, to_dtype, to_float
 from anemoi_dist.checkpoint.compare import Difference, differences
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import CheckpointError
@@ -65,7 +65,7 @@ def test_bits_count_not_numbers(tmp_path: Path) -> None:
 
 
 def test_the_last_element_of_the_last_piece_is_compared(tmp_path: Path) -> None:
-    values = torch.arange(2 * PIECE_NUMEL + 7, dtype=torch.int32)
+    values = torch.arange(2 * CHUNK_NUMEL + 7, dtype=torch.int32)
     changed = values.clone()
     changed[-1] += 5
     found = compare(tmp_path, {("w", "buffer"): values}, {("w", "buffer"): changed})

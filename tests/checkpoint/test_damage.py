@@ -16,7 +16,7 @@ import xxhash
 from support.saving import ORIGIN, SingleRank, read_all
 
 from anemoi_dist.checkpoint import writer
-from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE, TRAINER_FILE
+from anemoi_dist.checkpoint.manifest import HASH_BLOCK_BYTES, MANIFEST_FILE, TRAINER_FILE
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.shard import Shard
@@ -24,7 +24,7 @@ from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.errors import CheckpointError
 
 FILES = ("rank-00000.safetensors", "rank-00001.safetensors", TRAINER_FILE, MANIFEST_FILE)
-HALF = BLOCK_BYTES // 4 + 5000  # elements of each rank: two blocks
+HALF = HASH_BLOCK_BYTES // 4 + 5000  # elements of each rank: two blocks
 
 
 def save_two_ranks(folder: Path, *, step: int, fill: float) -> Path:
@@ -59,7 +59,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def regions(size: int) -> list[int]:
     """Offsets in each region: the header's length, the header, data at both sides of each block border, the end."""
-    borders = [b + d for b in range(BLOCK_BYTES, size, BLOCK_BYTES) for d in (-1, 0, 1)]
+    borders = [b + d for b in range(HASH_BLOCK_BYTES, size, HASH_BLOCK_BYTES) for d in (-1, 0, 1)]
     return sorted({o for o in (0, 7, 8, 40, 200, size // 3, size // 2, *borders, size - 2, size - 1) if 0 <= o < size})
 
 

@@ -12,13 +12,12 @@ import torch
 from anemoi_dist.checkpoint.importers.dcp import read_dcp
 from anemoi_dist.checkpoint.importers.deepspeed import read_deepspeed
 from anemoi_dist.checkpoint.importers.torch_file import read_torch_file
-from anemoi_dist.checkpoint.locate import store_of
 from anemoi_dist.checkpoint.manifest import Origin
 from anemoi_dist.checkpoint.matching import FROM_ADAMW, renamed
 from anemoi_dist.checkpoint.ranks import SingleRank
 from anemoi_dist.checkpoint.saver import Saver
 from anemoi_dist.checkpoint.shard import Shard
-from anemoi_dist.checkpoint.store import Folder
+from anemoi_dist.checkpoint.store import Folder, store_of
 from anemoi_dist.config.schema import CheckpointConfig
 from anemoi_dist.config.tree import is_below
 from anemoi_dist.errors import ConfigError

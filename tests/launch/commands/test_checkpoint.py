@@ -14,7 +14,7 @@ from support.saved import example_tensors, save_tensors
 from support.saving import save
 
 from anemoi_dist.checkpoint.fsspec_store import FsspecStore
-from anemoi_dist.checkpoint.manifest import BLOCK_BYTES, MANIFEST_FILE
+from anemoi_dist.checkpoint.manifest import HASH_BLOCK_BYTES, MANIFEST_FILE
 from anemoi_dist.checkpoint.ranks import SingleRank
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.errors import ExitCode
@@ -76,21 +76,21 @@ def test_the_newest_with_a_manifest_is_shown(root: Path, capsys: pytest.CaptureF
 
 
 def test_verify_names_every_damaged_region(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    numel = 5 * BLOCK_BYTES // 4 + 10
+    numel = 5 * HASH_BLOCK_BYTES // 4 + 10
     folder = save_tensors(tmp_path / "first" / "checkpoints", {("w", "param"): torch.arange(numel).float()})
     assert run(tmp_path, "verify", "first") == 0
     assert "every byte of 20.0 MiB in 2 files" in capsys.readouterr().out
     file = folder / "rank-00000.safetensors"
     size = file.stat().st_size
-    for position in (BLOCK_BYTES + 1, 2 * BLOCK_BYTES + 1, size - 1):
+    for position in (HASH_BLOCK_BYTES + 1, 2 * HASH_BLOCK_BYTES + 1, size - 1):
         flip(file, position)
     flip(folder / "trainer.json")
     (folder / "evil.pkl").write_bytes(b"")
     assert run(tmp_path, "verify", str(folder)) == ExitCode.NO_CHECKPOINT
-    name = folder.name
+    name, block = folder.name, HASH_BLOCK_BYTES
     assert set(capsys.readouterr().out.splitlines()) == {
-        f"{name}: damaged: rank-00000.safetensors: bytes {BLOCK_BYTES} to {3 * BLOCK_BYTES}: not what was saved",
-        f"{name}: damaged: rank-00000.safetensors: bytes {5 * BLOCK_BYTES} to {size}: not what was saved",
+        f"{name}: damaged: rank-00000.safetensors: bytes {block} to {3 * block}: not what was saved",
+        f"{name}: damaged: rank-00000.safetensors: bytes {5 * block} to {size}: not what was saved",
         f"{name}: damaged: trainer.json: bytes 0 to {(folder / 'trainer.json').stat().st_size}: not what was saved",
         f"{name}: note: evil.pkl is not part of the checkpoint, and is never read",
     }

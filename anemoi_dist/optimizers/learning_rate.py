@@ -94,14 +94,7 @@ def create_scheduler(
     _warn_of_unused(lr, used=injected, name=node["_target_"])
     arguments = {**injected, **given}
     check_arguments(target, arguments, key=KEY, injected={"optimizer": "training.optimizer"})
-    _warn_of_long_warmup(arguments, max_steps=max_steps)
-    if isinstance(total := arguments.get("total_steps"), int) and total < max_steps:
-        raise ConfigError(
-            f"{KEY}.total_steps",
-            total,
-            f"ends before training.max_steps={max_steps}: the schedule has no rate from there on",
-            fix=f"{KEY}.total_steps={max_steps}",
-        )
+    _check_lengths(arguments, max_steps=max_steps)
     scheduler = call(target, key=KEY, arguments={"optimizer": optimizer, **arguments})
     if not hasattr(scheduler, "step_update"):
         options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
@@ -189,7 +182,15 @@ def _warn_of_unused(lr: LrConfig, *, used: Iterable[str], name: str) -> None:
             warnings.warn(f"training.lr.{field}={getattr(lr, field)} has no effect with {name}", stacklevel=3)
 
 
-def _warn_of_long_warmup(arguments: Tree, *, max_steps: int) -> None:
+def _check_lengths(arguments: Tree, *, max_steps: int) -> None:
+    """Refuse a schedule that ends before the run, and warn of a warm-up that does not end in it."""
+    if isinstance(total := arguments.get("total_steps"), int) and total < max_steps:
+        raise ConfigError(
+            f"{KEY}.total_steps",
+            total,
+            f"ends before training.max_steps={max_steps}: the schedule has no rate from there on",
+            fix=f"{KEY}.total_steps={max_steps}",
+        )
     warmup = arguments.get("warmup_t", 0)
     if warmup > max_steps:
         warnings.warn(

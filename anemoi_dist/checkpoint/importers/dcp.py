@@ -7,21 +7,20 @@ from typing import Any
 
 import torch
 
+from anemoi_dist.checkpoint.importers.foreign import ForeignCheckpoint, kind_of, whole
 from anemoi_dist.checkpoint.importers.pickles import load_dcp_metadata, load_tensor
-from anemoi_dist.checkpoint.importers.torch_file import kind_of, whole
-from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.errors import ConfigError
 
 _MODEL_ROOTS = ("model", "state_dict", "module")
 
 
-def read_dcp(source: Path, *, trust: bool, weights_only: bool) -> tuple[str, int | None, list[Shard]]:
+def read_dcp(source: Path, *, trust: bool, weights_only: bool) -> ForeignCheckpoint:
     """Read a directory that ``torch.distributed.checkpoint.save`` wrote, from any number of ranks.
 
     Returns
     -------
-    tuple[str, int | None, list[Shard]]
-        ``dcp``, no step (the optimizer's counters say it), and whole tensors. What is not a tensor is not opened.
+    ForeignCheckpoint
+        Whole tensors, without a step: the optimizer's counters say it. Objects that are no tensors are not opened.
     """
     metadata = load_dcp_metadata(source / ".metadata", trust=trust)
     paths = metadata.planner_data or {}
@@ -44,7 +43,7 @@ def read_dcp(source: Path, *, trust: bool, weights_only: bool) -> tuple[str, int
         shards.append(whole(name, kind_of(name, tensor, trained=trained), tensor))
     if not weights_only:
         shards += [whole(fqn, kind, _read(source, metadata, key, places[key])) for key, (fqn, kind) in states.items()]
-    return "dcp", None, shards
+    return ForeignCheckpoint("dcp", None, shards)
 
 
 def _model_of(source: Path, roots: dict[tuple[str, ...], dict[str, str]]) -> dict[str, str]:

@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
+from anemoi_dist.checkpoint.importers.foreign import ForeignCheckpoint, state_tensors, whole
 from anemoi_dist.checkpoint.importers.pickles import load_torch_file
-from anemoi_dist.checkpoint.importers.torch_file import whole
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.errors import ConfigError
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
-def read_deepspeed(source: Path, *, trust: bool, weights_only: bool) -> tuple[str, int | None, list[Shard]]:
+def read_deepspeed(source: Path, *, trust: bool, weights_only: bool) -> ForeignCheckpoint:
     """Read a directory that ``DeepSpeedEngine.save_checkpoint`` wrote, or one of the tags in it.
 
     Returns
     -------
-    tuple[str, int | None, list[Shard]]
-        ``zero1`` to ``zero3``, ``global_steps``, and the ranges of fp32 masters, states, frozen parameters and buffers.
+    ForeignCheckpoint
+        Ranges of fp32 masters and states; frozen parameters and buffers.
     """
     folder = _tag(source)
     files = _optimizer_files(folder)
@@ -44,7 +44,7 @@ def read_deepspeed(source: Path, *, trust: bool, weights_only: bool) -> tuple[st
     shards += [whole(name, "buffer", models[0]["module"][name]) for name in models[0]["buffer_names"]]
     if weights_only:
         shards = [shard for shard in shards if shard.kind in ("param", "buffer")]
-    return f"zero{stage}", models[0].get("global_steps"), shards
+    return ForeignCheckpoint(f"zero{stage}", models[0].get("global_steps"), shards)
 
 
 def _tag(source: Path) -> Path:
@@ -112,8 +112,7 @@ def _states(optimizer: Any, group: int) -> dict[str, torch.Tensor]:
     state = dict(optimizer[group] if isinstance(optimizer, list) else optimizer["state"].get(group, {}))
     if "step" not in state and not isinstance(optimizer, list) and "step" in (own := optimizer["param_groups"][group]):
         state["step"] = own["step"]
-    numbers = {kind: torch.tensor(float(x)) for kind, x in state.items() if isinstance(x, int | float)}
-    return numbers | {kind: x for kind, x in state.items() if isinstance(x, torch.Tensor)}
+    return state_tensors(state)
 
 
 def _cut(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +81,14 @@ def load_torch_file(path: Path, *, trust: bool) -> Any:
     ConfigError
         It holds objects that are not known to be harmless, or is no such file. Nothing of it has been run.
     """
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            return torch.load(path, map_location="cpu", weights_only=not trust, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        raise _refused(path, error) from None
-    except _UNREADABLE as error:
-        raise ConfigError("SOURCE", str(path), f"cannot be read: {_first_line(error)}") from error
+    with _reported(path), torch.serialization.safe_globals(_STAND_INS):
+        return torch.load(path, map_location="cpu", weights_only=not trust, mmap=_is_zip(path))
 
 
 def load_tensor(data: bytes, *, path: Path) -> torch.Tensor:
     """Open one tensor that ``torch.save`` wrote into a part of ``path``; it is never trusted with more."""
-    try:
+    with _reported(path):
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _refused(path, error) from None
-    except _UNREADABLE as error:
-        raise ConfigError("SOURCE", str(path), f"cannot be read: {_first_line(error)}") from error
     if not isinstance(tensor, torch.Tensor):
         raise ConfigError("SOURCE", str(path), f"holds a {type(tensor).__name__} where a tensor should be")
     return tensor
@@ -102,10 +96,16 @@ def load_tensor(data: bytes, *, path: Path) -> torch.Tensor:
 
 def load_dcp_metadata(path: Path, *, trust: bool) -> Any:
     """Open the ``.metadata`` of a torch DCP directory, a plain pickle that DCP itself opens with everything in it."""
+    with _reported(path), path.open("rb") as stream:
+        # Whoever gives --trust-pickle has asked for it; nobody else comes to pickle.load.
+        return pickle.load(stream) if trust else _MetadataUnpickler(stream).load()  # noqa: S301
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Report whatever an unpickler raises as one kind of error that names ``path``."""
     try:
-        with path.open("rb") as stream:
-            # With --trust-pickle alone.
-            return pickle.load(stream) if trust else _MetadataUnpickler(stream).load()  # noqa: S301
+        yield
     except pickle.UnpicklingError as error:
         raise _refused(path, error) from None
     except _UNREADABLE as error:
@@ -128,18 +128,14 @@ def _is_zip(path: Path) -> bool:
 
 
 def _refused(path: Path, error: Exception) -> ConfigError:
-    named = [word for line in str(error).splitlines() for word in _after_global(line)]
-    what = f"it would run {named[0]}" if named else _first_line(error)
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    what = f"it would run {named[1]}" if named else _first_line(error)
     return ConfigError(
         "SOURCE",
         str(path),
         f"is a pickle that cannot be opened without running what is in it: {what}",
         fix="if you know who wrote it: --trust-pickle (it runs whatever is in the file)",
     )
-
-
-def _after_global(line: str) -> list[str]:
-    return line.partition("GLOBAL ")[2].split()[:1]
 
 
 def _first_line(error: Exception) -> str:

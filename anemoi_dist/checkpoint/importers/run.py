@@ -11,6 +11,7 @@ import torch
 
 from anemoi_dist.checkpoint.importers.dcp import read_dcp
 from anemoi_dist.checkpoint.importers.deepspeed import read_deepspeed
+from anemoi_dist.checkpoint.importers.foreign import ForeignCheckpoint
 from anemoi_dist.checkpoint.importers.torch_file import read_torch_file
 from anemoi_dist.checkpoint.manifest import Origin
 from anemoi_dist.checkpoint.matching import FROM_ADAMW, renamed
@@ -25,8 +26,8 @@ from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.lock import owned
 from anemoi_dist.run.versions import installed_versions
 
-#: What reads each format; ``lightning`` and ``torch`` are both files of torch.save.
-READERS: dict[str, Callable[..., tuple[str, int | None, list[Shard]]]] = {
+#: The reader of each format; ``lightning`` and ``torch`` are both files of torch.save.
+READERS: dict[str, Callable[..., ForeignCheckpoint]] = {
     "lightning": read_torch_file,
     "torch": read_torch_file,
     "deepspeed": read_deepspeed,
@@ -36,7 +37,7 @@ READERS: dict[str, Callable[..., tuple[str, int | None, list[Shard]]]] = {
 
 @dataclass
 class Imported:
-    """What :func:`import_checkpoint` did.
+    """The result of :func:`import_checkpoint`.
 
     Attributes
     ----------
@@ -110,9 +111,9 @@ def import_checkpoint(
     """
     if not source.exists():
         raise ConfigError("SOURCE", str(source), "does not exist")
-    found, said, shards = _read(source, format or detect(source), trust=trust_pickle, weights_only=weights_only)
-    shards = _named(list(map(_widened, shards)), rename or {})
-    step = _step(step, said, shards)
+    foreign = _read(source, format or detect(source), trust=trust_pickle, weights_only=weights_only)
+    shards = _named(list(map(_widened, foreign.shards)), rename or {})
+    step = _step(step, foreign.step, shards)
     notes: list[str] = []
     kinds = {shard.kind for shard in shards} - {"param", "buffer"}
     if not keep_adamw and "exp_avg" in kinds and kinds <= {*FROM_ADAMW}:
@@ -122,6 +123,11 @@ def import_checkpoint(
             f"++training.optimizer.schedule_start={step}, so that alpha and beta3 warm up from here"
         )
     run.create()
+    return Imported(_commit(run, shards, step=step, format=foreign.format), foreign.format, step, notes)
+
+
+def _commit(run: RunDirectory, shards: list[Shard], *, step: int, format: str) -> Folder:
+    """Save the shards as a checkpoint of a run that is not running and has no newer one."""
     with owned(run):
         store = store_of(run)
         if newer := [known for known in store.steps() if known >= step]:
@@ -133,15 +139,15 @@ def import_checkpoint(
             world=SingleRank(),
             config=CheckpointConfig(asynchronous=False, on_error="stop", read_back=False, keep_last=None),
             origin=Origin(
-                engine=f"{found} import", config_hash="", versions=installed_versions("anemoi-dist", "torch")
+                engine=f"{format} import", config_hash="", versions=installed_versions("anemoi-dist", "torch")
             ),
         )
         progress = {"step": step, "num_skipped_in_row": 0}
         saver.save(step, lambda: shards, samples_seen=0, trainer={"progress": progress})
-    return Imported(store.path(step), found, step, notes)
+    return store.path(step)
 
 
-def _read(source: Path, format: str, *, trust: bool, weights_only: bool) -> tuple[str, int | None, list[Shard]]:
+def _read(source: Path, format: str, *, trust: bool, weights_only: bool) -> ForeignCheckpoint:
     try:
         return READERS[format](source, trust=trust, weights_only=weights_only)
     except (KeyError, IndexError, TypeError, AttributeError) as error:

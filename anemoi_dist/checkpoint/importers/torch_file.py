@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from anemoi_dist.checkpoint.importers.foreign import ForeignCheckpoint, kind_of, state_tensors, whole
 from anemoi_dist.checkpoint.importers.pickles import load_torch_file
-from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.errors import ConfigError
 
 _MODEL_KEYS = ("state_dict", "model", "model_state_dict", "module")
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim")
-#: Floating buffers of torch's own normalisation layers, which lie among the parameters.
-_BUFFERS = ("running_mean", "running_var")
 _STEP_KEYS = ("global_step", "step", "iteration")
 
 
-def read_torch_file(source: Path, *, trust: bool, weights_only: bool) -> tuple[str, int | None, list[Shard]]:
+def read_torch_file(source: Path, *, trust: bool, weights_only: bool) -> ForeignCheckpoint:
     """Read one file.
 
     Parameters
@@ -34,9 +32,8 @@ def read_torch_file(source: Path, *, trust: bool, weights_only: bool) -> tuple[s
 
     Returns
     -------
-    tuple[str, int | None, list[Shard]]
-        Format, step where the file says it, and whole tensors. What has a state of the optimizer is a parameter, as are
-        other floating tensors; the rest are buffers.
+    ForeignCheckpoint
+        Whole tensors. Parameters are those with an optimizer state and other floating tensors; the rest are buffers.
     """
     content = load_torch_file(source, trust=trust)
     if not isinstance(content, Mapping):
@@ -49,21 +46,7 @@ def read_torch_file(source: Path, *, trust: bool, weights_only: bool) -> tuple[s
     shards = [whole(name, kind_of(name, t, trained=states), t) for name, t in weights.items()]
     shards += [whole(name, kind, t) for name, held in states.items() for kind, t in held.items()]
     step = next((int(content[key]) for key in _STEP_KEYS if isinstance(content.get(key), int)), None)
-    return "lightning" if is_lightning else "torch", step, shards
-
-
-def whole(fqn: str, kind: str, tensor: torch.Tensor) -> Shard:
-    """Return a whole tensor as a shard."""
-    return Shard(fqn, kind, tuple(tensor.shape), 0, tensor.detach().reshape(-1))
-
-
-def kind_of(name: str, tensor: torch.Tensor, *, trained: Collection[str]) -> str:
-    """Return ``param`` or ``buffer`` for a tensor of a state dictionary, which does not say it.
-
-    A floating one without a state may be a frozen parameter; loading goes by the name, so nothing depends on it.
-    """
-    is_buffer = not tensor.is_floating_point() or name.rpartition(".")[2] in _BUFFERS
-    return "buffer" if is_buffer and name not in trained else "param"
+    return ForeignCheckpoint("lightning" if is_lightning else "torch", step, shards)
 
 
 def _weights(source: Path, content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -98,7 +81,7 @@ def _named_states(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Return the optimizer's states by the names of the parameters."""
     states, groups = optimizer.get("state", optimizer), optimizer.get("param_groups", [])
-    held = {key: _tensors(state) for key, state in states.items() if isinstance(state, Mapping)}
+    held = {key: state_tensors(state) for key, state in states.items() if isinstance(state, Mapping)}
     held = {key: state for key, state in held.items() if state}
     if all(isinstance(key, str) for key in held):
         return held
@@ -115,12 +98,6 @@ def _named_states(
                 rule = f"{kind} {tuple(tensor.shape)} does not fit {named[index]} {tuple(weights[named[index]].shape)}"
                 raise ConfigError("SOURCE", str(source), rule, fix="--weights-only leaves the optimizer's states")
     return {named[index]: state for index, state in held.items()}
-
-
-def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return a parameter's states; a counter may be a number."""
-    numbers = {kind: torch.tensor(float(x)) for kind, x in state.items() if isinstance(x, int | float)}
-    return numbers | {kind: x for kind, x in state.items() if isinstance(x, torch.Tensor)}
 
 
 def _align(

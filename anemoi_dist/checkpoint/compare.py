@@ -73,6 +73,7 @@ def _compare(a: SavedCheckpoint, b: SavedCheckpoint, fqn: str, kind: str) -> tup
     types = a.records[fqn, kind].dtype, b.records[fqn, kind].dtype
     count, largest = 0, 0.0
     for ours, theirs in zip(chunks(a, fqn, kind), chunks(b, fqn, kind), strict=True):
+        # Bits, not values: NaN is not equal to itself, and -0.0 is equal to 0.0.
         if types[0] == types[1]:
             if ours.tobytes() == theirs.tobytes():
                 continue

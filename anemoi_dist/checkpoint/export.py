@@ -28,7 +28,7 @@ def export(
     Parameters
     ----------
     checkpoint : SavedCheckpoint
-        What to export; every block is verified as it is read.
+        The checkpoint; every hash block is verified as it is read.
     out : Path
         ``.safetensors`` holds at most one chunk of a tensor in memory, ``.pt`` everything that it writes.
     with_optimizer : bool
@@ -60,6 +60,7 @@ def export(
 @contextmanager
 def _replacing(out: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``out`` that takes its name when everything is written and durable."""
+    # Beside it, so that the rename stays within one file system; random, for two exports may run at once.
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as stream:
@@ -97,6 +98,7 @@ def _write_safetensors(
 
 def _write_torch(stream: BinaryIO, checkpoint: SavedCheckpoint, records: list[TensorRecord], dtype: str | None) -> None:
     """Write a state dictionary; with states ``{"model": ..., "optimizer": {name: {kind: ...}}, "step": ...}``."""
+    # torch takes seconds to import; exporting to safetensors does without.
     import torch
 
     from anemoi_dist.checkpoint.shard import DTYPES

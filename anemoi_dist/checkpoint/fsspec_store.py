@@ -1,4 +1,4 @@
-"""Checkpoints in an object store, or whatever else fsspec reaches: committed by one object, never by a rename."""
+"""Checkpoints in an object store, or in any other that fsspec reaches: committed by one object, never by a rename."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RemoteFolder:
     path : str
         The prefix.
     save_id : str, optional
-        Whose files are meant; by default those of the save that the manifest commits.
+        The save whose files are meant; by default the one that the manifest commits.
     """
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, path: str, save_id: str | None = None) -> None:
@@ -101,6 +101,7 @@ class FsspecStore:
 
     def steps(self) -> list[int]:
         """Return the steps that have a manifest, newest first."""
+        # fsspec remembers listings; a checkpoint that another process has committed since would not be seen.
         self._filesystem.invalidate_cache()
         found = self._filesystem.glob(f"{self._root}/step-*/{MANIFEST_FILE}")
         matches = (_MANIFEST.fullmatch(str(path)) for path in found)

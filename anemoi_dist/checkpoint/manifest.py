@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint holds, where each range lies, and how to tell that it is whole. JSON, no pickle.
+"""The manifest: the tensors of a checkpoint, the file of each of their ranges, and the hashes. JSON, no pickle.
 
 No torch: the control side reads manifests too.
 """
@@ -33,7 +33,7 @@ def file_name(rank: int) -> str:
 
 @dataclass
 class FileRecord:
-    """One file: its size, the hash of each block, so that a reader can check what it reads, and a hash of those."""
+    """One file: its size, the hash of each hash block, so that any range can be verified, and a hash of those."""
 
     size_bytes: int
     xxh3_128: str
@@ -63,7 +63,7 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank has written: its file, and one record with one range for each of its shards."""
+    """One rank's part of a save: its file, and one record with one range for each of its shards."""
 
     file: FileRecord
     tensors: list[TensorRecord]
@@ -131,13 +131,15 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read a manifest and refuse one that is damaged, foreign or absurd.
+        """Read a manifest and refuse one that is damaged, foreign or contradicts itself.
 
         Raises
         ------
         CheckpointError
-            With what is wrong; nothing of the checkpoint has been opened yet.
+            The manifest cannot be trusted. Nothing of the checkpoint has been opened yet.
         """
+        # Whatever is wrong with the text, a wrong type deep inside for one, is one error: selection passes the
+        # checkpoint over, where a TypeError would end the run.
         try:
             body = json.loads(text)
             checksum = body.pop("xxh3_128")
@@ -164,9 +166,11 @@ class Manifest:
         for name, record in self.files.items():
             if name != TRAINER_FILE and not _FILE_NAME.fullmatch(name):
                 raise CheckpointError(f"the manifest names a file {name!r}, which no checkpoint has")
-            # A block without a hash would be read unverified.
+            # A block without a hash would be read unverified. A name with a slash could lead out of the folder.
             if record.size_bytes < 0 or len(record.blocks) != -(-record.size_bytes // HASH_BLOCK_BYTES):
                 raise CheckpointError(f"{name}: {len(record.blocks)} block hashes for {record.size_bytes} bytes")
+        # The ranges must cover each tensor once, without gap or overlap: loading reads them without another look, and a
+        # gap would leave initial values in the middle of trained ones.
         for tensor in self.tensors:
             if tensor.dtype not in ITEM_BYTES:
                 raise CheckpointError(f"{tensor.fqn} {tensor.kind} has the unknown type {tensor.dtype!r}")

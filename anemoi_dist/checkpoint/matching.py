@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a model, by names alone: everything that differs in one report, and what to do about it."""
+"""Matching of a checkpoint to a model by names: one report of everything that differs, and what to do about it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Key = tuple[str, str]
 FROM_ADAMW = {"exp_avg": "exp_avg_fast", "exp_avg_sq": "exp_avg_sq", "step": "step"}
 
 _KINDS = {"param": "parameter", "buffer": "buffer"}
-#: How many names the nearest is looked for: it takes all names for each, and another model has thousands.
+#: Names for which the nearest is looked up: each is compared with all names, and a different model has thousands.
 _NUM_NEAREST = 20
 
 
@@ -44,7 +44,7 @@ def renamed(name: str, rename: Mapping[str, str]) -> str:
 
 
 class MatchedSource:
-    """A source under the names of a model, with only what fits it.
+    """A source under the names of a model, restricted to the tensors that match it.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class MatchedSource:
     names : Mapping[Key, Key]
         ``(fqn, kind)`` in the model -> in the checkpoint, the optimizer's states included.
     missing, unused : Sequence[str]
-        Names that the model has alone, and the checkpoint.
+        Names that only the model has, and names that only the checkpoint has.
     """
 
     def __init__(
@@ -65,17 +65,18 @@ class MatchedSource:
         self._tensors = {ours: available[theirs] for ours, theirs in names.items()}
 
     def select_states(self, known: Collection[str], rename: Mapping[str, str]) -> None:
-        """Keep the states that an optimizer knows, and under its names those of another one that ``rename`` has.
+        """Keep the states that the optimizer knows, and rename those of another optimizer that ``rename`` covers.
 
         Parameters
         ----------
         known : Collection[str]
             The optimizer's names.
         rename : Mapping[str, str]
-            Another optimizer's states -> by this one's names; used where the checkpoint has no others than these.
+            Another optimizer's state names -> this one's; used only if the checkpoint has no states but these.
         """
         saved = {kind for _, kind in self._names} - _KINDS.keys()
         renames = {old: new for old, new in rename.items() if old != new and old in saved and new in known}
+        # With any other state the checkpoint is of a third optimizer, whose exp_avg_sq may mean something else.
         if not saved <= rename.keys():
             renames = {}
         dropped = sorted(saved - {*known} - renames.keys())
@@ -89,7 +90,7 @@ class MatchedSource:
             self._state_notes.append(f"the optimizer has no {', '.join(dropped)}: not taken from the checkpoint")
 
     def tensors(self) -> Mapping[Key, TensorInfo]:
-        """Return what fits, by ``(fqn, kind)`` in the model."""
+        """Return the matching tensors, by ``(fqn, kind)`` in the model."""
         return self._tensors
 
     def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
@@ -97,7 +98,7 @@ class MatchedSource:
         self._source.read(*self._names[fqn, kind], start=start, out=out)
 
     def notes(self) -> list[str]:
-        """Return what the user should know."""
+        """Return notes for the user on everything that is not taken as it was saved."""
         notes = [*self._state_notes]
         if self.missing:
             notes.append(
@@ -111,7 +112,7 @@ class MatchedSource:
 
 @dataclass
 class _Report:
-    """What differs, in groups; a line is made for each tensor."""
+    """Differences in groups, a line for each tensor."""
 
     renames: list[str] = field(default_factory=list)
     only_model: list[str] = field(default_factory=list)
@@ -188,6 +189,7 @@ def match(
             report.only_checkpoint.append(f"  {fqn}: {_KINDS.get(kind, kind)}{_describe(tensors.get((fqn, kind)))}")
     report.raise_if_any()
     left_out = set(missing)
+    # A state goes with its parameter: one of a parameter that starts anew would drag it back to the old weights.
     fits = {key for key in wanted if key[0] not in left_out}
     kept = {key: names[_weight_key(*key, tensors)] for key in fits}
     kept |= {key: names[key] for key in names if key[1] not in _KINDS and (key[0], "param") in fits}
@@ -195,7 +197,7 @@ def match(
 
 
 def _weight_key(fqn: str, kind: str, tensors: Mapping[Key, TensorInfo]) -> Key:
-    """Return where a weight is: what is a buffer here may be a parameter there. The name counts."""
+    """Return the key of a weight: a buffer of the model may be a parameter in the checkpoint. The name counts."""
     other = "buffer" if kind == "param" else "param"
     return (fqn, other) if (fqn, kind) not in tensors and (fqn, other) in tensors else (fqn, kind)
 
@@ -204,6 +206,7 @@ def _rename(available: Mapping[Key, TensorInfo], rename: Mapping[str, str], repo
     """Return the checkpoint's tensors by the names that they are given."""
     names: dict[Key, Key] = {}
     fqns = {fqn for fqn, _ in available}
+    # The new name counts as well: the run's own later checkpoints have it already, under the same configuration.
     for old, new in rename.items():
         if old and new and not any(is_below(fqn, (old, new)) for fqn in fqns):
             near = difflib.get_close_matches(old, sorted(fqns), n=3)
@@ -217,7 +220,7 @@ def _rename(available: Mapping[Key, TensorInfo], rename: Mapping[str, str], repo
 
 
 def _difference(kind: str, info: TensorInfo, found: TensorInfo | None) -> str | None:
-    """Say how a tensor of the model is not that of the checkpoint; None where it is."""
+    """Return how a tensor differs between model and checkpoint; None if it does not."""
     if found is None:
         return f"{_KINDS[kind]}{_describe(info)}"
     differences = []
@@ -229,13 +232,13 @@ def _difference(kind: str, info: TensorInfo, found: TensorInfo | None) -> str | 
 
 
 def _same_type(saved: torch.dtype, declared: torch.dtype) -> bool:
-    """Whether the difference of two types, if any, is of an engine's making."""
+    """Whether two types are equal, or differ only because an engine stores bf16."""
     # Frozen parameters and buffers under an engine that computes in bf16; nothing is lost.
     return saved == declared or (saved == torch.bfloat16 and declared == torch.float32)
 
 
 def _nearest(fqn: str, info: TensorInfo, tensors: Mapping[Key, TensorInfo], wanted: Mapping[Key, TensorInfo]) -> str:
-    """Name what the checkpoint has instead: of the same shape or last name, or else the most alike."""
+    """Name the likeliest counterpart in the checkpoint: of the same shape or last name, or else the most alike."""
     taken = {name for name, _ in wanted}
     free = {name: i for (name, kind), i in tensors.items() if kind in _KINDS and name not in taken}
     near = difflib.get_close_matches(fqn, free, n=3, cutoff=0.5)

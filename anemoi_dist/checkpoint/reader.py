@@ -1,4 +1,4 @@
-"""Loading by ranges: every block that is read is checked against the manifest before a byte of it is used."""
+"""A committed checkpoint as torch tensors, read by ranges from verified hash blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Checkpoint(SavedCheckpoint):
     """A committed checkpoint, as a source for an engine to load from."""
 
     def tensors(self) -> Mapping[tuple[str, str], TensorInfo]:
-        """Return what there is, by ``(fqn, kind)``."""
+        """Return shape and type of every tensor, by ``(fqn, kind)``."""
         return {key: TensorInfo(tuple(t.shape), DTYPES[t.dtype]) for key, t in self._tensors.items()}
 
     def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:

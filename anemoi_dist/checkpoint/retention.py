@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, every n-th step, the best. What is known to be broken counts for nothing."""
+"""Retention: the newest checkpoints stay, every n-th step, the best. Broken ones count for nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MORE_IS_BETTER = {"rmse": False, "acc": True}
 
 @dataclass(frozen=True)
 class Policy:
-    """What to keep; see ``checkpoint`` in :mod:`anemoi_dist.config.schema`."""
+    """Retention rules; see ``checkpoint`` in :mod:`anemoi_dist.config.schema`."""
 
     keep_last: int | None = None
     keep_every: int | None = None
@@ -43,7 +43,7 @@ def to_delete(candidates: Sequence[Candidate], policy: Policy) -> list[int]:
         sign = -1 if _MORE_IS_BETTER[policy.keep_best] else 1
         scores = {c.step: sign * c.scores.get(policy.keep_best, math.nan) for c in ordered}
         finite = [step for step in scores if math.isfinite(scores[step])]
-        if finite:  # of equal scores the newest
+        if finite:  # of equal scores the newest, since `ordered` begins with it
             kept.add(min(finite, key=lambda step: scores[step]))
     return [candidate.step for candidate in ordered if candidate.step not in kept]
 
@@ -68,6 +68,8 @@ def prune(store: Store, policy: Policy, *, broken: Collection[int] = ()) -> list
     steps = [step for step in store.steps() if step not in broken]
     if policy.keep_last is None or len(steps) <= policy.keep_last:
         return []
+    # A checkpoint that cannot be opened is neither kept nor deleted: counted as one of `keep_last` it would push out a
+    # whole one, and deleted it could not be looked at any more.
     candidates = [candidate for step in steps if (candidate := _candidate(store, step)) is not None]
     deleted = to_delete(candidates, policy)
     whole = {candidate.step for candidate in candidates}
@@ -99,5 +101,5 @@ def _has_manifest(store: Store, step: int) -> bool:
     except FileNotFoundError:
         return False
     except OSError:
-        return True
+        return True  # not readable now is not absent: what may be a checkpoint is not removed
     return True

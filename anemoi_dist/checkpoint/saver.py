@@ -1,4 +1,4 @@
-"""Saving while training goes on: the step stops for a copy, a thread writes, the control word says when to commit."""
+"""Asynchronous saving: a step stops for a copy, a thread writes, the control word says when to commit."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ class _Flight:
 class Saver:
     """Saves on all ranks, at most one save at a time.
 
-    Every method but :meth:`word` is collective. A save goes through two phases, each ended by what the control word
-    brings: all ranks have written, then rank 0 gathers what they wrote and commits in its thread; or some rank has
-    failed, then all give up together.
+    Every method but :meth:`word` is collective. A save has two phases, each ended by what the control word brings.
+    First every rank writes its file in its thread. When all have written, rank 0 gathers their reports and commits in
+    its thread; when one has failed, all give up together.
 
     Parameters
     ----------
@@ -98,8 +98,8 @@ class Saver:
     origin : Origin
         The program that saves, for the manifest.
     report : Callable[[Outcome], None], optional
-        Called with how each save ended, on every rank, at a step boundary. An attribute: whoever is handed a saver may
-        set it before the first save.
+        Called on every rank, at a step boundary, with how each save ended. It is an attribute too: whoever is handed a
+        saver sets it before the first save.
     broken : Collection[int], optional
         Steps whose checkpoints failed verification at the start.
     """
@@ -132,6 +132,7 @@ class Saver:
         """
         if not self._config.asynchronous:
             return
+        # Before the first step: a run that can never save should not train for hours to find out.
         held = list(shards)
         check_host_memory(required_bytes(held), world=self._world)
         self._staging = Staging(held, device=self._world.device)
@@ -151,6 +152,8 @@ class Saver:
             self.report(Outcome(step, skipped=True))
             return
         self.wait()
+        # Counted up on every rank, whether or not the save begins: the control word compares these numbers, and ranks
+        # that disagree on them would wait for each other for ever.
         self._number += 1
         try:
             folder, save_id = begin(self._store, step, world=self._world)
@@ -170,6 +173,8 @@ class Saver:
     def word(self, *, stop: int, save_due: bool) -> Word:
         """Return what this rank has to tell the others; asks nobody and waits for nothing."""
         flight = self._flight
+        # `written` says up to which save this rank has nothing left to write. The ranks take the minimum of it and the
+        # maximum of the others, so that one number each is enough for any number of ranks.
         if flight is None or not flight.job.is_done:
             written = self._number if flight is None or flight.phase is _Phase.COMMITTING else self._number - 1
             return Word(stop=stop, save_due=save_due, written=written)
@@ -191,7 +196,7 @@ class Saver:
         failed = agreed.failed >= self._flight.number
         if self._flight.phase is _Phase.WRITING and (failed or agreed.written >= self._flight.number):
             if failed:
-                self._flight.cancel.set()
+                self._flight.cancel.set()  # before waiting: the other ranks need not finish gigabytes for nothing
             self._gather()
         elif self._flight.phase is _Phase.COMMITTING and (failed or agreed.committed >= self._flight.number):
             self._finish()
@@ -212,7 +217,7 @@ class Saver:
         if self._flight is not None:
             self._finish()
 
-    # What happens in the thread
+    # In the thread
 
     def _write(
         self, folder: Folder, save_id: str, shards: Callable[[], Iterable[Shard]], cancel: threading.Event
@@ -244,21 +249,24 @@ class Saver:
             origin=self._origin,
             trainer=flight.trainer,
         )
+        # A step whose old checkpoint was broken has been trained and saved again: from now on it counts.
         self._broken.discard(flight.step)
         deleted, note = [], ""
         try:
             deleted = prune(self._store, self._policy, broken=self._broken)
-        except OSError as error:  # the checkpoint is there all the same
+        except OSError as error:  # the checkpoint is committed all the same: no reason to report the save as failed
             note = f"older checkpoints could not be deleted: {error}"
         return json.dumps({"name": name, "deleted_steps": deleted, "note": note})
 
-    # What happens at a step boundary
+    # At a step boundary
 
     def _gather(self) -> None:
         """Learn how writing went everywhere, then give up or have rank 0 commit."""
         flight = self._flight
         assert flight is not None, "a save is under way"
         flight.job.wait()
+        # Rank 0 decides for all. If each rank judged by its own error, some would go on to commit while others gave up,
+        # and the next collective would pair different operations.
         errors = self._world.gather_text(_text(flight.job.error, rank=self._world.rank))
         failure = self._world.broadcast_text("; ".join(filter(None, errors)) if self._world.is_main else None)
         if failure:
@@ -287,13 +295,13 @@ class Saver:
     def _give_up(self, error: str) -> None:
         flight = self._flight
         assert flight is not None, "a save is under way"
-        if self._world.is_main:
+        if self._world.is_main:  # every rank's thread has ended by now: nobody writes into what is removed
             self._store.discard(flight.folder)
         text = f"step {flight.step} was not saved: {error}; older checkpoints are intact"
         self._conclude(Outcome(flight.step, error=text), flight)
 
     def _conclude(self, outcome: Outcome, flight: _Flight | None = None) -> None:
-        self._flight = None
+        self._flight = None  # first: `report` may raise, and the next save must not wait for this one
         if flight is not None:
             now = time.monotonic()
             waited_s = 0.0 if flight.waiting_since is None else now - flight.waiting_since
@@ -304,7 +312,7 @@ class Saver:
 
 
 def _text(error: BaseException | None, *, rank: int) -> str:
-    """Return the failure as all ranks are told it; empty for none, and for one that only follows another rank's."""
+    """Return a failure as text for all ranks; empty for none, and for a cancellation, which follows another's."""
     if error is None or isinstance(error, SaveCancelledError):
         return ""
     known = isinstance(error, OSError | CheckpointError)

@@ -1,4 +1,4 @@
-"""Choosing the checkpoint to go on from: the newest that verifies, each rank checking a share of it."""
+"""Selection of the checkpoint to resume from: the newest that verifies, each rank checking a share of it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from anemoi_dist.errors import CheckpointError
 
 @dataclass
 class Selection:
-    """What a run goes on from.
+    """The checkpoint that a run resumes from.
 
     Attributes
     ----------
     checkpoint : Checkpoint or None
-        Open on every rank; None where the run has not saved anything.
+        Open on every rank; None if the run has not saved anything.
     passed_over : dict[int, str]
-        Steps whose checkpoints are not whole, and why.
+        Steps of newer checkpoints that are damaged, and how.
     """
 
     checkpoint: Checkpoint | None = None
@@ -33,21 +33,25 @@ def select(store: Store, *, world: Ranks, strict: bool = False) -> Selection:
     Parameters
     ----------
     store : Store
-        Where checkpoints live; every rank sees the same.
+        The run's checkpoints; every rank sees the same.
     world : Ranks
-        The ranks that go on. Every block of every file is read by one of them.
+        The ranks that resume. Every block of every file is read by one of them.
     strict : bool, optional
-        Refuse where a newer one than the chosen does not verify.
+        Refuse to pass over a damaged checkpoint.
 
     Raises
     ------
     CheckpointError
-        There are checkpoints and none can be loaded, or ``strict``; on every rank, with what is wrong with each.
+        There are checkpoints and none can be loaded, or the newest cannot and ``strict`` is set. Raised on every rank,
+        with what is wrong with each.
     """
+    # Rank 0's list counts: on a shared file system ranks may not see a new directory at the same time, and ranks that
+    # resume from different steps would diverge without any error.
     steps = json.loads(world.broadcast_text(json.dumps(store.steps()) if world.is_main else None))
     selection = Selection()
     for step in steps:
         checkpoint, error = _verify_share(store, step, rank=world.rank, num_ranks=world.world_size)
+        # A rank may see damage that others do not: its share of the blocks, or its own view of the file system.
         errors = world.gather_text(error)
         problem = world.broadcast_text(next(filter(None, errors), "") if world.is_main else None)
         if not problem:

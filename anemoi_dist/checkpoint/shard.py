@@ -49,10 +49,10 @@ class TensorInfo:
 
 
 class ShardSource(Protocol):
-    """Where an engine loads from: a checkpoint, read by ranges, whoever wrote it."""
+    """A checkpoint that an engine loads from by ranges, whoever wrote it."""
 
     def tensors(self) -> Mapping[tuple[str, str], TensorInfo]:
-        """Return what there is, by ``(fqn, kind)``."""
+        """Return shape and type of every tensor, by ``(fqn, kind)``."""
 
     def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
         """Fill the 1-D ``out`` with the elements from ``start`` on."""

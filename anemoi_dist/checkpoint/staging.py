@@ -1,11 +1,11 @@
-"""Host memory that a step's shards are copied into, so that training goes on while they are written."""
+"""Staging of a checkpoint in host memory, so that training goes on while it is written."""
 
 from __future__ import annotations
 
 import json
 import socket
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,20 +14,21 @@ from anemoi_dist.checkpoint.ranks import Ranks
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.errors import PreflightError
 
+#: Copies begin at multiples of this: a view of the buffer in any type needs its item size, and memcpy likes 16.
 _ALIGNMENT_BYTES = 16
 _GIB = 1024**3
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 class Staging:
-    """One buffer, allocated once: pinned where the shards lie on a GPU, and written on a stream of its own.
+    """A buffer that is allocated once; for shards on a GPU it is pinned, and filled on a stream of its own.
 
     Parameters
     ----------
     shards : Iterable[Shard]
-        What a save will hold; their sizes count, not their values.
+        The shards of a save; only their sizes count.
     device : torch.device
-        Where the shards lie.
+        Device of the shards.
     """
 
     def __init__(self, shards: Iterable[Shard], *, device: torch.device) -> None:
@@ -53,18 +54,21 @@ class Staging:
         self._grow(required_bytes(held))
         if self._stream is None:
             return self._fill(held)
+        # The step's kernels may still be writing the parameters. Waiting on the stream, not on the device, copies as
+        # soon as they are done, and leaves what other streams do (NCCL) alone.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             staged = self._fill(held)
+        # The next step overwrites the parameters: until the copies are complete it must not begin.
         self._stream.synchronize()
         return staged
 
     def _fill(self, shards: Sequence[Shard]) -> list[Shard]:
         staged, offset = [], 0
         for shard in shards:
-            piece = self._buffer[offset : offset + shard.tensor.nbytes].view(shard.tensor.dtype)
-            piece.copy_(shard.tensor.detach(), non_blocking=True)
-            staged.append(replace(shard, tensor=piece))
+            copy = self._buffer[offset : offset + shard.tensor.nbytes].view(shard.tensor.dtype)
+            copy.copy_(shard.tensor.detach(), non_blocking=True)
+            staged.append(replace(shard, tensor=copy))
             offset += _aligned(shard.tensor.nbytes)
         return staged
 
@@ -72,14 +76,16 @@ class Staging:
         if size_bytes <= self.size_bytes:
             return
         self._unpin()
-        self._buffer = torch.empty(0, dtype=torch.uint8)  # before the new one: never both
+        # The old buffer goes before the new one comes: a host that fits one copy of the state may not fit two.
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         try:
-            # Filled, so that the memory is there now and not found wanting in the middle of a save.
+            # Filled: Linux hands out pages when they are touched, and an untouched buffer would meet the out-of-memory
+            # killer in the middle of a save instead of an error here.
             self._buffer = torch.zeros(size_bytes, dtype=torch.uint8)
         except RuntimeError as error:
             raise MemoryError(f"{size_bytes} bytes to stage a checkpoint in cannot be allocated") from error
         if self._stream is not None:
-            # Not torch's pinned allocator: it rounds up to the next power of two.
+            # Not torch's pinned allocator: it rounds up to the next power of two, up to twice the memory.
             code = int(torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), size_bytes, 1))
             if code != 0:
                 raise MemoryError(f"{size_bytes} bytes to stage a checkpoint in cannot be pinned (CUDA error {code})")
@@ -99,34 +105,45 @@ def _aligned(size_bytes: int) -> int:
 
 
 def check_host_memory(size_bytes: int, *, world: Ranks) -> None:
-    """Refuse to stage what does not fit into the memory of some machine. Collective.
+    """Refuse to stage more than the memory of some machine holds. Collective.
 
     Parameters
     ----------
     size_bytes : int
-        What this rank is going to allocate.
+        Bytes that this rank is going to allocate.
     world : Ranks
-        All ranks that stage; those on one machine share its memory.
+        The ranks that stage; those on one machine share its memory.
 
     Raises
     ------
     PreflightError
         On every rank, with the figures of the machines that are too small.
     """
-    own = {"host": socket.gethostname(), "required": size_bytes, "available": available_bytes()}
-    reports = [json.loads(text) for text in world.gather_text(json.dumps(own))]
+    # Measured on every rank and summed by host: a rank alone does not see what its neighbours are about to allocate.
+    own = _HostMemory(socket.gethostname(), required_bytes=size_bytes, available_bytes=available_bytes())
+    reports = [_HostMemory(**json.loads(text)) for text in world.gather_text(json.dumps(asdict(own)))]
     problem = world.broadcast_text(_too_small(reports) if world.is_main else None)
     if problem:
         raise PreflightError(problem)
 
 
-def _too_small(reports: Iterable[dict]) -> str:
-    hosts: dict[str, list[dict]] = {}
+@dataclass(frozen=True)
+class _HostMemory:
+    """Bytes that one rank needs, and that its host has to give."""
+
+    host: str
+    required_bytes: int
+    available_bytes: int
+
+
+def _too_small(reports: Iterable[_HostMemory]) -> str:
+    hosts: dict[str, list[_HostMemory]] = {}
     for report in reports:
-        hosts.setdefault(report["host"], []).append(report)
+        hosts.setdefault(report.host, []).append(report)
     lines = []
     for host, ranks in sorted(hosts.items()):
-        required, available = sum(r["required"] for r in ranks), min(r["available"] for r in ranks)
+        # The minimum: the ranks measure one after the other, and each may sit in a control group of its own.
+        required, available = sum(r.required_bytes for r in ranks), min(r.available_bytes for r in ranks)
         if required > available:
             lines.append(
                 f"{host}: {len(ranks)} ranks need {required / _GIB:.2f} GiB to stage checkpoints in, "
@@ -138,8 +155,9 @@ def _too_small(reports: Iterable[dict]) -> str:
 
 
 def available_bytes() -> int:
-    """Return what this machine, and the control group of this process, can still give."""
+    """Return the bytes that this machine, and the control group of this process, can still give."""
     available = [_meminfo_bytes("MemAvailable")]
+    # Under SLURM or in a container the job's limit, not the machine's memory, is what the kernel kills for.
     try:
         limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
         if limit != "max":

@@ -1,4 +1,4 @@
-"""Where committed checkpoints live. What has a valid manifest is a checkpoint; nothing else says so."""
+"""Stores of committed checkpoints. A valid manifest makes a checkpoint, and nothing else does."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ class Folder(Protocol):
 
 
 class Store(Protocol):
-    """Where checkpoints live. Every implementation passes the suite in ``tests/checkpoint/test_store.py``."""
+    """A place for checkpoints. Every implementation passes the suite in ``tests/checkpoint/test_store.py``."""
 
     def steps(self) -> list[int]:
-        """Return the steps that may have a checkpoint, newest first; whether it is whole is for the reader to say."""
+        """Return the steps that may have a checkpoint, newest first; only reading one tells whether it is whole."""
 
     def path(self, step: int) -> Folder:
         """Return the committed checkpoint of a step."""
 
     def begin(self, step: int, save_id: str) -> Folder:
-        """Make the place that a save writes into. On one rank."""
+        """Make the folder that a save writes into. On one rank."""
 
     def staging_path(self, step: int, save_id: str) -> Folder:
-        """Return the place that :meth:`begin` has made. On any rank."""
+        """Return the folder that :meth:`begin` has made. On any rank."""
 
     def commit(self, folder: Folder, manifest: Manifest) -> Folder:
         """Make a save whose files are durable the checkpoint of its step, in one indivisible act."""
@@ -92,7 +92,7 @@ class LocalStore:
         self.folder = folder
 
     def steps(self) -> list[int]:
-        """Return the steps that have a directory, newest first; whether they are whole is for the reader to say."""
+        """Return the steps that have a directory, newest first; only reading one tells whether it is whole."""
         matches = (_COMMITTED.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
@@ -103,7 +103,7 @@ class LocalStore:
     def begin(self, step: int, save_id: str) -> Path:
         """Create the directory that a save writes into."""
         folder = self.staging_path(step, save_id)
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=0o700)  # no exist_ok: two saves in one directory would mix their files
         return folder
 
     def staging_path(self, step: int, save_id: str) -> Path:
@@ -118,6 +118,7 @@ class LocalStore:
         would not have been trained again: it is kept aside until the next clean-up.
         """
         assert isinstance(folder, Path), "a folder of this store"
+        # Killed before this line there is no manifest; between it and the rename, no directory of that name.
         write_atomically(folder / MANIFEST_FILE, manifest.to_json())
         final = self.path(manifest.step)
         if final.exists():
@@ -135,17 +136,18 @@ class LocalStore:
     def remove(self, step: int) -> None:
         """Delete a checkpoint, manifest first: killed half-way, what is left is no checkpoint."""
         folder = self.path(step)
-        if folder.is_symlink():  # what it points to is somebody's archive
+        if folder.is_symlink():  # it points to somebody's archive, which is not ours to delete
             folder.unlink()
             return
+        # Made durable: after a power cut the files could be gone and the manifest still there.
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
         fsync_directory(folder)
         shutil.rmtree(folder)
 
     def _clean(self) -> None:
-        """Remove what interrupted saves left behind; a save has just succeeded, so none is under way.
+        """Remove leftovers of interrupted saves; a save has just succeeded, so none is under way.
 
-        The save has succeeded whatever happens here, so what resists stays.
+        That save has succeeded whatever happens here: leftovers that cannot be removed stay.
         """
         for entry in self.folder.iterdir():
             if not _TEMPORARY.fullmatch(entry.name):

@@ -1,4 +1,4 @@
-"""Reading a checkpoint by ranges of bytes, and only from blocks whose hash is right. No torch."""
+"""Verified reading: any range of bytes of a checkpoint, from hash blocks that have been checked. No torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from anemoi_dist.telemetry.heartbeat import beat
 
 @dataclass(frozen=True)
 class Damage:
-    """A region of a file that is not as it was saved: bytes ``[begin, end)``."""
+    """Bytes ``[begin, end)`` of a file that are not as they were saved."""
 
     file: str
     begin: int
@@ -39,7 +39,7 @@ class Damage:
 
 
 class VerifiedFile:
-    """Reads any range of a file through one block-sized buffer, and only from blocks whose hash is right."""
+    """A file that is read by ranges through one buffer, each hash block checked before a byte of it is used."""
 
     def __init__(self, path: File, record: FileRecord) -> None:
         self._path, self._record = path, record
@@ -60,17 +60,19 @@ class VerifiedFile:
         while done < len(out):
             index, begin = divmod(offset_bytes + done, HASH_BLOCK_BYTES)
             size_bytes = self._block_bytes(index)
-            if begin == 0 and len(out) - done >= size_bytes:  # a whole block: no copy
+            # A whole block goes straight to its destination: the copy through the buffer would be a third pass, after
+            # reading and hashing, over most of a checkpoint.
+            if begin == 0 and len(out) - done >= size_bytes:
                 self._read_block(index, out[done : done + size_bytes])
                 done += size_bytes
                 continue
             if index != self._loaded:
-                self._loaded = None
+                self._loaded = None  # should the block be damaged, the buffer holds no block that may be used
                 self._read_block(index, self._buffer[:size_bytes])
                 self._loaded = index
-            piece = self._buffer[begin : min(begin + len(out) - done, size_bytes)]
-            out[done : done + len(piece)] = piece
-            done += len(piece)
+            part = self._buffer[begin : min(begin + len(out) - done, size_bytes)]
+            out[done : done + len(part)] = part
+            done += len(part)
 
     def verify(self, first: int = 0, last: int | None = None) -> None:
         """Check the blocks from ``first`` to before ``last``, by default all."""
@@ -82,7 +84,7 @@ class VerifiedFile:
         return min(HASH_BLOCK_BYTES, self._record.size_bytes - index * HASH_BLOCK_BYTES)
 
     def _read_block(self, index: int, out: memoryview) -> None:
-        beat()
+        beat()  # a slow file system is not a rank that hangs
         begin = index * HASH_BLOCK_BYTES
         try:
             self._stream.seek(begin)
@@ -108,7 +110,7 @@ class SavedCheckpoint:
     Parameters
     ----------
     folder : Folder
-        The checkpoint's directory, or what stands for one in another store.
+        The checkpoint's directory, or its counterpart in another store.
 
     Raises
     ------
@@ -128,7 +130,7 @@ class SavedCheckpoint:
 
     @property
     def records(self) -> dict[tuple[str, str], TensorRecord]:
-        """What there is, by ``(fqn, kind)``."""
+        """Records of all tensors, by ``(fqn, kind)``."""
         return self._tensors
 
     def read_bytes(self, fqn: str, kind: str, *, start: int, out: memoryview) -> None:
@@ -139,11 +141,11 @@ class SavedCheckpoint:
         for file, first, numel, offset_bytes in record.ranges:
             low, high = max(start, first), min(end, first + numel)
             if low < high:
-                piece = out[(low - start) * item : (high - start) * item]
-                self._open(file).read_into(offset_bytes + (low - first) * item, piece)
+                part = out[(low - start) * item : (high - start) * item]
+                self._open(file).read_into(offset_bytes + (low - first) * item, part)
 
     def trainer(self) -> TrainerState:
-        """Return what the trainer saved beside the tensors."""
+        """Return the trainer's own state, which is saved beside the tensors."""
         data = bytearray(self.manifest.files[TRAINER_FILE].size_bytes)
         self._open(TRAINER_FILE).read_into(0, memoryview(data))
         return json.loads(data)
@@ -161,6 +163,7 @@ class SavedCheckpoint:
         CheckpointError
             Naming the first file, and the bytes in it, that are not as they were saved.
         """
+        # Shares of the blocks of all files together: a checkpoint of one rank is then checked by all that load it.
         total = sum(len(record.blocks) for record in self.manifest.files.values())
         first, last = total * share // num_shares, total * (share + 1) // num_shares
         for name, record in self.manifest.files.items():
@@ -170,7 +173,7 @@ class SavedCheckpoint:
             first, last = first - len(record.blocks), last - len(record.blocks)
 
     def damages(self) -> Iterator[Damage]:
-        """Check every byte of every file and yield all that is not as it was saved."""
+        """Check every byte of every file and yield every damage, where :meth:`verify` stops at the first."""
         for name, record in self.manifest.files.items():
             yield from _damages(self.folder / name, record)
 

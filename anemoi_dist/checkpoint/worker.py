@@ -1,4 +1,4 @@
-"""One background thread that does one job after the other, and whose death is noticed."""
+"""A background thread that does one job after the other, and whose death is noticed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from anemoi_dist.telemetry.heartbeat import follow
 
 
 class Job:
-    """Something given to a :class:`Worker`; it ends with a result or an error, also where the thread dies."""
+    """Work given to a :class:`Worker`; it ends with a result or an error, also where the thread dies."""
 
     def __init__(self, function: Callable[[], str], thread: threading.Thread | None) -> None:
         self._function, self._thread = function, thread
@@ -28,6 +28,8 @@ class Job:
 
     def run(self) -> None:
         """Do it; whatever is raised is kept for the trainer to see."""
+        # BaseException: a SystemExit or KeyboardInterrupt in this thread would end it silently, and the rank would wait
+        # for a job that nobody does.
         try:
             self.result = self._function()
         except BaseException as error:
@@ -44,6 +46,8 @@ class Job:
 
     def wait(self) -> None:
         """Wait until it has ended."""
+        # In slices: each asks whether the thread is alive, and passes its sign of life on to the watchdog, which would
+        # otherwise take a slow disk for a hang of this rank.
         while not self.is_done:
             self._done.wait(1.0)
             follow()
@@ -59,6 +63,7 @@ class Worker:
     def submit(self, function: Callable[[], str]) -> Job:
         """Have ``function`` called after what was submitted before."""
         if self._thread is None or not self._thread.is_alive():
+            # A daemon: a process that must end (a lost peer, a kill) does not wait for a disk that hangs.
             self._thread = threading.Thread(target=self._serve, name="checkpoint-writer", daemon=True)
             self._thread.start()
         job = Job(function, self._thread)

@@ -1,4 +1,4 @@
-"""Saving: each rank streams its ranges into one safetensors file; rank 0 commits."""
+"""Writing: each rank streams its shards into one safetensors file; rank 0 commits."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ from anemoi_dist.telemetry.heartbeat import beat
 
 #: Smaller writes are collected: an optimizer's counters are 4 bytes each.
 _SMALL_BYTES = 256 * 1024
-_PIECE_BYTES = 1024 * 1024
+#: Bytes that are hashed and then written: few enough to be in the processor's cache still when the kernel copies them,
+#: which takes a quarter of the time.
+_CHUNK_BYTES = 1024 * 1024
 
 
 class SaveCancelledError(Exception):
-    """Another rank failed: what this one still has to write is for nothing."""
+    """Another rank failed: the rest of this rank's file is not needed."""
 
 
 class HashingFile:
@@ -72,16 +74,15 @@ class HashingFile:
     def _append(self, view: memoryview) -> None:
         """Hash and write, cut at block borders; both let go of the interpreter lock."""
         while len(view):
-            # Small enough to be in the processor's cache still when the kernel copies it: a quarter of the time.
-            piece = view[: min(_PIECE_BYTES, HASH_BLOCK_BYTES - self._in_block)]
-            self._block.update(piece)
-            self._in_block += len(piece)
+            chunk = view[: min(_CHUNK_BYTES, HASH_BLOCK_BYTES - self._in_block)]
+            self._block.update(chunk)
+            self._in_block += len(chunk)
             if self._in_block == HASH_BLOCK_BYTES:
                 self._end_block()
-            view = view[len(piece) :]
-            while len(piece):
-                piece = piece[self._stream.write(piece) :]
-            beat()
+            view = view[len(chunk) :]
+            while len(chunk):  # an unbuffered stream may write less than it is given
+                chunk = chunk[self._stream.write(chunk) :]
+            beat()  # this thread is alive: a save may take longer than the watchdog's patience
 
     def _end_block(self) -> None:
         self._blocks.append(self._block.hexdigest())
@@ -95,7 +96,7 @@ class HashingFile:
             self._end_block()
         make_durable(self._stream)
         self._stream.close()
-        # Of the blocks' hashes, not of the bytes: hashing those a second time would cost as much as the first.
+        # The file's hash is one of the blocks' hashes: hashing the bytes a second time would cost as much as the first.
         return FileRecord(self.size_bytes, xxhash.xxh3_128_hexdigest("".join(self._blocks).encode()), self._blocks)
 
     def abandon(self) -> None:
@@ -107,18 +108,18 @@ class HashingFile:
 def write_shards(
     path: File, shards: Iterable[Shard], *, save_id: str, cancelled: Callable[[], bool] = lambda: False
 ) -> tuple[FileRecord, list[TensorRecord]]:
-    """Write one rank's ranges as a safetensors file.
+    """Write one rank's shards as a safetensors file.
 
     Parameters
     ----------
     path : File
-        Where; nothing is there yet.
+        A file that does not exist yet.
     shards : Iterable[Shard]
-        This rank's ranges.
+        This rank's shards.
     save_id : str
         Recorded in the file.
     cancelled : Callable[[], bool], optional
-        Asked now and then whether to give up.
+        Called now and then: whether to give up.
 
     Returns
     -------
@@ -130,7 +131,7 @@ def write_shards(
     OSError
         The file could not be written or made durable.
     SaveCancelledError
-        ``cancelled`` said so.
+        ``cancelled`` returned True.
     """
     # Widest types first, as `header` asks for.
     ordered = sorted(shards, key=lambda shard: -shard.tensor.element_size())
@@ -144,6 +145,7 @@ def write_shards(
             dtype = DTYPE_NAMES[shard.tensor.dtype]
             records.append(TensorRecord(shard.fqn, shard.kind, list(shard.global_shape), dtype, [location]))
             data = _bytes_of(shard.tensor)
+            # A slice at a time: a rank that has lost its save must not write the rest of a 10 GB tensor first.
             for begin in range(0, len(data), 8 * HASH_BLOCK_BYTES):
                 if cancelled():
                     raise SaveCancelledError("another rank could not write")
@@ -160,15 +162,16 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def begin(store: Store, step: int, *, world: Ranks) -> tuple[Folder, str]:
-    """Open a save: where every rank writes its file, and the save's id. Collective.
+    """Open a save; return the folder that every rank writes its file into, and the save's id. Collective.
 
     Raises
     ------
     CheckpointError
-        Rank 0 could not make the place, on every rank.
+        Rank 0 could not make the folder; raised on every rank.
     """
     answer: dict[str, str] = {}
     if world.is_main:
+        # Random: the leftovers of an earlier save of the same step must not be taken for this one's files.
         save_id = secrets.token_hex(8)
         try:
             store.begin(step, save_id)
@@ -190,16 +193,16 @@ def write_rank(
     read_back: bool = False,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Write one rank's file and return what :func:`commit` must know of it, as JSON.
+    """Write one rank's file and return its :class:`~anemoi_dist.checkpoint.manifest.RankReport` as JSON.
 
     Parameters
     ----------
     folder, save_id
         As :func:`begin` gave them.
     shards : Iterable[Shard]
-        This rank's ranges.
+        This rank's shards.
     rank : int
-        Its number.
+        This rank's number.
     read_back : bool, optional
         Check every byte of the file once it is durable.
     cancelled : Callable[[], bool], optional
@@ -208,11 +211,11 @@ def write_rank(
     Raises
     ------
     OSError, CheckpointError, SaveCancelledError
-        The file could not be written, is not what was written, or is no longer wanted.
+        The file could not be written, does not read back as it was written, or is no longer wanted.
     """
     file = folder / file_name(rank)
     record, tensors = write_shards(file, shards, save_id=save_id, cancelled=cancelled)
-    if read_back:
+    if read_back:  # older checkpoints are deleted on the strength of this one
         written = VerifiedFile(file, record)
         try:
             written.verify()
@@ -232,7 +235,7 @@ def commit(
     origin: Origin,
     trainer: TrainerState,
 ) -> str:
-    """Write what rank 0 writes and make the save a checkpoint. On one rank.
+    """Write ``trainer.json`` and the manifest, which makes the save a checkpoint. On rank 0 alone.
 
     Parameters
     ----------

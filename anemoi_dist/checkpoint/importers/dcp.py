@@ -28,7 +28,7 @@ def read_dcp(source: Path, *, trust: bool, weights_only: bool) -> ForeignCheckpo
     roots: dict[tuple[str, ...], dict[str, str]] = {}
     for key, info in metadata.state_dict_metadata.items():
         if not hasattr(info, "chunks"):
-            continue
+            continue  # bytes of a pickled object: a step counter at best, and opening it may run code
         path = tuple(map(str, paths.get(key, (key,))))
         if len(path) >= 3 and path[-3] == "state":
             states[key] = (path[-2], path[-1])
@@ -71,6 +71,7 @@ def _read(source: Path, metadata: Any, key: str, places: dict[tuple[int, ...], A
     out = torch.empty(info.size, dtype=info.properties.dtype)
     filled = 0
     for chunk in info.chunks:
+        # A tensor that was saved whole has one entry, without an offset.
         place = places.get(tuple(chunk.offsets)) or places.get(())
         if place is None:
             raise ConfigError("SOURCE", str(source), f"{key} has no data at {tuple(chunk.offsets)}")
@@ -92,6 +93,7 @@ def _load_chunk(source: Path, place: Any, key: str) -> torch.Tensor:
         raise ConfigError(
             "SOURCE", str(source), f"{key} is stored with {place.transform_descriptors}, which is not read"
         )
+    # The path comes from a pickle: one with ".." would read any file of this machine into the model.
     file = source / place.relative_path
     if file.resolve().parent != source.resolve():
         raise ConfigError("SOURCE", str(source), f"{key} lies in {place.relative_path}, outside of the directory")

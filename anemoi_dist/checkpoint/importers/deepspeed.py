@@ -32,6 +32,7 @@ def read_deepspeed(source: Path, *, trust: bool, weights_only: bool) -> ForeignC
     stage = int(partitions[0]["zero_stage"])
     count = partitions[0]["partition_count"]
     expected = count if isinstance(count, int) else max(count)
+    # With a rank's file missing, parameters would silently keep initial values where its partition was.
     if len(files) != expected:
         raise ConfigError("SOURCE", str(folder), f"has the partitions of {len(files)} ranks, saved were {expected}")
     if "ds_zero_partition_groups" in partitions[0]:
@@ -52,6 +53,7 @@ def _tag(source: Path) -> Path:
     if not (source / "latest").is_file():
         return source
     tag = (source / "latest").read_text(encoding="utf-8").strip()
+    # The tag is a name within the directory; anything else would read from elsewhere.
     if not tag or Path(tag).name != tag or not (source / tag).is_dir():
         raise ConfigError("SOURCE", str(source), f"names {tag!r} as its latest checkpoint, which is not in it")
     return source / tag

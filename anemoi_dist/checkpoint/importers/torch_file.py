@@ -57,6 +57,8 @@ def _weights(source: Path, content: Mapping[str, Any]) -> dict[str, torch.Tensor
     for name, tensor in found.items():
         if not isinstance(tensor, torch.Tensor):
             continue
+        # Tied weights are saved under each of their names, and are one parameter of the model. Two empty tensors may
+        # share an address by chance.
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and place in known:
             continue
@@ -109,6 +111,7 @@ def _align(
     are left out; where they leave a choice, the states are refused rather than guessed.
     """
     names = [name for name, tensor in weights.items() if kind_of(name, tensor, trained=()) == "param"]
+    # First match from the front and first match from the back: where they agree there is no third way between them.
     forward = _embed(shapes, names, weights)
     backward = _embed(shapes[::-1], names[::-1], weights)
     if num_groups == 1 and forward is not None and backward is not None and forward == backward[::-1]:

@@ -1,4 +1,4 @@
-"""The seam between the trainer and whatever moves parameters, gradients and states between ranks.
+"""The interface between the trainer and the code that moves parameters, gradients and states between ranks.
 
 Nothing outside ``engines/`` knows DeepSpeed or FSDP2; every engine passes the one conformance suite in
 ``tests/engines``.
@@ -18,7 +18,7 @@ from anemoi_dist.tasks.base import Batch
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did. Every value is global: the same on all ranks.
+    """Result of one optimizer step. Every value is global: the same on all ranks.
 
     Attributes
     ----------
@@ -75,10 +75,10 @@ class Engine(Protocol):
         """
 
     def shards(self) -> Iterator[Shard]:
-        """Yield the ranges that this rank has to save; over all ranks each element comes once."""
+        """Yield the shards that this rank has to save; over all ranks each element comes once."""
 
     def load(self, source: ShardSource, *, num_updates: int) -> None:
-        """Take parameters, states and buffers from ``source`` and set the rate for update ``num_updates``."""
+        """Load parameters, states and buffers from ``source`` and set the rate for update ``num_updates``."""
 
     def memory(self) -> MemoryReport:
         """Count the bytes that this rank holds."""

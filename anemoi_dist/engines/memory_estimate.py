@@ -1,4 +1,4 @@
-"""How many bytes a rank is going to hold, from the engines' own rules for cutting tensors. Pure, and without torch.
+"""Estimate of the bytes that a rank is going to hold, by the engines' own rules for sharding. Pure, without torch.
 
 The control side plans with it before anyone queues; ``tests/engines/test_memory_estimate.py`` compares it with what
 every engine holds.
@@ -16,14 +16,14 @@ from anemoi_dist.config.tree import Tree
 
 _FP32, _BF16 = 4, 2
 
-#: What gradients are reduced in at ZeRO 1 and 2, in elements; ``engine.options`` may say otherwise.
+#: Elements of the bucket that gradients are reduced in at ZeRO 1 and 2, unless ``engine.options`` says otherwise.
 REDUCE_BUCKET = 1 << 25
-#: DeepSpeed's defaults, in elements; ``engine.options`` may say otherwise.
+#: DeepSpeed's defaults, in elements, unless ``engine.options`` says otherwise.
 _REDUCE_BUCKET = 500_000_000
 _PERSISTENCE_THRESHOLD = 100_000
 _SUB_GROUP = 1_000_000_000
 
-#: What :class:`ExpectedMemory` leaves out.
+#: Memory that :class:`ExpectedMemory` leaves out.
 NOT_COUNTED = (
     "activations, layers gathered while they compute (zero3, fsdp2), NCCL's and cuBLAS' work space, the CUDA context, "
     "allocator fragmentation"
@@ -55,22 +55,22 @@ class Parameter:
 
     @property
     def numel(self) -> int:
-        """Elements of the whole."""
+        """Elements of the whole parameter."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What memory depends on in a model.
+    """Sizes of a model that memory depends on.
 
     Attributes
     ----------
     parameters : Sequence[Parameter]
         In any order.
     buffer_bytes : int
-        Of buffers, which every rank holds whole.
+        Bytes of all buffers, which every rank holds whole.
     largest_layer : tuple[str, int], optional
-        Name and parameters of the module that holds most itself.
+        Name and number of parameters of the module that holds most by itself.
     """
 
     parameters: Sequence[Parameter]
@@ -104,7 +104,7 @@ class ExpectedMemory:
     buffers : int
         The model's buffers.
     staging : int
-        Copy of what a checkpoint holds, in host memory.
+        Copy of a checkpoint's contents in host memory.
     offloaded : bool
         Masters, states, gradients and their copies lie in host memory too.
     """
@@ -121,7 +121,7 @@ class ExpectedMemory:
 
     @property
     def movable(self) -> int:
-        """What ``engine.offload`` moves to the host."""
+        """Bytes that ``engine.offload`` moves to the host."""
         return self.master + sum(self.states.values()) + self.gradients + self.update
 
     @property
@@ -168,7 +168,7 @@ def state_bytes(optimizer: Tree) -> dict[str, int] | None:
 
 
 def expected_memory(config: Config, model: ModelSize, *, world_size: int, rank: int = 0) -> ExpectedMemory:
-    """Return what one rank is going to hold.
+    """Return the bytes that one rank is going to hold.
 
     Parameters
     ----------
@@ -228,39 +228,39 @@ def _replicated(config: Config, parameters: Sequence[Parameter], world_size: int
 
 
 def _zero12(config: Config, parameters: Sequence[Parameter], world_size: int, rank: int) -> _Held:
-    """Stages 1 and 2: whole working parameters, one equal piece of a flat copy, padded to two elements a rank."""
+    """Stages 1 and 2: whole working parameters, one equal partition of a flat copy, padded to two elements a rank."""
     trained, frozen = _count(parameters)
     working = _working(config.training)
-    piece = 2 * _ceil(trained, 2 * world_size)
+    partition = 2 * _ceil(trained, 2 * world_size)
     return _Held(
         parameters=working * (trained + frozen),
-        master=_master(config, piece),
-        stepped=piece,
-        saved=min(piece, trained),
+        master=_master(config, partition),
+        stepped=partition,
+        saved=min(partition, trained),
         saved_frozen=working * _ceil(frozen, world_size),
         # Stage 1 reduces when the backward pass has ended, stage 2 while it runs.
-        gradients=working * (piece + (0 if "gradients" in config.engine.spec.partitioned else trained)),
-        update=_copy(config, piece),
+        gradients=working * (partition + (0 if "gradients" in config.engine.spec.partitioned else trained)),
+        update=_copy(config, partition),
         communication=working * _zero_option(config.engine, "reduce_bucket_size", REDUCE_BUCKET),
     )
 
 
 def _zero3(config: Config, parameters: Sequence[Parameter], world_size: int, rank: int) -> _Held:
-    """Stage 3: an equal piece of every parameter; small ones stay gathered beside it."""
+    """Stage 3: an equal shard of every parameter; small parameters stay gathered beside it."""
     working = _working(config.training)
     threshold = _zero_option(config.engine, "stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD)
-    pieces = {flag: sum(_ceil(p.numel, world_size) for p in parameters if p.trained == flag) for flag in (True, False)}
+    shards = {flag: sum(_ceil(p.numel, world_size) for p in parameters if p.trained == flag) for flag in (True, False)}
     gathered = sum(p.numel for p in parameters if p.numel <= threshold)
-    piece = pieces[True]
+    shard = shards[True]
     return _Held(
-        parameters=working * (piece + pieces[False] + gathered),
-        master=_master(config, piece),
-        stepped=piece,
-        saved=piece,
-        saved_frozen=working * pieces[False],
-        gradients=working * piece,
+        parameters=working * (shard + shards[False] + gathered),
+        master=_master(config, shard),
+        stepped=shard,
+        saved=shard,
+        saved_frozen=working * shards[False],
+        gradients=working * shard,
         # One sub-group at a time, but on the host all stay.
-        update=_FP32 * piece if config.engine.offload else _copy(config, min(piece, _SUB_GROUP)),
+        update=_FP32 * shard if config.engine.offload else _copy(config, min(shard, _SUB_GROUP)),
         communication=_FP32 * _zero_option(config.engine, "reduce_bucket_size", _REDUCE_BUCKET),
     )
 
@@ -300,14 +300,14 @@ def _working(training: TrainingConfig) -> int:
     return _BF16 if training.precision == "bf16" else _FP32
 
 
-def _master(config: Config, piece: int) -> int:
+def _master(config: Config, numel: int) -> int:
     """Return the bytes of masters: fp32 working parameters are their own, unless those lie on the host."""
-    return 0 if config.training.precision == "fp32" and not config.engine.offload else _FP32 * piece
+    return 0 if config.training.precision == "fp32" and not config.engine.offload else _FP32 * numel
 
 
-def _copy(config: Config, piece: int) -> int:
+def _copy(config: Config, numel: int) -> int:
     """Return the bytes of an fp32 copy of gradients: only AdEMAMix takes those in bf16 as they are."""
-    return 0 if config.training.precision == "fp32" or is_ademamix(config.training.optimizer) else _FP32 * piece
+    return 0 if config.training.precision == "fp32" or is_ademamix(config.training.optimizer) else _FP32 * numel
 
 
 def _zero_option(engine: EngineConfig, name: str, default: int) -> int:

@@ -16,7 +16,7 @@ from anemoi_dist.tasks.base import Batch
 
 
 class DdpEngine(ShardedEngine):
-    """torch's DistributedDataParallel around fp32 parameters; ``bf16`` computes under autocast."""
+    """torch's DistributedDataParallel around fp32 parameters; ``precision: bf16`` computes under autocast."""
 
     def _wrap(self) -> None:
         if self.config.training.precision == "bf16":
@@ -34,6 +34,7 @@ class DdpEngine(ShardedEngine):
         return self._ddp(batch, **evaluation)
 
     def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        # One all-reduce a step: gradients of earlier micro-batches add up locally first.
         with nullcontext() if is_last else self._ddp.no_sync():
             loss.backward()
 
@@ -61,6 +62,7 @@ def step_replicated(engine: ShardedEngine) -> tuple[float, bool]:
         L2 norm of the gradient, and whether the update was skipped.
     """
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    # No collective: equal gradients give every rank the same norm, bit for bit, and so the same decision to skip.
     norm = squared_norms(gradients).sum().sqrt().float()
     skipped = not bool(norm.isfinite())
     if not skipped:

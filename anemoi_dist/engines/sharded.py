@@ -35,7 +35,7 @@ from anemoi_dist.telemetry.heartbeat import beat
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A contiguous range of one parameter, where it lies on this rank.
+    """Location of a contiguous range of one parameter on this rank.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class LocalShard:
     owner : torch.Tensor
         The tensor that the optimizer steps and keys its state by: the parameter, or the flat partition it lies in.
     offset : int
-        Where the range begins in the flattened ``owner``.
+        First element of the range in the flattened ``owner``.
     replicated : bool
         Every rank holds the whole parameter: each saves only its share.
     """
@@ -105,7 +105,7 @@ class ShardedEngine(ABC):
         self._create_states()
         set_num_updates(self._scheduler, 0)
 
-    # What an engine fills in
+    # Hooks that an engine fills in
 
     @abstractmethod
     def _wrap(self) -> None:
@@ -134,7 +134,7 @@ class ShardedEngine(ABC):
         """Return bytes of working parameters and of fp32 masters that are stored apart from them."""
         return sum(local(parameter).nbytes for parameter in self.module.parameters()), 0
 
-    # What all engines do
+    # Common to all engines
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepReport:
         """Do one optimizer step on this rank's micro-batches, then advance the learning rate. Collective."""
@@ -167,23 +167,24 @@ class ShardedEngine(ABC):
         return result
 
     def shards(self) -> Iterator[Shard]:
-        """Yield the ranges that this rank has to save; over all ranks each element comes once. Collective."""
+        """Yield the shards that this rank has to save; over all ranks each element comes once. Collective."""
         self._agree_on_buffers()
         for shard in self.local_shards():
             low, high = self._share(shard)
             for kind, tensor in self._tensors(shard):
-                if tensor.dim() == 0 and shard.owner.dim() > 0:  # a counter: saved by whoever holds element 0
+                # A step counter has no elements to cut: the rank that holds the parameter's first element saves it.
+                if tensor.dim() == 0 and shard.owner.dim() > 0:
                     if shard.start + low == 0 and high > low:
                         yield Shard(shard.fqn, kind, (), 0, tensor.view(1))
                 elif high > low:
-                    piece = shard.view(tensor)[low:high]
-                    yield Shard(shard.fqn, kind, shard.global_shape, shard.start + low, piece)
+                    own = shard.view(tensor)[low:high]
+                    yield Shard(shard.fqn, kind, shard.global_shape, shard.start + low, own)
         if self.world.is_main:
             for name, buffer in self._persistent_buffers():
                 yield Shard(name, "buffer", tuple(buffer.shape), 0, buffer.detach().reshape(-1))
 
     def load(self, source: ShardSource, *, num_updates: int) -> None:
-        """Take parameters, states and buffers from ``source`` and set the rate for update ``num_updates``.
+        """Load parameters, states and buffers from ``source`` and set the rate for update ``num_updates``.
 
         Raises
         ------
@@ -200,8 +201,9 @@ class ShardedEngine(ABC):
 
     @torch.no_grad()
     def _load_tensors(self, source: ShardSource, *, num_updates: int) -> None:
-        """Load what ``source`` has; the rest stays as it is."""
+        """Load every tensor that ``source`` has; the others keep their values."""
         available = source.tensors()
+        # A state whose every tensor is 0-d counts steps: under a flat partition one counter serves many parameters.
         kinds = sorted({kind for _, kind in available} - {"param", "buffer"})
         counters = {kind for kind in kinds if all(not i.global_shape for (_, k), i in available.items() if k == kind)}
         for shard in self.local_shards():
@@ -215,6 +217,7 @@ class ShardedEngine(ABC):
                     self._begin_state(source, shard, kind, is_counter=kind in counters)
         for name, buffer in self._persistent_buffers():
             if (name, "buffer") in available:
+                # Through the CPU: a buffer need not be contiguous, and its type need not be the saved one.
                 flat = torch.empty(buffer.numel(), dtype=buffer.dtype)
                 source.read(name, "buffer", start=0, out=flat)
                 buffer.copy_(flat.view(buffer.shape))
@@ -295,7 +298,7 @@ class ShardedEngine(ABC):
             self.capabilities.set_element_ranges(owner, ranges, seed=self.config.run.seed)
 
     def _held_states(self) -> dict[str, set[torch.dtype]]:
-        """Return the types of the optimizer's states that there are now, by their names."""
+        """Return the types of the optimizer's present states, by their names."""
         held: dict[str, set[torch.dtype]] = {}
         for state in self.optimizer.state.values():
             for kind, value in state.items():
@@ -325,7 +328,7 @@ class ShardedEngine(ABC):
             yield kind, value
 
     def _notes_on_states(self, source: ShardSource, num_updates: int) -> list[str]:
-        """Say which of the optimizer's states begin here though others go on, or are of another type now."""
+        """Return notes on states that start at zero though others go on, or that change their type."""
         saved: dict[str, set[torch.dtype]] = {}
         for (_, kind), info in source.tensors().items():
             if kind not in ("param", "buffer"):
@@ -341,14 +344,14 @@ class ShardedEngine(ABC):
         return [*notes, note]
 
     def _begins(self, shard: LocalShard, available: Mapping[tuple[str, str], TensorInfo], kinds: Sequence[str]) -> bool:
-        """Whether the optimizer's state of a parameter begins here: it is new, or was frozen."""
+        """Whether the optimizer's state of a parameter starts at zero: it is new, or was frozen."""
         if shard.fqn not in self._trained or any((shard.fqn, kind) in available for kind in kinds):
             return False
         # An optimizer that creates states at the first gradient has not met one: it still creates it then.
         return (shard.fqn, "param") not in available or self.capabilities.has_all_states
 
     def _begin_state(self, source: ShardSource, shard: LocalShard, kind: str, *, is_counter: bool) -> None:
-        """Start the state of a parameter that the checkpoint has none of: EMA states at zero, at the others' step.
+        """Start a state that the checkpoint does not have for this parameter: EMA states at zero, at the others' step.
 
         Partitioned engines keep one counter for many parameters, so all do alike.
         """
@@ -365,6 +368,7 @@ class ShardedEngine(ABC):
         if is_counter:
             value = torch.empty(1, dtype=info.dtype)
             source.read(shard.fqn, kind, start=0, out=value)
+            # torch keeps counters on the CPU but where a kernel or a captured graph reads them.
             on_device = any(group.get("capturable") or group.get("fused") for group in self.optimizer.param_groups)
             state[kind] = value.view(()).to(shard.owner.device if on_device else "cpu")
             return
@@ -380,7 +384,7 @@ class ShardedEngine(ABC):
             )
 
     def _agree_on_buffers(self) -> None:
-        """Take rank 0's: what ranks gather from their own samples (running statistics) differs, and one is saved."""
+        """Broadcast rank 0's buffers: running statistics of each rank's own samples differ, and one copy is saved."""
         for _, buffer in self._persistent_buffers():
             dist.broadcast(buffer, src=0)
 
@@ -397,7 +401,10 @@ def clip_coefficient(norm: torch.Tensor, limit: float) -> torch.Tensor:
 
 
 def step_only(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
-    """Step some of the optimizer's parameters."""
+    """Step some of the optimizer's parameters.
+
+    The group dictionaries themselves stay in place, since the scheduler sets the rate in them.
+    """
     wanted, groups = set(parameters), optimizer.param_groups
     every = [group["params"] for group in groups]
     try:

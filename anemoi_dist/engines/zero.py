@@ -1,7 +1,9 @@
-"""``engine=zero0`` to ``zero3_offload``: DeepSpeed partitions; our optimizer steps its flat fp32 partitions.
+"""``engine=zero0`` to ``zero3_offload``: DeepSpeed partitions, and our optimizer steps its flat fp32 partitions.
 
-DeepSpeed replaces the parameters in the optimizer's groups by flat fp32 partitions (stages 1 to 3) and moves gradients
-and parameters. This file knows where in those partitions each parameter lies, and nothing else of DeepSpeed's inside.
+At stages 1 to 3 DeepSpeed replaces the parameters in the optimizer's groups by flat fp32 partitions, and moves
+gradients and parameters. This module knows where in the partitions each parameter lies, and replaces the passes over
+memory that DeepSpeed makes around an update. It relies on DeepSpeed's private names for that: the dependency is pinned
+to one minor version, and ``tests/engines`` hold every stage against ``ddp``.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.norm import squared_norms
 from anemoi_dist.tasks.base import Batch
 
-#: With ``engine.overlap``, a partition is stepped in so many pieces at most, of so many elements at least.
+#: With ``engine.overlap``: the most buckets that a partition is stepped in, and the fewest elements of one. More
+#: buckets begin to communicate earlier; smaller ones cost more in launches and latency than they hide.
 NUM_BUCKETS = 8
 BUCKET_NUMEL = 1 << 20
 
 
 class _ZeroEngine(ShardedEngine):
-    """What all stages share: one DeepSpeed engine around the module and the optimizer of its configuration."""
+    """Base of all stages: one DeepSpeed engine around the module and the optimizer of its configuration."""
 
     def _initialize(self, config: dict[str, Any]) -> None:
         deepspeed = _import_deepspeed()
@@ -50,7 +53,7 @@ class _ZeroEngine(ShardedEngine):
             self._load_tensors(initial, num_updates=0)
 
     def _install_hooks(self) -> None:
-        """Put our own in the place of what DeepSpeed does with its partitions."""
+        """Replace methods of DeepSpeed's optimizer by our own."""
 
     def _forward(self, batch: Batch, **evaluation: Any) -> torch.Tensor:
         return self._engine(batch, **evaluation)
@@ -67,6 +70,7 @@ class _ZeroEngine(ShardedEngine):
             "train_batch_size": self.config.training.global_batch_size,
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": per_rank // micro,
+            # Any element-wise optimizer works on a flat partition; without these DeepSpeed refuses all but its own.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
@@ -115,11 +119,12 @@ class _PartitionedEngine(_ZeroEngine):
         config["zero_optimization"] = zero
         config["gradient_clipping"] = self.config.training.clip_grad_norm or 0.0
         if self.config.training.precision == "bf16":
+            # Summed in fp32: in bf16 the sum over ranks would lose what small gradients add to large ones.
             config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32"}
         self._initialize(config)
 
     def _zero_options(self) -> dict[str, Any]:
-        """Return what this stage asks of DeepSpeed beside the above."""
+        """Return further settings of ``zero_optimization`` for this stage."""
         return {}
 
     @property
@@ -127,7 +132,7 @@ class _PartitionedEngine(_ZeroEngine):
         return self._engine.optimizer
 
     def _alias_masters(self, masters: Sequence[torch.Tensor], working: Sequence[torch.Tensor]) -> None:
-        """Let fp32 working parameters be their own masters; DeepSpeed keeps a copy."""
+        """Let fp32 working parameters be their own masters, where DeepSpeed keeps a copy of 4 bytes a parameter."""
         for master, own in zip(masters, working, strict=True):
             if own.dtype == master.dtype and own.device == master.device:
                 master.data = own.data
@@ -135,22 +140,22 @@ class _PartitionedEngine(_ZeroEngine):
 
 @dataclass(frozen=True)
 class _Bucket:
-    """A range of this rank's flat partition that is stepped at once.
+    """A range of this rank's flat partition that is stepped, and then communicated, at once.
 
     Attributes
     ----------
     index : int
         Number of the parameter group.
     begin : int
-        First element of the range in the whole group laid end to end.
+        First element of the range in the group's parameters laid end to end.
     parameter : torch.nn.Parameter
         The fp32 values.
     gradient : torch.Tensor
-        Their averaged gradient.
+        Averaged gradient of the range.
     working : list[torch.Tensor]
         For each rank, the range at the same place of its partition, in the working parameters.
     is_own : bool
-        Of this rank's there it is no copy, but the same memory.
+        This rank's working parameters are the memory of ``parameter``, not a copy of it.
     """
 
     index: int
@@ -162,15 +167,15 @@ class _Bucket:
 
 
 class Zero12Engine(_PartitionedEngine):
-    """Stages 1 and 2: whole working parameters; each rank steps one equal piece of every group's flat copy.
+    """Stages 1 and 2: whole working parameters; each rank steps one equal partition of every group's flat copy.
 
-    DeepSpeed averages the gradients and counts; norm, clipping, update and the gathering of parameters are done here.
-    Its own step makes an fp32 copy of the gradients in fresh memory, scales it, and copies the parameters twice.
+    DeepSpeed averages the gradients and counts steps; norm, clipping, update and the gathering of parameters are done
+    here. Its own step makes an fp32 copy of the gradients in fresh memory, scales it, and copies the parameters twice.
     """
 
     def _zero_options(self) -> dict[str, Any]:
-        # Of the same bytes on the wire, the way with fewer copies: DeepSpeed's reduce_scatter is an all-reduce of a
-        # copy. Its default bucket of 5e8 elements is allocated anew in every backward pass, whatever the model's size.
+        # The same bytes on the wire with fewer copies: DeepSpeed's reduce_scatter is an all-reduce of a copy. Its
+        # default bucket of 5e8 elements is allocated anew in every backward pass, whatever the model's size.
         return {"reduce_scatter": False, "reduce_bucket_size": REDUCE_BUCKET}
 
     def _install_hooks(self) -> None:
@@ -182,11 +187,12 @@ class Zero12Engine(_PartitionedEngine):
             raise ConfigError(f"{key}.offload_optimizer", "cpu", "needs ZeRO stage 3", fix="engine=zero3_offload")
         overlap = self.config.engine.overlap
         gradients = [zero._build_compact_grad_partition_buffer(group) for group in range(len(zero.bit16_groups))]
-        pieces = [piece for group in gradients for piece in group if not getattr(piece, "_zero_padding", False)]
+        slices = [part for group in gradients for part in group if not getattr(part, "_zero_padding", False)]
         self._gradients = GradientPartitions(
-            pieces, is_last=lambda: bool(zero.is_gradient_accumulation_boundary()), eager=overlap
+            slices, is_last=lambda: bool(zero.is_gradient_accumulation_boundary()), eager=overlap
         )
-        # What DeepSpeed does where gradients add up in another type than the parameters': each goes to its place.
+        # DeepSpeed's path for gradients that add up in another type than the parameters': each is handed over once,
+        # and lands in the flat buffer that the optimizer reads, instead of in a list that is flattened at the step.
         zero._use_compact_grad_partition_buffer = lambda group: True
         zero.averaged_gradients = dict(enumerate(gradients))
         zero._add_to_grad_partition_buffer = self._gradients.receive
@@ -194,13 +200,14 @@ class Zero12Engine(_PartitionedEngine):
         self._alias_masters(zero.single_partition_of_fp32_groups, own)
         zero._link_all_hp_params()  # DeepSpeed's own accessors would show the partitions and gradients of before
         self._buckets = list(self._cut(overlap=overlap))
+        # The optimizer keys its states by these tensors. From here on they are never replaced, only written to.
         for index, group in enumerate(self.optimizer.param_groups):
             group["params"] = [bucket.parameter for bucket in self._buckets if bucket.index == index]
         self.capabilities.set_copies({b.parameter: b.working[self.world.rank] for b in self._buckets if not b.is_own})
         zero.step = self._step
 
     def _cut(self, *, overlap: bool) -> Iterator[_Bucket]:
-        """Yield the buckets: every partition whole or, where they are gathered while others are stepped, in pieces."""
+        """Yield the buckets: each partition whole, or cut so that one is gathered while the next is stepped."""
         zero = self._zero
         for index, master in enumerate(zero.single_partition_of_fp32_groups):
             numel = master.numel()
@@ -223,8 +230,9 @@ class Zero12Engine(_PartitionedEngine):
 
     @torch.no_grad()
     def _step(self, closure: Any = None) -> None:
-        """Do what DeepSpeed's optimizer calls a step."""
+        """Take the global norm, then step or skip; it replaces the step of DeepSpeed's optimizer."""
         zero = self._zero
+        # A rank whose partition got no gradient takes part all the same: a collective that one rank leaves out hangs.
         square = torch.zeros((), dtype=torch.float64, device=self.world.device)
         own = self._gradients.sum_of_squares()
         if own is not None:
@@ -232,13 +240,13 @@ class Zero12Engine(_PartitionedEngine):
         dist.all_reduce(square)
         norm = square.sqrt().float()
         self._norm = zero._global_grad_norm = float(norm)
-        zero.overflow = not math.isfinite(self._norm)
+        zero.overflow = not math.isfinite(self._norm)  # DeepSpeed counts skipped steps by it
         if not zero.overflow:
             self._step_buckets(norm)
         self._gradients.begin()
 
     def _step_buckets(self, norm: torch.Tensor) -> None:
-        """Step each bucket and gather its working parameters, meanwhile or at the end."""
+        """Step each bucket and begin to gather its working parameters; wait for all of them at the end."""
         for bucket in self._buckets:
             self.capabilities.attach_grad(bucket.parameter, bucket.gradient)
         gradients = [bucket.parameter.grad for bucket in self._buckets if bucket.parameter.grad is not None]
@@ -254,7 +262,7 @@ class Zero12Engine(_PartitionedEngine):
             work.wait()
 
     def _begin_gather(self, bucket: _Bucket) -> list[Any]:
-        """Begin to take the other ranks' working parameters of a bucket; return what to wait for."""
+        """Begin to gather the other ranks' working parameters of a bucket; return the handles to wait for."""
         own = bucket.working[self.world.rank]
         if self.world.device.type == "cpu":
             # Where they belong: gloo's all-gather copies in and out. The bytes on the wire are the same.
@@ -264,7 +272,7 @@ class Zero12Engine(_PartitionedEngine):
         return [dist.all_gather_into_tensor(self._zero.bit16_groups_flat[bucket.index], own, async_op=True)]
 
     def local_shards(self) -> Iterator[LocalShard]:
-        """Yield the pieces of parameters that lie in this rank's partitions, then what is frozen."""
+        """Yield the ranges of parameters that lie in this rank's partitions, then the frozen parameters."""
         zero = self._zero
         for bucket in self._buckets:
             parameters, offsets = zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets
@@ -291,10 +299,10 @@ class Zero12Engine(_PartitionedEngine):
 
 
 class Zero3Engine(_PartitionedEngine):
-    """Stage 3: every parameter is cut into equal pieces, gathered when a submodule needs it.
+    """Stage 3: every parameter is cut into equal shards, which are gathered when a submodule needs it.
 
-    DeepSpeed goes through the flat partitions; what it does to each of them in passes of its own is left out here, or
-    done in the update.
+    DeepSpeed goes through the flat partitions; the passes that it makes over each of them are left out here, or done
+    in the update.
     """
 
     def _install_hooks(self) -> None:
@@ -311,7 +319,7 @@ class Zero3Engine(_PartitionedEngine):
         flat = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True)
         if not zero.offload_optimizer:
             self.capabilities.set_copies({p: w for p, w in flat if w.data_ptr() != p.data_ptr()})
-            # They are views of what the update writes; DeepSpeed copies to it once more and makes the views anew.
+            # The shards are views of what the update has written; DeepSpeed would copy it again and make new views.
             zero._reassign_or_swap_out_partitioned_parameters = lambda sub_group: None
 
     def _scale_in_update(self, _: Any, norm: torch.Tensor) -> None:
@@ -335,7 +343,7 @@ class Zero3Engine(_PartitionedEngine):
         return buffer[begin : begin + sizes[sub_group]]
 
     def _norms(self) -> list[torch.Tensor]:
-        """Return the norm of all gradients, as DeepSpeed's one per partition."""
+        """Return the norm of all gradients, in the place of DeepSpeed's list with one for each partition."""
         square = squared_norms([self._zero.grad_partitions_flat_buffer]).sum()
         dist.all_reduce(square)
         return [square.sqrt().float()]
@@ -363,7 +371,9 @@ class Zero3Engine(_PartitionedEngine):
     def _update(self) -> tuple[float, bool]:
         self._engine.step()
         self.capabilities.reset_scale()
-        for partition in self._zero.fp32_partitioned_groups_flat:  # with offload they keep theirs on the CPU
+        # With offload the partitions keep their gradients, on the CPU: a parameter that the next step does not use
+        # would be stepped with this one's.
+        for partition in self._zero.fp32_partitioned_groups_flat:
             if partition.grad is not None:
                 partition.grad.zero_()
         return float(self._engine.get_global_grad_norm()), bool(self._zero.overflow)
@@ -377,25 +387,25 @@ class Zero3Engine(_PartitionedEngine):
             group["params"] = []
 
     def local_shards(self) -> Iterator[LocalShard]:
-        """Yield this rank's piece of every parameter, then its piece of what is frozen."""
+        """Yield this rank's shard of every trained parameter, then of the frozen ones."""
         zero = self._zero
         for parameters, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
             offset = 0
             for parameter in parameters:
-                if (shard := self._piece(parameter, flat, offset)) is not None:
+                if (shard := self._shard(parameter, flat, offset)) is not None:
                     yield shard
                 offset += parameter.partition_numel()
         for parameter in self._parameters():
-            if not parameter.requires_grad and (shard := self._piece(parameter, parameter.ds_tensor, 0)) is not None:
+            if not parameter.requires_grad and (shard := self._shard(parameter, parameter.ds_tensor, 0)) is not None:
                 yield shard
 
     def _parameters(self) -> list[Any]:
         """Return the module's parameters, which DeepSpeed has given the attributes ``ds_*``."""
         return list(self.module.parameters())
 
-    def _piece(self, parameter: Any, owner: torch.Tensor, offset: int) -> LocalShard | None:
+    def _shard(self, parameter: Any, owner: torch.Tensor, offset: int) -> LocalShard | None:
         start = self.world.rank * parameter.partition_numel()
-        numel = min(parameter.partition_numel(), parameter.ds_numel - start)  # the last piece is padded
+        numel = min(parameter.partition_numel(), parameter.ds_numel - start)  # the last shard is padded
         if numel <= 0:
             return None
         return LocalShard(self._names[id(parameter)], tuple(parameter.ds_shape), start, numel, owner, offset)
@@ -411,14 +421,14 @@ class Zero3Engine(_PartitionedEngine):
     def _working_bytes(self) -> tuple[int, int]:
         parameters = self._parameters()
         working = sum(parameter.ds_tensor.nbytes for parameter in parameters)
-        # Small parameters stay gathered between steps (stage3_param_persistence_threshold), beside their piece.
+        # Small parameters stay gathered between steps (stage3_param_persistence_threshold), beside their shard.
         working += sum(parameter.data.nbytes for parameter in parameters if parameter.ds_persist)
         flat = zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_partitioned_groups_flat, strict=True)
         return working, sum(master.nbytes for master, low in flat if master.data_ptr() != low.data_ptr())
 
 
 class _InitialWeights:
-    """The fp32 parameters and buffers of a module as they are now, as a source to load from."""
+    """A copy of a module's fp32 parameters and buffers, as a source to load from."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._tensors = {(name, "param"): p.detach().clone() for name, p in module.named_parameters()}
@@ -432,7 +442,7 @@ class _InitialWeights:
 
 
 def _import_deepspeed() -> Any:
-    """Import DeepSpeed quietly and without the parts that do harm on a CPU."""
+    """Import DeepSpeed without its warnings, and without its kernels for collectives on a CPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated.*")

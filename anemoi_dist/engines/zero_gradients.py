@@ -1,4 +1,4 @@
-"""Flat gradient partitions of ZeRO 1 and 2: put where the optimizer reads them, and squared as they arrive."""
+"""Flat gradient partitions of ZeRO 1 and 2: filled where the optimizer reads them, and squared as they arrive."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class GradientPartitions:
     slices : Sequence[torch.Tensor]
         For each parameter's part in the partitions, in order: its view of the flat gradient, zero.
     is_last : Callable[[], bool]
-        Whether the gradients that arrive are those of the last micro-batch.
+        Whether the gradients that arrive are those of the step's last micro-batch.
     eager : bool
-        Square the norm of each part when it is complete, and not all of them at the step.
+        Take the squared norm of each slice when its gradient is complete, while the backward pass goes on.
     """
 
     def __init__(self, slices: Sequence[torch.Tensor], *, is_last: Callable[[], bool], eager: bool) -> None:
@@ -32,18 +32,19 @@ class GradientPartitions:
         self._squares: dict[int, torch.Tensor] = {}
 
     def receive(self, place: torch.Tensor | None, gradient: torch.Tensor) -> None:
-        """Put an averaged gradient into its place, or add it to those of earlier micro-batches.
+        """Write an averaged gradient to its slice, or add it to those of earlier micro-batches.
 
         Parameters
         ----------
         place : torch.Tensor | None
-            One of the slices; None where the gradient belongs to another rank.
+            One of the slices; None if the gradient belongs to another rank.
         gradient : torch.Tensor
-            As many elements.
+            Any shape with as many elements.
         """
         if place is None:
             return
         index = self._index[place.data_ptr()]
+        # The first gradient of a step overwrites the last step's: zeroing the buffer would be one more pass over it.
         if index in self._arrived:
             place.add_(gradient.view(-1).to(place.dtype))
         else:
@@ -53,10 +54,13 @@ class GradientPartitions:
             self._squares[index] = squared_norms([self._slices[index]])
 
     def sum_of_squares(self) -> torch.Tensor | None:
-        """Return the sum of all squares on this rank, None without a gradient; what got none is zero from here on."""
+        """Return the sum of all squares on this rank, None without a gradient; unused slices are zero from here on."""
+        # A parameter that this step did not use still shows the gradient of the last one that did.
         for index in self._stale - self._arrived:
             self._slices[index].zero_()
         self._stale = set(self._arrived)
+        # In the order of the partition, not of arrival: a sum in another order has other bits, and arrival may differ
+        # from run to run.
         arrived = {index: self._slices[index] for index in sorted(self._arrived)}
         return sum_of_squares(arrived, self._squares) if arrived else None
 

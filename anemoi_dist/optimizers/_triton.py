@@ -35,6 +35,37 @@ def _rounded(x, bits):
 
 
 @triton.jit
+def _random_words(offsets, step, ranges_ptr, num_ranges, block: tl.constexpr):
+    # rounding.random_words, first and second, for the elements of this program.
+    mixed = _mix(step)
+    begin = tl.program_id(0).to(tl.int64) * block
+    index = 0
+    past = num_ranges
+    while past - index > 1:  # the last range that begins with this block or before, by bisection
+        middle = (index + past) // 2
+        if tl.load(ranges_ptr + 4 * middle) <= begin:
+            index = middle
+        else:
+            past = middle
+    words = tl.zeros((block,), tl.uint32)
+    others = tl.zeros((block,), tl.uint32)
+    # Each range that reaches into the block overwrites what the one before it has left beyond its end.
+    range_begin = begin
+    while range_begin < begin + block:
+        row = ranges_ptr + 4 * index
+        own_begin = tl.load(row)
+        element = (offsets - own_begin + tl.load(row + 1)).to(tl.uint32)
+        key = _mix(tl.load(row + 2).to(tl.uint32) ^ mixed)
+        other_key = _mix(tl.load(row + 3).to(tl.uint32) ^ mixed)
+        inside = offsets >= own_begin
+        words = tl.where(inside, _words(element, key, other_key), words)
+        others = tl.where(inside, _words(element, other_key, key), others)
+        index += 1
+        range_begin = tl.load(ranges_ptr + 4 * index, mask=index < num_ranges, other=begin + block)
+    return words, others
+
+
+@triton.jit
 def ademamix_kernel(
     p_ptr,
     g_ptr,
@@ -79,31 +110,7 @@ def ademamix_kernel(
     kept_fast, kept_slow, kept_square = first, slow, square
     if is_rounded:
         step = tl.load(numbers_ptr + 9).to(tl.uint32) + (tl.load(numbers_ptr + 10).to(tl.uint32) << 16)
-        mixed = _mix(step)
-        begin = tl.program_id(0).to(tl.int64) * block
-        index = 0
-        past = num_ranges
-        while past - index > 1:  # the last piece that begins with this block or before, by bisection
-            middle = (index + past) // 2
-            if tl.load(ranges_ptr + 4 * middle) <= begin:
-                index = middle
-            else:
-                past = middle
-        words = tl.zeros((block,), tl.uint32)
-        others = tl.zeros((block,), tl.uint32)
-        # Each piece that reaches into the block overwrites what the one before it has left beyond its end.
-        range_begin = begin
-        while range_begin < begin + block:
-            row = ranges_ptr + 4 * index
-            own_begin = tl.load(row)
-            element = (offsets - own_begin + tl.load(row + 1)).to(tl.uint32)
-            key = _mix(tl.load(row + 2).to(tl.uint32) ^ mixed)
-            other_key = _mix(tl.load(row + 3).to(tl.uint32) ^ mixed)
-            inside = offsets >= own_begin
-            words = tl.where(inside, _words(element, key, other_key), words)
-            others = tl.where(inside, _words(element, other_key, key), others)
-            index += 1
-            range_begin = tl.load(ranges_ptr + 4 * index, mask=index < num_ranges, other=begin + block)
+        words, others = _random_words(offsets, step, ranges_ptr, num_ranges, block)
         if fast_ptr.dtype.element_ty == tl.bfloat16:
             kept_fast = _rounded(first, words & 0xFFFF)
         if square_ptr.dtype.element_ty == tl.bfloat16:

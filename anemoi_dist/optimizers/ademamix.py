@@ -69,7 +69,8 @@ __all__ = [
     "schedule_values",
 ]
 
-#: What a state dictionary written before these options existed (Apple's, anemoi-training's) means by their absence.
+#: Values of options that a state dictionary does not have, because it was written before they existed (Apple's,
+#: anemoi-training's).
 _ABSENT = {
     "schedule_start": 0,
     "beta3_form": "apple",
@@ -242,19 +243,20 @@ class AdEMAMix(Optimizer):
         return dict(names)
 
     def set_element_ranges(self, p: Tensor, ranges: Iterable[ElementRange], *, seed: int = 0) -> None:
-        """Say which elements of which parameters ``p`` holds: their rounding to bfloat16 depends on that.
+        """Say which elements of which parameters ``p`` holds: their stochastic rounding to bfloat16 depends on it.
 
-        Engines call it for the flat partitions that they have made of parameters. Without, a tensor is a parameter, all
-        of it or this rank's rows of a DTensor, and goes by its place among the optimizer's parameters.
+        Engines call it for the flat partitions that they have made of parameters. A tensor that it is not called for is
+        a parameter, all of it or this rank's rows of a DTensor, and is named by its index among the optimizer's
+        parameters.
 
         Parameters
         ----------
         p : Tensor
             In a parameter group, now or at the time of a step.
         ranges : Iterable[ElementRange]
-            What lies in it; the rest is padding.
+            Ranges of parameters that lie in it; the rest is padding.
         seed : int
-            Of the run.
+            The run's seed.
         """
         device = p.to_local().device if isinstance(p, DTensor) else p.device
         self._element_ranges[p] = range_table(ranges, seed=seed).to(device)
@@ -262,7 +264,12 @@ class AdEMAMix(Optimizer):
     def init_state(self, p: Tensor) -> None:
         """Create what is missing of the state of ``p`` now; otherwise its first update does.
 
-        Engines call it that partition or link states before the first step.
+        Engines call it to have the memory allocated before the first step.
+
+        Raises
+        ------
+        ValueError
+            ``p`` is in no parameter group.
         """
         for group in self.param_groups:
             if any(p is q for q in group["params"]):
@@ -282,7 +289,7 @@ class AdEMAMix(Optimizer):
         return state
 
     def _set_default_ranges(self) -> None:
-        """Place the parameters that no engine has placed."""
+        """Give a range to every parameter that no engine has set one for."""
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if p not in self._element_ranges:
                 self.set_element_ranges(p, [whole_range(p, str(index))])
@@ -385,14 +392,14 @@ class AdEMAMix(Optimizer):
 
 
 def _ema_dtype(name: str, p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    """Return the type in which an EMA state of ``p`` is kept."""
+    """Return the type that an EMA state of ``p`` is kept in."""
     if p.dtype == torch.float64:
         return torch.float64
     return torch.bfloat16 if name in narrow_states(group) else torch.float32
 
 
 def conversions(saved: Mapping[str, set[torch.dtype]], kept: Mapping[str, set[torch.dtype]]) -> list[str]:
-    """Say of which states loading changes the type, to or from bfloat16; types by the states' names."""
+    """Return a note for each state whose type changes to or from bfloat16 on loading; types by the states' names."""
     notes = []
     for name in sorted(saved.keys() & kept.keys()):
         if saved[name] != kept[name] and torch.bfloat16 in saved[name] | kept[name]:
@@ -427,7 +434,7 @@ def schedule_values(optimizer: Any) -> dict[str, float]:
 
 
 class _Hidden:
-    """An EMA state on its way through ``Optimizer.load_state_dict``, which casts tensors but not this."""
+    """Wrapper that takes an EMA state through ``Optimizer.load_state_dict``, which casts tensors but not this."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -458,7 +465,7 @@ def _ema_dtypes(states: Mapping[Any, Any]) -> dict[str, set[torch.dtype]]:
 
 
 def _normalize_loaded_state(p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-    """Bring the state of one parameter, loaded from wherever, into the form that this class keeps."""
+    """Convert the state of one parameter, loaded from any source, to the form that this class keeps."""
     for name in EMA_STATES:
         if isinstance(state.get(name), _Hidden):
             state[name] = state[name].tensor.to(device=p.device, dtype=_ema_dtype(name, p, group))

@@ -1,4 +1,4 @@
-"""What engines ask of an optimizer beyond torch's interface, and how the plain ones do without.
+"""Capabilities that engines use beyond torch's optimizer interface, and substitutes for optimizers without them.
 
 An engine gets its :class:`Capabilities` once, from :func:`capabilities`, and then calls them without asking what the
 optimizer is.

@@ -33,7 +33,7 @@ def has_triton() -> bool:
 
 
 def refusal(param: ParamTensors) -> str:
-    """Say why this implementation can't update a parameter; empty where it can."""
+    """Return why this implementation can't update a parameter; empty if it can."""
     p, g, *_, copy, _ = param
     if not has_triton():
         return "needs the package triton, which is not installed"
@@ -59,7 +59,7 @@ def update(params: list[ParamTensors], scalars: UpdateScalars) -> None:
 
 
 def launch(param: ParamTensors, numbers: Tensor) -> None:
-    """Update one parameter with the numbers in ``numbers``, without a word to the host."""
+    """Update one parameter with the step scalars in ``numbers``, without reading anything back to the host."""
     p, g, m1, m2, nu, copy, element_ranges = param
     numel = p.numel()
     if numel == 0:

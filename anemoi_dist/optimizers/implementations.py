@@ -1,4 +1,4 @@
-"""Which code does AdEMAMix's update: chosen for each tensor, or named by the user.
+"""The implementations of AdEMAMix's update: one is selected for each tensor, or named by the user.
 
 ============ ===================================================================== =================================
 Name         What it is                                                            Chosen by ``auto``

@@ -1,4 +1,4 @@
-"""On a CPU in C (``_ademamix.c``): AdEMAMix's update and the norm of its gradients, one pass over a list of tensors.
+"""The CPU kernels in C (``_ademamix.c``): AdEMAMix's update and the norm of gradients, in one pass over all tensors.
 
 The package's build compiles it where there is a compiler (``setup.py``); it needs neither torch's nor Python's headers
 and is called through ctypes, which leaves the interpreter's lock free meanwhile.
@@ -57,7 +57,7 @@ def library() -> Any:
 
 
 def refusal(param: ParamTensors) -> str:
-    """Say why this implementation can't update a parameter; empty where it can."""
+    """Return why this implementation can't update a parameter; empty if it can."""
     p, g, m1, m2, nu, copy, _ = param
     numel = p.numel()
     for x in (p, g, m1, m2, nu):  # asked of each parameter in each step

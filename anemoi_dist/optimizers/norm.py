@@ -11,7 +11,7 @@ from anemoi_dist.optimizers import native
 
 _Key = TypeVar("_Key")
 
-#: Elements whose norm is taken at once. A sum in float32 over much more loses digits: 0.4 % of the norm at 50 million.
+#: Elements of which one norm is taken. A sum in float32 over much more loses digits: 0.4 % of the norm at 50 million.
 _CHUNK_NUMEL = 1 << 20
 
 
@@ -41,14 +41,14 @@ def squared_norms(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def sum_of_squares(gradients: Mapping[_Key, torch.Tensor], known: Mapping[_Key, torch.Tensor]) -> torch.Tensor:
-    """Return the sum of all squares, of which some are known already.
+    """Return the sum of all squares, some of which are known already.
 
     Parameters
     ----------
     gradients : Mapping[_Key, torch.Tensor]
         At least one. Summed in this order, however each number came about: the same bits.
     known : Mapping[_Key, torch.Tensor]
-        What :func:`squared_norms` has returned for some of them alone.
+        Results of :func:`squared_norms` for some of them alone.
 
     Returns
     -------

@@ -53,7 +53,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def narrow_states(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the EMA states that checked options keep in bfloat16."""
+    """Return the names of the EMA states that checked options keep in bfloat16."""
     chosen = group["state_dtype"]
     if isinstance(chosen, str):
         return ("exp_avg_fast", "exp_avg_sq") if chosen == "bf16" else ()

@@ -4,7 +4,7 @@ One step changes an EMA state by about ``1 - beta`` of it, and bfloat16 has 8 bi
 than half a unit in the last place is lost at every step, and the EMA state stands still. Rounded up with a probability
 that is the part cut off, it moves as it should on average.
 
-The random bits are no generator's: they are a hash of (seed, parameter, element, step, which EMA state). So they don't
+The random bits come from no generator: they are a hash of (seed, parameter, element, step, EMA state). So they don't
 depend on how a parameter is cut over ranks or on which implementation rounds, and a run that is resumed goes on with
 those of its step. The hash is murmur3's finaliser (Austin Appleby, public domain) on the element's number, with two
 32-bit keys from the rest. One word of 32 bits serves two EMA states: 16 bits are what rounding to bfloat16 cuts off.
@@ -32,9 +32,9 @@ class ElementRange(NamedTuple):
     Attributes
     ----------
     name : str
-        Of the parameter; the same on every rank.
+        Name of the parameter; the same on every rank.
     offset : int
-        Where the range begins in the flattened tensor.
+        First element of the range in the flattened tensor.
     start, numel : int
         The range in the flattened parameter.
     """
@@ -46,33 +46,33 @@ class ElementRange(NamedTuple):
 
 
 def range_table(ranges: Iterable[ElementRange], *, seed: int) -> Tensor:
-    """Return what the implementations need of ``ranges``.
+    """Return ``ranges`` as the table that the implementations read.
 
     Returns
     -------
     Tensor
-        Shape (n, 4), int64, by offset: where a piece begins in the tensor, the number of its first element in its
-        parameter, two 32-bit words that stand for parameter and seed. A piece goes on to the next one's beginning; the
-        first begins at 0. Elements are numbered in 32 bits: a parameter of more than 2^32 has several ranges.
+        Shape (n, 4), int64, by offset: first element of the range in the tensor, number of that element in its
+        parameter, two 32-bit words that stand for parameter and seed. A range ends where the next one begins; the first
+        begins at 0. Elements are numbered in 32 bits: a parameter of more than 2^32 has several ranges.
     """
     rows = []
     for name, offset, start, numel in sorted(ranges, key=lambda r: r.offset):
         end = start + numel
         while start < end:
-            high = start >> 32
+            high = start >> 32  # hashed with the name, so that elements 0 and 2^32 do not share their random bits
             digest = hashlib.blake2b(f"{seed}/{high}/{name}".encode(), digest_size=8).digest()
             words = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
             rows.append([offset, start & _MASK, *words])
             count = min(end, (high + 1) << 32) - start
             start, offset = start + count, offset + count
     rows = rows or [[0, 0, 0, 0]]
-    # What lies before the first piece is padding.
+    # Padding before the first range is numbered on from it backwards: no kernel has to treat it apart.
     rows[0][:2] = [0, rows[0][1] - rows[0][0]]
     return torch.tensor(rows, dtype=torch.int64)
 
 
 def whole_range(p: Tensor, name: str) -> ElementRange:
-    """Return the range of a parameter that no engine has placed: all of it, or this rank's rows of a DTensor.
+    """Return the range of a parameter that no engine has set: all of it, or this rank's rows of a DTensor.
 
     Raises
     ------
@@ -96,13 +96,13 @@ def random_words(element_ranges: Tensor, numel: int, step: Any, *, second: bool 
     Parameters
     ----------
     element_ranges : Tensor
-        Of :func:`range_table`, on the tensor's device.
+        Table of :func:`range_table`, on the tensor's device.
     numel : int
         Elements of the tensor.
     step : Any
-        Of the update, from 1; a number or a 0-d tensor.
+        Number of the update, from 1; a number or a 0-d tensor.
     second : bool
-        Another 32 bits than without.
+        Return another 32 bits of each element.
 
     Returns
     -------
@@ -133,7 +133,7 @@ def round_to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
 def store(
     ema_states: Iterable[Tensor | None], values: Iterable[Tensor | None], element_ranges: Tensor | None, step: Any
 ) -> None:
-    """Write new float32 values to the EMA states (fast, slow, of the square) that are not those tensors themselves."""
+    """Write new float32 values to the EMA states (fast, slow, square) that are not those tensors themselves."""
     fast, slow, square = zip(ema_states, values, strict=True)
     for pairs, second in (((fast, square), False), ((slow,), True)):
         if all(state is value for state, value in pairs):

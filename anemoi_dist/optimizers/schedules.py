@@ -95,7 +95,7 @@ def late_start(group: Mapping[str, Any], *, num_updates: int) -> str:
 
 
 def unfinished_warmups(group: Mapping[str, Any], *, max_steps: int) -> list[str]:
-    """Say which warm-ups of an AdEMAMix parameter group (or of its configuration) end after the run.
+    """Return a message for each warm-up of an AdEMAMix parameter group, or configuration, that ends after the run.
 
     Parameters
     ----------

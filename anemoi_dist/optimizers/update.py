@@ -16,7 +16,7 @@ from anemoi_dist.optimizers import rounding, schedules
 
 
 class UpdateScalars(NamedTuple):
-    """What one update needs beside the tensors: floats, or 0-d tensors on their device, of the type it computes in.
+    """Step scalars: floats, or 0-d tensors on the device of the parameter, of the type that the update computes in.
 
     The complements of the betas are computed in double: in float32, ``1 - beta`` is off by 1.7e-4 at .9999 and by
     1.3e-2 at .999999.
@@ -40,7 +40,7 @@ class UpdateScalars(NamedTuple):
     #: The step, modulo 2^32, in two halves that float32 holds: ``step_low + 65536 * step_high``; for rounding
     step_low: float | Tensor = 0.0
     step_high: float | Tensor = 0.0
-    #: What the gradient is multiplied by: clipping, loss scale, -1 to maximize
+    #: Factor of the gradient: clipping, loss scale, -1 to maximize
     grad_factor: float | Tensor = 1.0
 
 
@@ -57,12 +57,12 @@ class ParamTensors(NamedTuple):
 
     @property
     def ema_states(self) -> tuple[Tensor, ...]:
-        """The EMA states that there are."""
+        """The EMA states that are not absent."""
         return tuple(x for x in (self.m1, self.m2, self.nu) if x is not None)
 
     @property
     def is_rounded(self) -> bool:
-        """Whether an EMA state is kept in bfloat16."""
+        """Whether an EMA state is kept in bfloat16, and so rounded stochastically."""
         return any(x.dtype == torch.bfloat16 for x in self.ema_states)
 
 
@@ -94,9 +94,9 @@ def ademamix_update(
     scalars : UpdateScalars
         Step scalars.
     copy : Tensor | None
-        Where the new parameter is written a second time, in another type: a bfloat16 working parameter.
+        Gets the new parameter too, in its own type: a bfloat16 working parameter.
     element_ranges : Tensor | None
-        Of :func:`~anemoi_dist.optimizers.rounding.range_table`; with bfloat16 EMA states.
+        Table of :func:`~anemoi_dist.optimizers.rounding.range_table`; needed with bfloat16 EMA states.
     """
     wide = torch.promote_types(nu.dtype, torch.float32)
     kept = m1, m2, nu
@@ -202,7 +202,7 @@ def device_scalars(group: Mapping[str, Any], steps: Tensor, *, dtype: torch.dtyp
     steps : Tensor
         Shape (n,).
     dtype : torch.dtype
-        Type of the EMA states, in which the numbers are returned.
+        Type of the EMA states, in which the scalars are returned.
     """
     constant = host_scalars({**group, "lr": 0.0}, 1.0)
     lr = group["lr"].to(dtype) if isinstance(group["lr"], Tensor) else group["lr"]
@@ -212,7 +212,7 @@ def device_scalars(group: Mapping[str, Any], steps: Tensor, *, dtype: torch.dtyp
 
 
 def device_table(group: Mapping[str, Any], steps: Tensor, grad_factor: float | Tensor) -> Tensor:
-    """Return what :func:`device_scalars` does as rows of one float32 table, in the order of :class:`UpdateScalars`.
+    """Return the scalars of :func:`device_scalars` as a float32 table, columns in the order of :class:`UpdateScalars`.
 
     Returns
     -------
@@ -226,7 +226,7 @@ def device_table(group: Mapping[str, Any], steps: Tensor, grad_factor: float | T
 
 
 def _device_columns(group: Mapping[str, Any], steps: Tensor) -> dict[str, Tensor]:
-    """Return what changes from step to step, for each step, in double."""
+    """Return the scalars that change from step to step, for each step, in double."""
     beta1, beta2, beta3 = group["betas"]
     steps = steps.double()
     since_start = steps - group["schedule_start"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import changed, toy
-from support.saving import save
+from support.saving import ORIGIN, save
 
 from anemoi_dist.checkpoint.matching import FROM_ADAMW, match, renamed
 from anemoi_dist.checkpoint.reader import Checkpoint
@@ -22,8 +22,6 @@ from anemoi_dist.config.engines import ENGINES
 from anemoi_dist.config.parse import from_yaml, to_yaml
 from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import CheckpointError, ConfigError
-
-ORIGIN = {"engine": "toy", "config_hash": "0", "versions": {}}
 
 
 class Source:

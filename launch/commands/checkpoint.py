@@ -1,4 +1,4 @@
-"""``anemoi-dist checkpoint``: look at what a run has saved, take it out, bring other programs' in. No torch to look."""
+"""``anemoi-dist checkpoint``: inspect and export checkpoints, import other programs'. No torch to inspect them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import json
 import re
 import sys
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from anemoi_dist.checkpoint.compare import differences
+from anemoi_dist.checkpoint.manifest import Manifest, TensorRecord
 from anemoi_dist.checkpoint.store import Folder, store_of
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import CheckpointError, ConfigError, ExitCode
@@ -19,7 +20,7 @@ from anemoi_dist.telemetry.progress import format_bytes
 
 from .arguments import locate_run, name_run
 
-#: What ``diff`` returns where the checkpoints differ, as diff(1) does.
+#: Exit code of ``diff`` for checkpoints that differ, as of diff(1).
 DIFFERENT = 1
 
 
@@ -28,87 +29,127 @@ def run(options: argparse.Namespace) -> int:
     return _ACTIONS[options.action](options)
 
 
+# list
+
+
+@dataclass
+class Listed:
+    """One line of ``list``; ``error`` says why the checkpoint is not whole, None if it is."""
+
+    step: int
+    size_bytes: int
+    world_size: int | None = None
+    engine: str | None = None
+    error: str | None = None
+
+
 def _list(options: argparse.Namespace) -> int:
-    rows = [_row(folder) for folder in _folders(options.run, options.root)]
+    rows = [_listed(folder) for folder in _folders(options.run, options.root)]
     if options.json:
-        _print_json(rows)
+        _print_json([asdict(row) for row in rows])
         return ExitCode.FINISHED
     print(f"{'step':>10}  {'size':>10}  {'ranks':>5}  {'engine':<14}state")
     for row in rows:
-        size = format_bytes(row["size_bytes"])
-        state = "whole" if row["error"] is None else row["error"]
-        print(f"{row['step']:>10}  {size:>10}  {row['world_size'] or '?':>5}  {row['engine'] or '?':<14}{state}")
+        size = format_bytes(row.size_bytes)
+        print(f"{row.step:>10}  {size:>10}  {row.world_size or '?':>5}  {row.engine or '?':<14}{row.error or 'whole'}")
     print("whole: the manifest is valid and every file has its size; `anemoi-dist checkpoint verify` reads every byte")
     return ExitCode.FINISHED
 
 
-def _row(folder: Folder) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "step": int(folder.name.removeprefix("step-")),
-        "size_bytes": sum(f.stat().st_size for f in folder.iterdir()) if isinstance(folder, Path) else 0,
-        "world_size": None,
-        "engine": None,
-        "error": None,
-    }
+def _listed(folder: Folder) -> Listed:
+    files = list(folder.iterdir()) if isinstance(folder, Path) else []
+    row = Listed(int(folder.name.removeprefix("step-")), sum(file.stat().st_size for file in files))
     try:
         checkpoint = SavedCheckpoint(folder)
-        row |= {"world_size": checkpoint.manifest.world_size, "engine": checkpoint.manifest.engine}
-        row["size_bytes"] = sum(record.size_bytes for record in checkpoint.manifest.files.values())
-        if checkpoint.manifest.step != row["step"]:
-            raise CheckpointError(f"its manifest is of step {checkpoint.manifest.step}")
+        manifest = checkpoint.manifest
+        row.world_size, row.engine, row.size_bytes = manifest.world_size, manifest.engine, _size_bytes(manifest)
+        if manifest.step != row.step:
+            raise CheckpointError(f"its manifest is of step {manifest.step}")
         checkpoint.check_sizes()
         checkpoint.close()
     except CheckpointError as error:
-        row["error"] = str(error)
+        row.error = str(error)
     return row
+
+
+# show
+
+
+@dataclass(frozen=True)
+class KindSummary:
+    """All tensors of one kind, such as ``exp_avg_slow``."""
+
+    tensors: int
+    size_bytes: int
+    dtypes: list[str]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Content of a checkpoint in numbers, as ``show`` prints it."""
+
+    path: str
+    step: int
+    samples_seen: int
+    world_size: int
+    engine: str
+    save_id: str
+    config_hash: str
+    size_bytes: int
+    num_files: int
+    num_tensors: int
+    kinds: dict[str, KindSummary]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, checkpoint: SavedCheckpoint) -> Summary:
+        """Summarize an open checkpoint."""
+        manifest = checkpoint.manifest
+        by_kind: dict[str, list[TensorRecord]] = {}
+        for tensor in sorted(manifest.tensors, key=lambda tensor: tensor.kind):
+            by_kind.setdefault(tensor.kind, []).append(tensor)
+        return cls(
+            path=_path_of(checkpoint.folder),
+            step=manifest.step,
+            samples_seen=manifest.samples_seen,
+            world_size=manifest.world_size,
+            engine=manifest.engine,
+            save_id=manifest.save_id,
+            config_hash=manifest.config_hash,
+            size_bytes=_size_bytes(manifest),
+            num_files=len(manifest.files),
+            num_tensors=len(manifest.tensors),
+            kinds={
+                kind: KindSummary(
+                    len(tensors), sum(each.size_bytes for each in tensors), sorted({each.dtype for each in tensors})
+                )
+                for kind, tensors in by_kind.items()
+            },
+            versions=manifest.versions,
+        )
 
 
 def _show(options: argparse.Namespace) -> int:
     checkpoint = _open(options.run, options.root, options.step)
-    facts = _facts(checkpoint)
+    summary, tensors = Summary.of(checkpoint), checkpoint.manifest.tensors
     if options.json:
-        tensors = [
-            {"fqn": t.fqn, "kind": t.kind, "shape": t.shape, "dtype": t.dtype} for t in checkpoint.manifest.tensors
-        ]
-        _print_json({**facts, **({"tensors": tensors} if options.tensors else {})})
+        listed = [{"fqn": t.fqn, "kind": t.kind, "shape": t.shape, "dtype": t.dtype} for t in tensors]
+        _print_json({**asdict(summary), **({"tensors": listed} if options.tensors else {})})
         return ExitCode.FINISHED
     for name in ("path", "step", "samples_seen", "world_size", "engine", "save_id", "config_hash"):
-        print(f"{name:<13} {facts[name]}")
-    print(f"{'size':<13} {format_bytes(facts['size_bytes'])} in {facts['num_files']} files")
-    print(f"{'tensors':<13} {facts['num_tensors']}")
-    for kind, held in facts["kinds"].items():
-        print(f"  {kind:<14} {held['tensors']:>6} {format_bytes(held['size_bytes']):>10}  {', '.join(held['dtypes'])}")
-    print(f"{'versions':<13} {', '.join(f'{name} {number}' for name, number in facts['versions'].items())}")
+        print(f"{name:<13} {getattr(summary, name)}")
+    print(f"{'size':<13} {format_bytes(summary.size_bytes)} in {summary.num_files} files")
+    print(f"{'tensors':<13} {summary.num_tensors}")
+    for kind, held in summary.kinds.items():
+        print(f"  {kind:<14} {held.tensors:>6} {format_bytes(held.size_bytes):>10}  {', '.join(held.dtypes)}")
+    print(f"{'versions':<13} {', '.join(f'{name} {number}' for name, number in summary.versions.items())}")
     if options.tensors:
-        for tensor in sorted(checkpoint.manifest.tensors, key=lambda t: (t.fqn, t.kind)):
+        for tensor in sorted(tensors, key=lambda t: (t.fqn, t.kind)):
             print(f"{tensor.fqn}  {tensor.kind}  {tuple(tensor.shape)}  {tensor.dtype}")
     return ExitCode.FINISHED
 
 
-def _facts(checkpoint: SavedCheckpoint) -> dict[str, Any]:
-    manifest = checkpoint.manifest
-    kinds: dict[str, dict[str, Any]] = {}
-    for kind, count in sorted(Counter(tensor.kind for tensor in manifest.tensors).items()):
-        records = [tensor for tensor in manifest.tensors if tensor.kind == kind]
-        kinds[kind] = {
-            "tensors": count,
-            "size_bytes": sum(record.size_bytes for record in records),
-            "dtypes": sorted({record.dtype for record in records}),
-        }
-    return {
-        "path": _path_of(checkpoint.folder),
-        "step": manifest.step,
-        "samples_seen": manifest.samples_seen,
-        "world_size": manifest.world_size,
-        "engine": manifest.engine,
-        "save_id": manifest.save_id,
-        "config_hash": manifest.config_hash,
-        "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
-        "num_files": len(manifest.files),
-        "num_tensors": len(manifest.tensors),
-        "kinds": kinds,
-        "versions": manifest.versions,
-    }
+# verify, diff, export and import
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -136,7 +177,7 @@ def _verify_one(folder: Folder) -> bool:
     for name in sorted({*beside} - {"manifest.json", *files}):
         print(f"{folder.name}: note: {name} is not part of the checkpoint, and is never read")
     if not damages:
-        size = format_bytes(sum(record.size_bytes for record in files.values()))
+        size = format_bytes(_size_bytes(checkpoint.manifest))
         print(f"{folder.name}: every byte of {size} in {len(files)} files is as it was saved")
     return not damages
 
@@ -188,7 +229,7 @@ def _import(options: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-# Where a checkpoint is
+# Finding a checkpoint
 
 
 def _open(text: str, root: str, step: int | None) -> SavedCheckpoint:
@@ -202,6 +243,10 @@ def _open(text: str, root: str, step: int | None) -> SavedCheckpoint:
         except CheckpointError as error:
             print(f"note: checkpoint {folder.name} is passed over: {error}", file=sys.stderr)
     raise CheckpointError(f"{text} has no checkpoint with a valid manifest")
+
+
+def _size_bytes(manifest: Manifest) -> int:
+    return sum(record.size_bytes for record in manifest.files.values())
 
 
 def _path_of(folder: Folder) -> str:

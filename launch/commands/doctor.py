@@ -1,4 +1,4 @@
-"""``anemoi-dist doctor``: what is wrong with this machine, or with all nodes, before a run starts. No torch."""
+"""``anemoi-dist doctor``: check this machine, or all ranks together, before a run starts. No torch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run_doctor(config: Config, *, nodes: bool, as_json: bool) -> int:
     """
     run = RunDirectory.locate(config.run.root, str(config.run.id))
     needed_bytes = space_needed(run, config)
-    findings = look_here(run, needed_bytes=needed_bytes)
+    findings = check_machine(run, needed_bytes=needed_bytes)
     if config.launcher.kind == "slurm":
         findings.append(check_slurm())
     if nodes and config.launcher.kind == "slurm" and "SLURM_JOB_ID" not in os.environ:
@@ -64,16 +64,17 @@ def run_doctor(config: Config, *, nodes: bool, as_json: bool) -> int:
     elif nodes:
         if not as_json:
             print(f"starting ranks that check each other, which takes up to {NODES_TIMEOUT_S:g} s", flush=True)
-        found = look_at_ranks(run, config, needed_bytes=needed_bytes)
-        told = {finding.check for finding in found} - {"clock"}  # between nodes it is another one
-        findings = [finding for finding in findings if finding.check not in told] + found
+        found = check_ranks(run, config, needed_bytes=needed_bytes)
+        # The ranks compare the clocks of nodes: that check stands beside the one of files.
+        repeated = {finding.check for finding in found} - {"clock"}
+        findings = [finding for finding in findings if finding.check not in repeated] + found
     print(json.dumps([finding.as_dict() for finding in findings]) if as_json else format_findings(findings))
     failed = any(finding.level == "failed" for finding in findings)
     return ExitCode.PREFLIGHT if failed else ExitCode.FINISHED
 
 
-def look_here(run: RunDirectory, *, needed_bytes: int) -> list[Finding]:
-    """Return what this machine alone can tell."""
+def check_machine(run: RunDirectory, *, needed_bytes: int) -> list[Finding]:
+    """Return the findings of this machine alone."""
     root = run.path.parent
     clock = check_file_clock(root)
     return [
@@ -95,14 +96,16 @@ def check_slurm() -> Finding:
         answer = call(["scontrol", "ping"], timeout_s=_PING_TIMEOUT_S)
     except QueueError as error:
         return Finding("slurm", "failed", str(error), "try again when slurmctld answers (`scontrol ping`)")
-    said = "; ".join(" ".join(line.split()) for line in (answer.stdout or answer.stderr).splitlines() if line.strip())
-    if answer.returncode or " is UP" not in said:
-        return Finding("slurm", "failed", said or "slurmctld does not answer", "try again when it does")
-    return Finding("slurm", "ok", said)
+    answers = "; ".join(
+        " ".join(line.split()) for line in (answer.stdout or answer.stderr).splitlines() if line.strip()
+    )
+    if answer.returncode or " is UP" not in answers:
+        return Finding("slurm", "failed", answers or "slurmctld does not answer", "try again when it does")
+    return Finding("slurm", "ok", answers)
 
 
 def _only_here() -> Finding:
-    text = "only this machine was looked at: the job's own preflight looks at its nodes (launcher.preflight=true)"
+    text = "only this machine was checked: the job's own preflight checks its nodes (launcher.preflight=true)"
     return Finding("nodes", "ok", text)
 
 
@@ -111,7 +114,7 @@ def _check_devices(num_gpus: int) -> Finding:
 
 
 def space_needed(run: RunDirectory, config: Config) -> int:
-    """Return the bytes that the checkpoints of a run are still going to take in its directory; 0 where nobody knows.
+    """Return the bytes that the checkpoints of a run are still going to take in its directory; 0 if unknown.
 
     One more than ``checkpoint.keep_last`` is there for a moment. Without that limit one more is counted, at least.
     """
@@ -130,25 +133,25 @@ def _checkpoint_sizes(run: RunDirectory) -> list[int]:
 
 
 def _num_parameters(run: RunDirectory) -> int:
-    """Return what an earlier start of the run has counted; 0 for a new run."""
+    """Return the number of parameters that an earlier start of the run has recorded; 0 for a new run."""
     counts = [event.get("num_parameters", 0) for event in read_events(run.events_file) if event["event"] == "start"]
     return int(counts[-1]) if counts else 0
 
 
 def nodes_command(run: RunDirectory, num_ranks: int, *, needed_bytes: int, timeout_s: float) -> list[str]:
-    """Return the command that starts the probe on this machine as ``train`` starts ranks; pure."""
+    """Return the command that starts the rank checks on this machine as ``train`` starts ranks; pure."""
     command = local.torchrun_command(run, num_ranks)
     agent = command[: command.index("anemoi_dist.train") - 1]
     return [
         *agent,
         "-m",
         "anemoi_dist.preflight.ranks",
-        *probe_arguments(run, needed_bytes=needed_bytes, timeout_s=timeout_s),
+        *rank_check_arguments(run, needed_bytes=needed_bytes, timeout_s=timeout_s),
     ]
 
 
-def probe_arguments(run: RunDirectory, *, needed_bytes: int, timeout_s: float) -> list[str]:
-    """Return what follows ``-m anemoi_dist.preflight.ranks``, whoever starts it."""
+def rank_check_arguments(run: RunDirectory, *, needed_bytes: int, timeout_s: float) -> list[str]:
+    """Return the arguments of ``-m anemoi_dist.preflight.ranks``."""
     return [
         "--run-root",
         str(run.path.parent),
@@ -160,8 +163,8 @@ def probe_arguments(run: RunDirectory, *, needed_bytes: int, timeout_s: float) -
     ]
 
 
-def look_at_ranks(run: RunDirectory, config: Config, *, needed_bytes: int) -> list[Finding]:
-    """Start the probe on this machine and return what its ranks have found."""
+def check_ranks(run: RunDirectory, config: Config, *, needed_bytes: int) -> list[Finding]:
+    """Start ranks on this machine that check each other, and return their findings."""
     num_ranks = local.num_ranks(config)
     command = nodes_command(run, num_ranks, needed_bytes=needed_bytes, timeout_s=NODES_TIMEOUT_S)
     environment = {**local.rank_environment(), PARENT_PID: str(os.getpid())}
@@ -181,7 +184,7 @@ def look_at_ranks(run: RunDirectory, config: Config, *, needed_bytes: int) -> li
 
 
 def parse_findings(output: str) -> list[Finding]:
-    """Return the findings that a probe has printed, whatever else is in its output."""
+    """Return the findings in the output of the rank checks, whatever else the ranks have printed."""
     for line in reversed(output.splitlines()):
         if line.startswith('[{"check"'):
             return [Finding(**entry) for entry in json.loads(line)]
@@ -189,4 +192,4 @@ def parse_findings(output: str) -> list[Finding]:
 
 
 def _no_answer(text: str) -> Finding:
-    return Finding("ranks", "failed", text, "read above what they said; anemoi-dist doctor --nodes launcher.ranks=1")
+    return Finding("ranks", "failed", text, "read above what they printed; anemoi-dist doctor --nodes launcher.ranks=1")

@@ -1,4 +1,4 @@
-"""``anemoi-dist logs``: what a rank has printed, in this attempt and the next ones. No torch."""
+"""``anemoi-dist logs``: print a rank's log, and follow it into the next attempts. No torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from anemoi_dist.run.directory import RunDirectory
 from ..status.inspection import inspect_run
 from .arguments import locate_run
 
-#: Seconds between two looks at a file, and between two looks at whether the run goes on.
-_LOOK_S, _STATE_S = 0.5, 5.0
+#: Seconds between two readings of a log, and between two questions whether the run goes on, which SLURM may answer.
+_READ_S, _STATE_S = 0.5, 5.0
 _CHUNK_BYTES = 1 << 20
 
 
@@ -37,10 +37,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def find(run: RunDirectory, *, rank: int | None = None, attempt: int | None = None) -> Path | None:
-    """Return the log that is asked for; None where there is none.
+    """Return the log that is asked for; None if there is none.
 
-    Without a rank and an attempt it is rank 0's of the newest attempt, and what the batch script printed where no rank
-    has printed yet: a job that fails before its ranks start says why there.
+    Without a rank and an attempt it is rank 0's of the newest attempt, or the batch script's if no rank has printed
+    yet: a job that fails before its ranks start says there why.
     """
     for number in _attempts(run)[-1:] if attempt is None else [attempt]:
         file = run.log_file(number, rank or 0)
@@ -74,7 +74,7 @@ def _missing(run: RunDirectory, rank: int | None, attempt: int | None) -> str:
 
 
 def _existing(run: RunDirectory) -> str:
-    """Say which logs there are."""
+    """Return which logs there are, in words."""
     parts = []
     for attempt in _attempts(run):
         ranks = _ranks(run, attempt)
@@ -103,7 +103,7 @@ def _wait(run: RunDirectory, *, rank: int | None, attempt: int | None) -> Path |
     print(f"{_missing(run, rank, attempt)} yet; waiting", file=sys.stderr, flush=True)
     ended = _rarely(lambda: not inspect_run(run).may_go_on)
     while (found := find(run, rank=rank, attempt=attempt)) is None and not ended():
-        time.sleep(_LOOK_S)
+        time.sleep(_READ_S)
     return found
 
 
@@ -112,7 +112,7 @@ def _follow(run: RunDirectory, file: Path, *, rank: int, later: bool) -> None:
     ended = _rarely(lambda: not inspect_run(run).may_go_on)
     offset = 0
     while True:
-        # Asked before the look at the file, so that what was written last is printed too.
+        # Asked before the file is read: the last lines may be written between the two.
         following, over = _following(run, file, rank=rank), ended()
         offset = _print(file, offset=offset)
         if following is not None and later:
@@ -121,7 +121,7 @@ def _follow(run: RunDirectory, file: Path, *, rank: int, later: bool) -> None:
         elif following is not None or over:
             return
         else:
-            time.sleep(_LOOK_S)
+            time.sleep(_READ_S)
 
 
 def _following(run: RunDirectory, file: Path, *, rank: int) -> Path | None:
@@ -133,7 +133,7 @@ def _following(run: RunDirectory, file: Path, *, rank: int) -> Path | None:
 
 
 def _rarely(question: Callable[[], bool]) -> Callable[[], bool]:
-    """Ask a costly question once in a while; the answer stands until then."""
+    """Return a function that asks a costly question once in a while and repeats the answer until then."""
     answer, asked_at = False, -math.inf
 
     def ask() -> bool:

@@ -74,7 +74,7 @@ def test_slurm_is_asked_and_the_nodes_are_left_to_the_job(
     program(tools, "sbatch", "exit 0")
     program(tools, "scontrol", "echo 'Slurmctld(primary) at head is UP'")
     assert found()["slurm"] == "ok: Slurmctld(primary) at head is UP"
-    assert "only this machine was looked at" in found()["nodes"] and "ranks" not in found()
+    assert "only this machine was checked" in found()["nodes"] and "ranks" not in found()
     program(tools, "scontrol", "echo 'Slurmctld(primary) at head is DOWN'; exit 1")
     assert found()["slurm"].startswith("failed: Slurmctld(primary) at head is DOWN")
 
@@ -142,7 +142,7 @@ def test_ranks_look_at_each_other(tmp_path: Path) -> None:
 def test_a_probe_that_ends_without_a_word_is_a_finding(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "nodes_command", lambda *_, **__: [sys.executable, "-c", "raise SystemExit(9)"])
     config = compose([f"run.root={run.path.parent}", "run.id=r"]).config
-    [found] = doctor.look_at_ranks(run, config, needed_bytes=0)
+    [found] = doctor.check_ranks(run, config, needed_bytes=0)
     assert found.level == "failed" and "code 9" in found.text
 
 

@@ -76,7 +76,7 @@ def end(run: RunDirectory, code: int) -> None:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(logs, "_LOOK_S", 0.02)
+    monkeypatch.setattr(logs, "_READ_S", 0.02)
     monkeypatch.setattr(logs, "_STATE_S", 0.05)
 
 

@@ -12,7 +12,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from anemoi_dist.config.schema import Config
-from anemoi_dist.engines.memory_estimate import NOT_COUNTED, ExpectedMemory, ModelSize, Parameter, state_bytes
+from anemoi_dist.engines.memory_estimate import (
+    NOT_COUNTED,
+    ExpectedMemory,
+    ModelSize,
+    Parameter,
+    expected_memory,
+    state_bytes,
+)
 from anemoi_dist.errors import ConfigError, ExitCode, PreflightError
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.telemetry.progress import format_bytes
@@ -35,71 +42,76 @@ class Sizes:
     unknown: str
     device_bytes: int | None
 
+    def memory(self, config: Config, world_size: int) -> ExpectedMemory | None:
+        """Return the memory of the fullest rank."""
+        return None if self.model is None else expected_memory(config, self.model, world_size=world_size)
+
+    def share(self, memory: ExpectedMemory | None) -> float | None:
+        """Return the part of the device that a rank needs, without activations; 1 is all of it."""
+        return None if memory is None or self.device_bytes is None else memory.device / self.device_bytes
+
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan, or with ``--sweep`` the table of engines."""
+    num_parameters = _number("--num-parameters", options.num_parameters, example="1e9")
+    if num_parameters is not None and not num_parameters.is_integer():
+        rule = "must be a whole number"
+        raise ConfigError("--num-parameters", options.num_parameters, rule, fix="--num-parameters 1e9")
+    gib = _number("--device-memory-gib", options.device_memory_gib, example="80")
+    device_bytes = None if gib is None else int(gib * _GIB)
     config = compose_options(options).config
-    print(
-        show(
-            config,
-            sweep=options.sweep,
-            as_json=options.json,
-            num_parameters=options.num_parameters,
-            device_gib=options.device_memory_gib,
-        )
-    )
+    show = show_sweep if options.sweep else show_plan
+    model = None if num_parameters is None else ModelSize([Parameter((int(num_parameters),))])
+    print(show(config, model=model, device_bytes=device_bytes, as_json=options.json))
     return ExitCode.FINISHED
 
 
-def show(
-    config: Config,
-    *,
-    sweep: bool = False,
-    as_json: bool = False,
-    num_parameters: str | None = None,
-    device_gib: str | None = None,
+def show_plan(
+    config: Config, *, model: ModelSize | None = None, device_bytes: int | None = None, as_json: bool = False
 ) -> str:
-    """Look at this machine and at the model, and return what ``anemoi-dist plan`` prints.
+    """Return what ``anemoi-dist plan`` prints; this machine is inspected and the model built where neither is given.
 
     Parameters
     ----------
     config : Config
         The configuration, with a run id.
-    sweep : bool
-        The table of :func:`.memory_table.memory_table` instead of the plan.
-    as_json : bool
+    model : ModelSize, optional
+        Instead of the size of the configured model.
+    device_bytes : int, optional
+        Instead of the memory of this machine's GPUs.
+    as_json : bool, optional
         JSON instead of text.
-    num_parameters, device_gib : str, optional
-        Numbers as the user typed them.
 
     Raises
     ------
     ConfigError
-        A number is none, or the configuration cannot be launched.
-    PreflightError
-        A table was asked for, and the model cannot be built here.
+        The configuration cannot be launched, or the model cannot be built anywhere.
     """
-    number = _number("--num-parameters", num_parameters, example="1e9")
-    gib = _number("--device-memory-gib", device_gib, example="80")
-    if number is not None and not number.is_integer():
-        raise ConfigError("--num-parameters", num_parameters, "must be a whole number", fix="--num-parameters 1e9")
-    run = RunDirectory.locate(config.run.root, str(config.run.id))
-    machine = detect_machine(config.launcher.kind)
-    # What cannot be launched is refused before a model is built.
-    planned = None if sweep else plan(config, run, machine)
-    sizes = Sizes(
-        *_model(config, None if number is None else int(number)),
-        _device_bytes(config) if gib is None else int(gib * _GIB),
-    )
-    if planned is None:
-        if sizes.model is None:
-            raise PreflightError(f"the size of the model is unknown: {sizes.unknown}\n  fix: --num-parameters N")
-        rows = memory_table(config, sizes.model)
-        return _json(sweep_as_dict(config, sizes, rows)) if as_json else "\n".join(_sweep_lines(config, sizes, rows))
-    planned = plan(config, run, machine, model=sizes.model, device_bytes=sizes.device_bytes)
+    run, machine = RunDirectory.locate(config.run.root, str(config.run.id)), detect_machine(config.launcher.kind)
+    planned = plan(config, run, machine)  # refuses before a model is built, which takes seconds
+    sizes = _sizes(config, model, device_bytes)
     if as_json:
-        return _json(plan_as_dict(config, run, planned, sizes))
+        return json.dumps(plan_as_dict(config, run, planned, sizes), indent=2)
     return "\n".join(_plan_lines(config, run, planned, sizes))
+
+
+def show_sweep(
+    config: Config, *, model: ModelSize | None = None, device_bytes: int | None = None, as_json: bool = False
+) -> str:
+    """Return what ``anemoi-dist plan --sweep`` prints; parameters as of :func:`show_plan`.
+
+    Raises
+    ------
+    PreflightError
+        The model cannot be built here.
+    """
+    sizes = _sizes(config, model, device_bytes)
+    if sizes.model is None:
+        raise PreflightError(f"the size of the model is unknown: {sizes.unknown}\n  fix: --num-parameters N")
+    rows = memory_table(config, sizes.model)
+    if as_json:
+        return json.dumps(sweep_as_dict(config, sizes, rows), indent=2)
+    return "\n".join(_sweep_lines(config, sizes, rows))
 
 
 def _number(option: str, text: str | None, *, example: str) -> float | None:
@@ -114,19 +126,16 @@ def _number(option: str, text: str | None, *, example: str) -> float | None:
     return value
 
 
-def _model(config: Config, num_parameters: int | None) -> tuple[ModelSize | None, str]:
-    """Return the size of the model, or why it is not known."""
-    if num_parameters is not None:
-        return ModelSize([Parameter((num_parameters,))]), ""
-    try:
-        return model_size(config), ""
-    except UnknownSizeError as error:
-        return None, str(error)
-
-
-def _device_bytes(config: Config) -> int | None:
-    # The GPU of a login node is not the job's.
-    return device_memory_bytes() if config.launcher.kind == "local" else None
+def _sizes(config: Config, model: ModelSize | None, device_bytes: int | None) -> Sizes:
+    unknown = ""
+    if model is None:
+        try:
+            model = model_size(config)
+        except UnknownSizeError as error:
+            unknown = str(error)
+    if device_bytes is None and config.launcher.kind == "local":  # the GPU of a login node is not the job's
+        device_bytes = device_memory_bytes()
+    return Sizes(model, unknown, device_bytes)
 
 
 def device_memory_bytes() -> int | None:
@@ -144,6 +153,7 @@ def device_memory_bytes() -> int | None:
 
 def plan_as_dict(config: Config, run: RunDirectory, planned: Plan, sizes: Sizes) -> dict[str, Any]:
     """Return what ``anemoi-dist plan --json`` prints."""
+    memory = sizes.memory(config, planned.world_size)
     return {
         "run_id": run.run_id,
         "run_directory": str(run.path),
@@ -158,8 +168,8 @@ def plan_as_dict(config: Config, run: RunDirectory, planned: Plan, sizes: Sizes)
         "shell": planned.shell(),
         "script": planned.script,
         "notes": list(planned.notes),
-        "memory": planned.memory and _memory_as_dict(planned.memory),
-        "device_share": planned.share,
+        "memory": memory and _memory_as_dict(memory),
+        "device_share": sizes.share(memory),
         **_sizes_as_dict(config, sizes),
     }
 
@@ -208,10 +218,6 @@ def _unknown(config: Config, sizes: Sizes) -> list[str]:
     return found
 
 
-def _json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2)
-
-
 def _plan_lines(config: Config, run: RunDirectory, planned: Plan, sizes: Sizes) -> Iterator[str]:
     batches = planned.batches
     yield f"run         {run.run_id} in {run.path}"
@@ -225,8 +231,8 @@ def _plan_lines(config: Config, run: RunDirectory, planned: Plan, sizes: Sizes) 
     yield f"rendezvous  {planned.rendezvous}"
     yield from (f"note        {note}" for note in planned.notes)
     yield from _model_lines(sizes)
-    if planned.memory is not None:
-        yield from _memory_lines(planned.memory, planned)
+    if (memory := sizes.memory(config, planned.world_size)) is not None:
+        yield from _memory_lines(memory, sizes, ranks_per_node=planned.ranks_per_node)
     yield from _notes(config, sizes)
     yield "environment"
     yield from (f"  {name}={value}" for name, value in planned.environment.items())
@@ -252,7 +258,7 @@ def _model_lines(sizes: Sizes) -> Iterator[str]:
         yield f"            the largest layer is {name or 'the model itself'}, {size} parameters"
 
 
-def _memory_lines(memory: ExpectedMemory, planned: Plan) -> Iterator[str]:
+def _memory_lines(memory: ExpectedMemory, sizes: Sizes, *, ranks_per_node: int) -> Iterator[str]:
     moved = "host" if memory.offloaded else "device"
     parts = [
         ("parameters", memory.parameters, "device"),
@@ -266,11 +272,12 @@ def _memory_lines(memory: ExpectedMemory, planned: Plan) -> Iterator[str]:
     ]
     yield "memory of the fullest rank, at most"
     yield from (f"  {name:<22}{format_bytes(size):>10}  {place}" for name, size, place in parts if size)
-    share = "" if planned.share is None else f", {planned.share:.0%} of {format_bytes(planned.device_bytes or 0)}"
-    warning = "  DOES NOT FIT" if planned.share is not None and planned.share > 1 else ""
-    yield f"  {'sum':<22}{format_bytes(memory.device):>10}  device{share}{warning}"
+    share = sizes.share(memory)
+    part = "" if share is None else f", {share:.0%} of {format_bytes(sizes.device_bytes or 0)}"
+    warning = "  DOES NOT FIT" if share is not None and share > 1 else ""
+    yield f"  {'sum':<22}{format_bytes(memory.device):>10}  device{part}{warning}"
     if memory.host:
-        node = format_bytes(memory.host * planned.ranks_per_node)
+        node = format_bytes(memory.host * ranks_per_node)
         yield f"  {'sum':<22}{format_bytes(memory.host):>10}  host, {node} a node"
 
 

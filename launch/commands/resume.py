@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -79,9 +78,6 @@ def _frozen(run: RunDirectory, overrides: list[str], folder: Path) -> tuple[Path
     kind = chosen.get("launcher") or find(content, "launcher.kind")[1] or "local"
     # Where it lies now: it may have been moved, and run.root may be relative to where it was started.
     content["run"] = {**content.get("run", {}), "id": run.run_id, "root": str(run.path.parent)}
-    return _written(content, folder / run.config_file.name), str(kind)
-
-
-def _written(content: dict[str, Any], file: Path) -> Path:
+    file = folder / run.config_file.name
     file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return file
+    return file, str(kind)

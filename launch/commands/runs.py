@@ -16,7 +16,6 @@ from ..status import journal
 from ..status.files import Facts, gather
 from ..status.inspection import all_runs, inspect_runs
 from ..status.run_status import RunStatus, format_ago
-from ..status.slurm_queue import SlurmQueue
 
 _COLUMNS = ("run", "state", "attempt", "job", "step", "samples/s", "loss", "last seen", "time left")
 #: States whose reason is shown below the table.
@@ -29,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     if root.exists() and not root.is_dir():
         raise ConfigError("--root", options.root, "is no directory", fix="--root DIR, where run.root of the runs is")
     facts = sorted((gather(run, every_rank=False) for run in all_runs(root)), key=_since)
-    statuses = inspect_runs(facts, queue=SlurmQueue())
+    statuses = inspect_runs(facts)
     if options.json:
         print(json.dumps([asdict(status) for status in statuses], indent=1))
         return ExitCode.FINISHED

@@ -14,7 +14,7 @@ from ..launchers.base import plan
 from ..launchers.machine import detect_machine
 from ..status.inspection import refuse_queued
 from .arguments import announce_composing, compose_options
-from .plan import show
+from .plan import show_plan
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,7 +44,7 @@ def train(config: Config, *, dry_run: bool = False) -> int:
         The run is queued or held by somebody, or this machine lacks what the launcher needs.
     """
     if dry_run:
-        print(show(config))
+        print(show_plan(config))
         return ExitCode.FINISHED
     if config.launcher.kind == "slurm":
         raise ConfigError(

@@ -10,12 +10,11 @@ from __future__ import annotations
 import importlib
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 from anemoi_dist.config.batch import BatchPlan
 from anemoi_dist.config.schema import LAUNCHER_KINDS, Config
-from anemoi_dist.engines.memory_estimate import ExpectedMemory, ModelSize, expected_memory
 from anemoi_dist.run.directory import RunDirectory
 
 
@@ -79,10 +78,6 @@ class Plan:
         Text of the batch script, if there is one.
     notes : tuple[str, ...]
         What this machine lacks, in words.
-    memory : ExpectedMemory, optional
-        Memory of the fullest rank, if the size of the model is known.
-    device_bytes : int, optional
-        Memory of its device, if that is known.
     """
 
     kind: str
@@ -94,20 +89,11 @@ class Plan:
     command: tuple[str, ...]
     script: str | None = None
     notes: tuple[str, ...] = ()
-    memory: ExpectedMemory | None = None
-    device_bytes: int | None = None
 
     @property
     def world_size(self) -> int:
         """Ranks on all nodes."""
         return self.nodes * self.ranks_per_node
-
-    @property
-    def share(self) -> float | None:
-        """Share of the device's memory that the fullest rank needs, without activations; 1 is all of it."""
-        if self.memory is None or self.device_bytes is None:
-            return None
-        return self.memory.device / self.device_bytes
 
     def shell(self) -> str:
         """Return the command with the variables it needs, to paste into a shell."""
@@ -134,14 +120,7 @@ def launcher(kind: str) -> Launcher:
     return cast(Launcher, importlib.import_module(f".{kind}", __package__))
 
 
-def plan(
-    config: Config,
-    run: RunDirectory,
-    machine: Machine,
-    *,
-    model: ModelSize | None = None,
-    device_bytes: int | None = None,
-) -> Plan:
+def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
     """Return what ``config.launcher`` would start for a run. Pure.
 
     Parameters
@@ -152,16 +131,10 @@ def plan(
         Its directory, which need not exist.
     machine : Machine
         Where the launcher runs.
-    model : ModelSize, optional
-        Its size; without it the plan has no memory.
-    device_bytes : int, optional
-        Memory of each rank's device.
 
     Raises
     ------
     ConfigError
         The configuration cannot be launched.
     """
-    launched = launcher(config.launcher.kind).plan(config, run, machine)
-    memory = None if model is None else expected_memory(config, model, world_size=launched.world_size)
-    return replace(launched, memory=memory, device_bytes=device_bytes)
+    return launcher(config.launcher.kind).plan(config, run, machine)

@@ -1,4 +1,4 @@
-"""What the scheduler says about jobs, and the few things it is asked to do with them. No torch."""
+"""SLURM's view of jobs, through its commands. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from anemoi_dist.errors import PreflightError
 
@@ -107,16 +106,6 @@ class JobView:
     def is_running(self) -> bool:
         """It has nodes: running, or in one of SLURM's many states around that."""
         return not (self.is_waiting or self.is_completing or self.is_over)
-
-
-class Queue(Protocol):
-    """A scheduler, as far as watching and ending runs needs one."""
-
-    def views(self, job_ids: Iterable[str]) -> dict[str, JobView]:
-        """Return what is known of each job, by one question for all of them."""
-
-    def cancel(self, job_id: str) -> None:
-        """End a job at once."""
 
 
 class SlurmQueue:

@@ -202,6 +202,6 @@ def test_strict_is_short_for_the_key(arguments, monkeypatch):
     composed = []
     record = lambda overrides, **files: composed.append(overrides) or compose(overrides)  # noqa: E731
     monkeypatch.setattr("anemoi_dist.config.compose.compose", record)
-    monkeypatch.setattr(train, "show", lambda config: "")
+    monkeypatch.setattr(train, "show_plan", lambda config: "")
     assert cli.main(["train", "--dry-run", *arguments]) == 0
     assert composed == [["run.id=x", "checkpoint.strict=true"]]

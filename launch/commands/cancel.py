@@ -42,10 +42,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _cancel_job(run: RunDirectory, job_id: str, status: RunStatus) -> None:
     queue = SlurmQueue()
-    view = queue.views([job_id]).get(job_id)  # raises where SLURM does not answer: nothing is noted then
+    view = queue.views([job_id]).get(job_id)  # raises if SLURM does not answer: nothing is noted then
     if view is None or view.is_over:
         raise ConfigError("RUN", status.run_id, f"has nothing to cancel: it is {status.described}")
-    # Before the processes hear of it: what they do when they are ended is no request to go back into the queue.
+    # Noted first: the batch process reads it when it is ended, and does not put the job back into the queue.
     journal.note_if_possible(run, "cancel", job_id=job_id)
     queue.cancel(job_id)
     print(f"job {job_id} is cancelled; it was {status.described}")

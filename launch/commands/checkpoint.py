@@ -173,6 +173,7 @@ def _verify_one(folder: Folder) -> bool:
     for damage in damages:
         print(f"{folder.name}: damaged: {damage}")
     files = checkpoint.manifest.files
+    # A copy or a backup tool may have left files; they do no harm, and a reader wonders about them.
     beside = [entry.name for entry in folder.iterdir()] if isinstance(folder, Path) else []
     for name in sorted({*beside} - {"manifest.json", *files}):
         print(f"{folder.name}: note: {name} is not part of the checkpoint, and is never read")
@@ -237,6 +238,7 @@ def _open(text: str, root: str, step: int | None) -> SavedCheckpoint:
     folders = _folders(text, root, step)
     if len(folders) == 1:
         return SavedCheckpoint(folders[0])
+    # As training does: a newest checkpoint that was not completed is passed over.
     for folder in folders:
         try:
             return SavedCheckpoint(folder)

@@ -62,6 +62,7 @@ def run_doctor(config: Config, *, nodes: bool, as_json: bool) -> int:
     if nodes and config.launcher.kind == "slurm" and "SLURM_JOB_ID" not in os.environ:
         findings.append(_only_here())
     elif nodes:
+        # torch alone takes seconds to import, and a collective that hangs is waited for.
         if not as_json:
             print(f"starting ranks that check each other, which takes up to {NODES_TIMEOUT_S:g} s", flush=True)
         found = check_ranks(run, config, needed_bytes=needed_bytes)
@@ -118,7 +119,7 @@ def space_needed(run: RunDirectory, config: Config) -> int:
 
     One more than ``checkpoint.keep_last`` is there for a moment. Without that limit one more is counted, at least.
     """
-    if config.checkpoint.url is not None:
+    if config.checkpoint.url is not None:  # an object store, whose space nobody can measure
         return 0
     sizes = _checkpoint_sizes(run)
     each = max(sizes, default=_BYTES_PER_PARAMETER * _num_parameters(run))
@@ -174,6 +175,7 @@ def check_ranks(run: RunDirectory, config: Config, *, needed_bytes: int) -> list
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
+            # The ranks have their own time limit, and say more when they reach it.
             timeout=NODES_TIMEOUT_S + 30.0,
             check=False,
         )
@@ -185,6 +187,7 @@ def check_ranks(run: RunDirectory, config: Config, *, needed_bytes: int) -> list
 
 def parse_findings(output: str) -> list[Finding]:
     """Return the findings in the output of the rank checks, whatever else the ranks have printed."""
+    # Libraries print banners on stdout, before and after.
     for line in reversed(output.splitlines()):
         if line.startswith('[{"check"'):
             return [Finding(**entry) for entry in json.loads(line)]

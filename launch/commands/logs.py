@@ -150,10 +150,11 @@ def _print(file: Path, *, offset: int) -> int:
     sys.stdout.flush()
     with file.open("rb") as stream:
         stream.seek(0, 2)
-        if stream.tell() < offset:  # begun anew
+        if stream.tell() < offset:  # truncated, by a user or by a restore
             offset = 0
         stream.seek(offset)
         while chunk := stream.read(_CHUNK_BYTES):
+            # Bytes, not text: a rank may be killed in the middle of a character.
             sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()
         return stream.tell()

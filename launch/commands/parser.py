@@ -45,6 +45,7 @@ def split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
     """Return the arguments of ``anemoi-dist submit``, and after ``--`` those of the command; None without one."""
     if arguments[:1] != ["submit"] or "--" not in arguments:
         return arguments, None
+    # Before argparse sees it, which would take options of the command for ours.
     place = arguments.index("--")
     return arguments[:place], arguments[place + 1 :]
 
@@ -78,7 +79,7 @@ def _add(commands: Commands, name: str, summary: str, *, composes: bool = False)
         description=summary[0].upper() + summary[1:] + ".",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_groups_text(name) if composes else None,
-        allow_abbrev=False,
+        allow_abbrev=False,  # an abbreviation that works today is ambiguous as soon as there is another option
     )
     if composes:
         _add_overrides(command)

@@ -117,6 +117,7 @@ def show_sweep(
 def _number(option: str, text: str | None, *, example: str) -> float | None:
     if text is None:
         return None
+    # Read as a float, so that 1e9 will do.
     try:
         value = float(text)
     except ValueError:

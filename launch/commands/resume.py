@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
             "is a command, and has no settings to go on with",
             fix=f"anemoi-dist submit launcher=slurm run.id={run.run_id} ... -- COMMAND again",
         )
+    # A copy of the settings under another id would begin anew, without the checkpoints of this run.
     for text in options.overrides:
         if _names(text, "run", "run.id", "run.root"):
             raise ConfigError("resume", text, "cannot name another run", fix="anemoi-dist train run.id=... for that")

@@ -27,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
     root = Path(options.root).expanduser().absolute()
     if root.exists() and not root.is_dir():
         raise ConfigError("--root", options.root, "is no directory", fix="--root DIR, where run.root of the runs is")
+    # Heartbeats that are a few seconds old need no reading: hundreds of runs may have thousands of ranks.
     facts = sorted((gather(run, every_rank=False) for run in all_runs(root)), key=_since)
     statuses = inspect_runs(facts)
     if options.json:

@@ -80,6 +80,7 @@ def _follow(run: RunDirectory, *, as_json: bool) -> int:
     for status in follow(run):
         now = time.monotonic()
         key = (status.state, status.attempt, status.job_id, status.step, status.notes)
+        # A quiet run still prints now and then, so that a reader sees that the command itself is alive.
         if key == shown and now - shown_at < _QUIET_S:
             continue
         if as_json:

@@ -25,6 +25,7 @@ def run(options: argparse.Namespace) -> int:
         # The file would wait for the next start, and stop that.
         raise ConfigError("RUN", options.run, f"has nothing to stop: it is {status.described}")
     run.control_dir.mkdir(mode=0o700, exist_ok=True)
+    # Noted first: the batch process reads the journal to tell a person's stop from the time limit's.
     journal.note_if_possible(run, "stop")
     run.stop_file.touch()
     print(f"{status.run_id} is {status.described}")

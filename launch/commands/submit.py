@@ -101,6 +101,7 @@ def submit_all(requests: Sequence[Request], *, dry_run: bool = False, build_mode
     PreflightError
         There is no sbatch here, or SLURM refuses a run; those before it were submitted.
     """
+    # Everything that can be refused is refused before the first run is submitted: half a sweep is hard to take back.
     requests = [request for request in requests if not _is_finished(request)]
     scripts = [request.script() for request in requests]
     for script in scripts:
@@ -117,7 +118,7 @@ def submit_all(requests: Sequence[Request], *, dry_run: bool = False, build_mode
         try:
             job_id = submit(request)
         except PreflightError as error:
-            if number:
+            if number:  # the user must know which jobs are in the queue already
                 done = f"{number} of {len(requests)} runs were submitted before this one, {request.config.run.id}"
                 raise PreflightError(f"{error}\n  {done}") from error
             raise
@@ -135,9 +136,10 @@ def _is_finished(request: Request) -> bool:
     run, max_steps = request.directory(), request.config.training.max_steps
     if request.command is not None or not run.config_file.is_file() or not is_finished(run, max_steps=max_steps):
         return False
+    # Finished with other data or another model it is not this run: preparing it refuses, and names the key.
     changes = config_changes(read_yaml(run.config_file), asdict(request.config))
     if any(is_below(change.key, GUARDED.values()) for change in changes):
-        return False  # of another run: preparing it says what is wrong
+        return False
     print(
         f"run {run.run_id} is finished (training.max_steps={max_steps}); "
         f"`anemoi-dist resume {run.run_id} training.max_steps={2 * max_steps}` trains on"
@@ -153,6 +155,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     listed = expand(options.overrides) if options.multirun else [options.overrides]
     files = {"config_file": options.config, "config_dir": options.config_dir}
     requests = [_request(options, compose_arguments(with_queue(overrides), **files)) for overrides in listed]
+    # Two jobs in one directory would wait for each other, or the second would resume the first.
     ids = [str(request.config.run.id) for request in requests]
     if twice := next((name for name in ids if ids.count(name) > 1), None):
         raise ConfigError(
@@ -195,6 +198,7 @@ def _request(options: argparse.Namespace, composed: Composed) -> Request:
             "has no queue",
             fix="launcher=slurm, or leave it out; anemoi-dist train runs it on this machine",
         )
+    # The id that is derived from the configuration would be the same for every command.
     if options.words is not None and composed.provenance.get("run.id") == DERIVED:
         config.run.id = _command_id(options.words)
     after, dependency = _dependency(options, config)
@@ -226,6 +230,7 @@ def _dependency(options: argparse.Namespace, config: Config) -> tuple[str | None
             f"run {run.run_id} was never submitted and is not finished: there is no job to wait for\n"
             f"  fix: `anemoi-dist submit run.id={run.run_id} ...` first, or leave --after out"
         )
+    # SLURM forgets a job soon after its end, and then refuses to wait for it: the run's own record stands in.
     job = SlurmQueue().view(str(submitted.job_id))
     if not job.is_over:
         return run.run_id, f"{'afterok' if options.after else 'afterany'}:{job.job_id}"
@@ -245,6 +250,7 @@ def submit(request: Request) -> str:
     PreflightError
         There is no sbatch here, SLURM refuses the job, or the run is queued or running already. Nothing is recorded.
     """
+    # Nothing is written before SLURM can be asked: what is refused leaves no trace.
     require_sbatch()
     script, config = request.script(), request.config
     _refuse_other_kind(request)
@@ -253,6 +259,7 @@ def submit(request: Request) -> str:
     for folder in (run.slurm_logs_dir, run.scripts_dir):
         folder.mkdir(mode=0o700, exist_ok=True)
     with _submitting(run):
+        # Again, now that no other process can submit the run between question and answer.
         refuse_queued(run)
         # It was meant for an earlier start; whoever submits wants the run to go on.
         run.stop_file.unlink(missing_ok=True)
@@ -279,6 +286,7 @@ def _submitting(run: RunDirectory) -> Iterator[None]:
 
 
 def _record(request: Request, run: RunDirectory, job_id: str, script: str) -> None:
+    # A copy for people: SLURM keeps its own, which ends with the job.
     file = run.scripts_dir / f"slurm-{job_id}.sh"
     write_atomically(file, script)
     launcher = request.config.launcher

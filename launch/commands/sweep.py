@@ -1,13 +1,16 @@
-"""From overrides with sweeps in them to the overrides of each run, in Hydra's grammar. No torch."""
+"""Expand overrides with sweeps in them to the overrides of each run, in Hydra's grammar. No torch."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
 from anemoi_dist.errors import ConfigError
 
-#: More than this at once is a slip of the pen.
+#: More than this at once is a typing error, which a queue would not forgive.
 MAX_RUNS = 1000
 
 
@@ -24,9 +27,6 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     ConfigError
         Nothing is swept, a sweep has no finite list of values, or there are more than :data:`MAX_RUNS` runs.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     parser = OverridesParser.create()
     axes: list[list[str]] = []
     for text in overrides:

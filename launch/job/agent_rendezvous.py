@@ -44,6 +44,7 @@ class FixedRendezvous(RendezvousHandler):
         if node == 0:
             listener, place = listen(address, num_callers=num_nodes)
             self._store = serve(listener)
+            # Written once the store answers: an agent connects as soon as it finds the file.
             if file is not None:
                 write_atomically(file, place.to_json())
         else:
@@ -54,6 +55,7 @@ class FixedRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Return this node's place; the ranks meet in the same store, so that no second port is needed."""
+        # A prefix keeps the agents' keys apart from those of the process groups.
         info = RendezvousStoreInfo(self._address, self._port)
         return RendezvousInfo(PrefixStore("agents", self._store), self._node, self._num_nodes, info)
 

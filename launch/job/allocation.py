@@ -79,6 +79,7 @@ class Allocation:
             slurmctld does not answer.
         """
         answer = slurm_queue.call(["scontrol", "--oneliner", "show", "job", self.job_id], timeout_s=timeout_s)
+        # A job that SLURM has forgotten is an answer; a slurmctld that is down is none.
         if answer.returncode and not answer.stdout and "Invalid job id" not in answer.stderr:
             raise slurm_queue.QueueError(" ".join(answer.stderr.split()))
         return tuple(field(answer.stdout, name) for name in names)
@@ -109,6 +110,7 @@ def field(text: str, name: str) -> str | None:
 
 def fewest_cpus(text: str) -> int:
     """Return the smallest number in SLURM's short form, such as ``72(x2),36``."""
+    # Nodes may differ: a task that asks for the CPUs of the largest would not start on the smallest.
     return min(int(part.partition("(")[0]) for part in text.split(","))
 
 

@@ -68,6 +68,7 @@ class _Command:
     def run(self) -> int:
         """Run it to its end; return 75 if it was asked to stop, whatever its own code: it has not done its work."""
         signal.signal(signal.SIGTERM, self._stop)
+        # Programs that use this package themselves must not take this process for their launcher.
         environment = {name: value for name, value in os.environ.items() if name not in (PARENT_PID, LAUNCHED)}
         try:
             self._process = subprocess.Popen(self._command, env=environment, process_group=0)

@@ -80,6 +80,7 @@ def decide(outcome: Outcome, history: History, launcher: LauncherConfig) -> Deci
     code = outcome.code
     if code == ExitCode.FINISHED:
         return Decision(False, "finished")
+    # Before any signal counts: a person's stop may end in the same code as the time limit's.
     if outcome.request is not None:
         return Decision(False, "stopped on request" if outcome.request == "stop" else "cancelled on request")
     if outcome.first_signal not in (None, signal.SIGUSR1):
@@ -101,6 +102,7 @@ def decide(outcome: Outcome, history: History, launcher: LauncherConfig) -> Deci
 def _after_stop(outcome: Outcome, history: History, launcher: LauncherConfig) -> Decision:
     if outcome.first_signal is None:
         return Decision(False, "stopped on request")
+    # Once may be bad luck, such as a slow file system; twice in a row would go on for ever.
     if outcome.code == ExitCode.INTERRUPTED and not outcome.progress and history.saved_nothing:
         return Decision(False, "the time limit came before anything was saved, twice in a row: it is too short")
     if history.requeues >= launcher.max_requeues:

@@ -116,6 +116,7 @@ class Launcher(Protocol):
 
 def launcher(kind: str) -> Launcher:
     """Return the module that launches runs of this kind, imported now."""
+    # By name, since the launchers import this module for their types.
     assert kind in LAUNCHER_KINDS, kind
     return cast(Launcher, importlib.import_module(f".{kind}", __package__))
 

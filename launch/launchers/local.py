@@ -39,7 +39,7 @@ def count_gpus(environ: Mapping[str, str] | None = None, *, proc: Path = Path("/
         entries = [entry.strip() for entry in visible.split(",")]
         invalid = [index for index, entry in enumerate(entries) if not entry or entry.startswith("-")]
         named = invalid[0] if invalid else len(entries)
-        if named == 0:
+        if named == 0:  # nvidia-smi, which takes a second, would still list the devices
             return 0
     present = _gpus_of_driver(environ, proc)
     return named if present and named is not None else present

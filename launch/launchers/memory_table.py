@@ -55,11 +55,13 @@ def memory_table(config: Config, model: ModelSize) -> list[Row]:
 
 
 def _settings(spec: EngineSpec, configured: EngineConfig) -> EngineConfig:
+    # engine.options are DeepSpeed's: other engines refuse them.
     options = configured.options if spec.kind == "deepspeed" else {}
     return EngineConfig(kind=spec.kind, stage=spec.stage, offload=spec.offload, options=options)
 
 
 def _batch_problem(config: Config, world_size: int) -> str:
+    # The memory is of interest even so: a row with a remark is better than a refusal.
     try:
         plan_batches(config.training, world_size=world_size)
     except ConfigError as error:

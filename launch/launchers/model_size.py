@@ -51,6 +51,7 @@ def model_size(config: Config, *, timeout_s: float = TIMEOUT_S) -> ModelSize:
         )
     except subprocess.TimeoutExpired as error:
         raise UnknownSizeError(f"building the model took more than {timeout_s:g} s") from error
+    # Without an answer on stdout the code is an import's or a library's own, and says nothing about the model.
     if done.returncode == ExitCode.CONFIGURATION and done.stdout:
         raise ConfigError(**json.loads(done.stdout)["refused"])
     if done.returncode != 0:
@@ -79,6 +80,7 @@ def check_models(configs: Sequence[Config], *, timeout_s: float = TIMEOUT_S) -> 
     ConfigError
         One of the models cannot be built.
     """
+    # Runs of a sweep mostly differ in settings that leave the model alone.
     different = {repr((c.model, c.data, c.training.rollout, c.security)): c for c in configs}
     deadline = monotonic() + timeout_s
     for number, config in enumerate(different.values()):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 
-from anemoi_dist.errors import ConfigError, PreflightError
+from anemoi_dist.errors import ConfigError, PreflightError, print_message
 
 from .slurm import SBATCH
 
@@ -55,8 +54,8 @@ def check_syntax(script: str) -> None:
     """
     checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
     if checked.returncode:
-        said = " ".join(checked.stderr.split())
-        raise ConfigError("launcher.slurm.setup", "", f"makes a script that bash cannot read: {said}", fix="mend it")
+        message = " ".join(checked.stderr.split())
+        raise ConfigError("launcher.slurm.setup", "", f"makes a script that bash cannot read: {message}", fix="mend it")
 
 
 def sbatch(script: str, options: Mapping[str, object]) -> str:
@@ -92,19 +91,22 @@ def sbatch(script: str, options: Mapping[str, object]) -> str:
         ) from error
     except OSError as error:
         raise PreflightError(f"sbatch cannot be run: {error}") from error
+    # On success it carries remarks of the site, such as the budget that is left.
     for line in answer.stderr.splitlines() if answer.returncode == 0 else ():
-        print(line, file=sys.stderr)  # noqa: T201  a site's own remarks
+        print_message(line)
+    # --parsable prints "ID;CLUSTER" on a federation; a site's wrapper may print lines of its own before it.
     job_id = answer.stdout.strip().splitlines()[-1].partition(";")[0] if answer.stdout.strip() else ""
     if answer.returncode or not job_id.isdecimal():
         lines = (" ".join(line.removeprefix("sbatch: error: ").split()) for line in answer.stderr.splitlines())
-        said = "; ".join(filter(None, lines)) or f"exit code {answer.returncode}"
-        fix = next((fix for word, fix in _FIXES if word in said.lower()), _OTHER_FIX)
-        raise PreflightError(f"SLURM refuses the job: {said}\n  fix: {fix}")
+        refusal = "; ".join(filter(None, lines)) or f"exit code {answer.returncode}"
+        fix = next((fix for word, fix in _FIXES if word in refusal.lower()), _OTHER_FIX)
+        raise PreflightError(f"SLURM refuses the job: {refusal}\n  fix: {fix}")
     return job_id
 
 
 def _environment(options: Iterable[str]) -> dict[str, str]:
     """Return this environment without the variables that would overrule what the script says."""
+    # SBATCH_* variables win over #SBATCH lines: an old SBATCH_TIMELIMIT would silently cut the job short.
     spelled = {"time": "TIMELIMIT", "gpus-per-node": "GPUS_PER_NODE"}
-    said = {f"SBATCH_{spelled.get(name, name.replace('-', '_').upper())}" for name in options} | {"SBATCH_NO_REQUEUE"}
-    return {name: value for name, value in os.environ.items() if name not in said}
+    overruling = {f"SBATCH_{spelled.get(name, name.replace('-', '_').upper())}" for name in options}
+    return {name: value for name, value in os.environ.items() if name not in overruling | {"SBATCH_NO_REQUEUE"}}

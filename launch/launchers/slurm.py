@@ -88,6 +88,7 @@ def render(
     ConfigError
         The run's path cannot stand in a batch script.
     """
+    # exec: SLURM signals the batch script's own process, which has to be Python then.
     job = [python, "-m", "anemoi_dist.launch.job", str(run.path), *arguments]
     for text in job:
         if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
@@ -146,6 +147,7 @@ def _escaped(text: str) -> str:
 def _preparation(config: Config) -> list[str]:
     slurm = config.launcher.slurm
     lines = []
+    # A module that fails to load ends the job here: later it would be a missing library on one of the ranks.
     if slurm.modules:
         # A batch shell is no login shell: on many clusters only the profile defines `module`.
         lines.append("type module >/dev/null 2>&1 || source /etc/profile")

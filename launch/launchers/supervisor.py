@@ -96,7 +96,7 @@ def supervise(job: Job, options: LauncherConfig) -> int:
     """
     journal.note_if_possible(job.run, "launch", kind=job.kind, **job.facts)
     with _Stopper(job.ask_to_stop, job.on_signal) as stopper:
-        for number in list(job.early)[:1]:
+        for number in list(job.early)[:1]:  # a second one would kill
             stopper.request(number)
         for restarts in range(options.max_restarts + 1):
             ending = _run_once(job, stopper, restarts)
@@ -104,6 +104,7 @@ def supervise(job: Job, options: LauncherConfig) -> int:
                 print_message(ending.message)
             if ending.code not in RESTARTED or stopper.requested or restarts == options.max_restarts:
                 break
+            # A node or file system that is down needs a while; each further crash is waited for twice as long.
             wait_s = min(options.backoff_s * 2**restarts, _LONGEST_WAIT_S)
             print_message(f"run {job.run.run_id}: restart {restarts + 1} of {options.max_restarts} in {wait_s:g} s")
             note = {"code": int(ending.code), "reason": ending.reason, "wait_s": wait_s}
@@ -123,6 +124,7 @@ def _run_once(job: Job, stopper: _Stopper, restarts: int) -> Ending:
     # SIGINT twice, and a second one kills.
     process = subprocess.Popen(job.command(restarts), env=environment, start_new_session=True)
     agent_code = stopper.attend(process)
+    # From the run's own record: torchrun and mpirun return 1 for nearly every failure.
     return read_ending(
         job.run,
         agent_code,
@@ -227,7 +229,7 @@ def read_ending(
     last = attempts[-1] if len(attempts) > attempts_before else None
     if last is not None and last.exit_code is not None:
         return Ending(last.exit_code, _describe_failure(run, last, code=last.exit_code), last.failure_line)
-    if interrupted:
+    if interrupted:  # before rank 0 had recorded an attempt, or it was killed before it could record the end
         reason = "stopped before anything new was saved"
         return Ending(ExitCode.INTERRUPTED, f"{reason}; the same command starts {run.run_id} again", reason)
     is_ours = returns_codes and agent_code in set(ExitCode)

@@ -97,6 +97,7 @@ class _Derivation:
         facts, job = self.facts, self.job
         if not (facts.launch or facts.attempts or facts.beats):
             return "planned", "" if facts.has_config else "no configuration is frozen in it"
+        # The scheduler's word comes first: files of an earlier start say nothing about a job in the queue.
         if job is not None and job.is_waiting:
             return self._waiting(job)
         if job is not None and job.is_completing:
@@ -116,6 +117,7 @@ class _Derivation:
         # In an allocation where somebody starts ranks by hand, only the job's end says something about the run.
         if job is not None and (job.is_over or self.begun is not None):
             return not job.is_over
+        # A launcher that has noted its end may live on for a moment.
         if facts.owner_alive or (facts.launcher_alive and not self.control_has_ended):
             return True
         if facts.job_id and self.begun is not None:  # a process that is dead on this host is not the end of a job
@@ -161,6 +163,7 @@ class _Derivation:
         attempt = self._current_attempt()
         if attempt is None:
             return self._between_attempts()
+        # Before a stop request: ranks agree on a stop together, and a silent one never does.
         self.silent = self._silent_ranks(attempt)
         if self.silent:
             return "silent", self._silence()
@@ -348,6 +351,7 @@ class _Derivation:
         A start that a wrong clock has put into the future says nothing.
         """
         starts = [] if self.begun is None else [self.begun.time]
+        # After a requeue by SLURM itself nobody has written into the journal.
         if self.job is not None and self.job.restarts and self.job.start_time is not None:
             starts.append(self.job.start_time)
         return [start for start in starts if start <= self.now + SKEW_S]
@@ -372,10 +376,11 @@ def _with_progress(status: RunStatus, facts: Facts, *, now: float) -> RunStatus:
         return next((value for value in values if value is not None), None)
 
     step, total_steps, eta_s = newest("step"), newest("total_steps"), newest("eta_s")
-    if total_steps is None and facts.attempts:
+    if total_steps is None and facts.attempts:  # before the first heartbeat of a step
         total_steps = facts.attempts[-1].max_steps
     seen = max((beat.seen for beat in facts.beats), default=facts.events_written)
     known_at = main.seen if main is not None else event.time if event is not None else None
+    # The estimate was made when the heartbeat was written, and has been running down since.
     if eta_s is not None:
         eta_s = max(0.0, eta_s - max(0.0, now - (now if known_at is None else known_at)))
     return replace(

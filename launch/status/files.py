@@ -147,7 +147,7 @@ def gather(run: RunDirectory, *, every_rank: bool = True) -> Facts:
 def _state(run: RunDirectory) -> tuple[RunState, str]:
     try:
         return run.read_state(), ""
-    except (PreflightError, OSError, RecursionError) as error:
+    except (PreflightError, OSError, RecursionError) as error:  # one damaged run must not hide the others
         return RunState(), " ".join(str(error).split())
 
 
@@ -162,13 +162,11 @@ def _launch(run: RunDirectory) -> tuple[Entry, ...]:
 
 
 def launcher_alive(launch: tuple[Entry, ...]) -> bool | None:
-    """Whether the process that launched last lives; None where it is on another host, or nobody launched.
-
-    A pid alone proves nothing: it may have been given to another process since.
-    """
+    """Whether the process that launched last lives; None if it is on another host, or nobody launched."""
     entry = journal.last(launch, "launch")
     if entry is None or entry.host != socket.gethostname() or entry.pid is None:
         return None
+    # A pid alone proves nothing: it may have been given to another process since.
     started = process_started(entry.pid)
     return started is not None and entry.started in (None, started)
 

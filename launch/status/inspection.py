@@ -40,6 +40,7 @@ def inspect_run(run: RunDirectory) -> RunStatus:
 
 def _ask(facts: Sequence[Facts]) -> tuple[dict[str, JobView], str]:
     """Return the scheduler's view of the jobs of runs, or why it does not answer."""
+    # Most runs never were in a queue: then no scheduler is asked, and none need be there.
     job_ids = [run.job_id for run in facts if run.job_id]
     try:
         return (SlurmQueue().views(job_ids) if job_ids else {}), ""

@@ -76,6 +76,7 @@ def note(run: RunDirectory, event: str, **fields: Any) -> None:
     """
     if event not in EVENTS:
         raise ValueError(f"event {event!r} is not one of {', '.join(EVENTS)}")
+    # Opened for one line alone: commands on several hosts append to the same file.
     log = EventLog(run.launch_file)
     try:
         writer = {"host": socket.gethostname(), "pid": os.getpid(), "started": process_started(os.getpid())}

@@ -136,6 +136,7 @@ class SlurmQueue:
         wanted = sorted({job_id for job_id in job_ids if _JOB_ID.fullmatch(job_id)})
         if not wanted:
             return {}
+        # One question for all jobs: every squeue locks slurmctld's job table, and sites ask users not to poll.
         found = self._squeue(wanted)
         missing = [job_id for job_id in wanted if job_id not in found]
         found |= self._sacct(missing)
@@ -153,6 +154,7 @@ class SlurmQueue:
         QueueError
             SLURM does not answer, or refuses.
         """
+        # A job that ends by itself in the same moment is no error.
         answer = call(["scancel", job_id], timeout_s=self._timeout_s)
         if answer.returncode and "already completing or completed" not in answer.stderr and not _is_gone(answer):
             raise QueueError(_refusal(answer))
@@ -170,6 +172,7 @@ class SlurmQueue:
         return _named(wanted, parse_squeue(answer.stdout))
 
     def _sacct(self, wanted: list[str]) -> dict[str, JobView]:
+        # slurmctld forgets a job MinJobAge seconds (300 by default) after its end; only accounting keeps it.
         if not wanted or shutil.which("sacct") is None:
             return {}
         try:
@@ -199,7 +202,7 @@ def call(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> subprocess.
     QueueError
         The command is not on this machine, or did not end in time.
     """
-    # A user's SQUEUE_STATES or SACCT_FORMAT would change the answers.
+    # A user's SQUEUE_STATES or SACCT_FORMAT would change the answers, and a locale the dates and error messages.
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SQUEUE_", "SACCT_", "SCANCEL_"))}
     environ = kept | {"SLURM_TIME_FORMAT": "%s", "LC_ALL": "C"}
     try:
@@ -226,7 +229,7 @@ def parse_squeue(text: str) -> list[tuple[str, JobView]]:
     jobs = []
     for line in text.splitlines():
         values = [value.strip() for value in line.split("|")]
-        if len(values) != len(_FIELDS) + 1:
+        if len(values) != len(_FIELDS) + 1:  # a site's banner, or a name with a "|" in it
             continue
         job_id, array_id, state, reason, restarts, start, end, nodes, status = values[:-1]
         view = JobView(
@@ -239,6 +242,7 @@ def parse_squeue(text: str) -> list[tuple[str, JobView]]:
             end_time=_number(end),
             nodes=nodes,
         )
+        # squeue prints the raw wait status: exit code times 256, or the number of a signal.
         if view.is_over and (number := _number(status)) is not None:
             view = replace(view, exit_code=number >> 8 if number >> 8 else 128 + (number & 127) if number else 0)
         jobs.append((array_id, view))
@@ -246,7 +250,7 @@ def parse_squeue(text: str) -> list[tuple[str, JobView]]:
 
 
 def parse_sacct(text: str) -> list[tuple[str, JobView]]:
-    """Return the jobs of ``sacct --parsable2`` with the fields above; of a requeued job its last life."""
+    """Return the jobs of ``sacct --parsable2`` with the fields above; of a requeued job its last start."""
     jobs = []
     for line in text.splitlines():
         values = line.split("|")
@@ -264,6 +268,7 @@ def parse_sacct(text: str) -> list[tuple[str, JobView]]:
             end_time=_number(end),
             nodes="" if nodes == "None assigned" else nodes,
         )
+        # sacct prints "code:signal".
         if view.is_over and numbers[0] is not None:
             view = replace(view, exit_code=128 + numbers[1] if numbers[1] and not numbers[0] else numbers[0])
         jobs.append((array_id, view))
@@ -272,6 +277,7 @@ def parse_sacct(text: str) -> list[tuple[str, JobView]]:
 
 def _named(wanted: Sequence[str], jobs: list[tuple[str, JobView]]) -> dict[str, JobView]:
     """Return the jobs under the names that were asked for."""
+    # A task of an array has two ids, 12_3 and one of its own; the batch script knows the latter.
     names = set(wanted)
     return {name: replace(view, job_id=name) for other, view in jobs for name in (view.job_id, other) if name in names}
 
@@ -285,7 +291,7 @@ def _is_gone(answer: subprocess.CompletedProcess[str]) -> bool:
 
 
 def _refusal(answer: subprocess.CompletedProcess[str]) -> str:
-    said = " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
-    if re.search(r"Unable to contact slurm controller|timed out|Connection refused", said):
-        return f"slurmctld does not answer ({said}); jobs go on without it"
-    return f"SLURM refuses: {said}"
+    message = " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
+    if re.search(r"Unable to contact slurm controller|timed out|Connection refused", message):
+        return f"slurmctld does not answer ({message}); jobs go on without it"
+    return f"SLURM refuses: {message}"

@@ -27,6 +27,7 @@ from anemoi_dist.run.events import read_events
 from anemoi_dist.run.versions import installed_versions
 
 from ..launchers import local
+from ..launchers.machine import detect_machine
 from ..status.slurm_queue import QueueError, call
 from .arguments import compose_options
 
@@ -166,7 +167,7 @@ def rank_check_arguments(run: RunDirectory, *, needed_bytes: int, timeout_s: flo
 
 def check_ranks(run: RunDirectory, config: Config, *, needed_bytes: int) -> list[Finding]:
     """Start ranks on this machine that check each other, and return their findings."""
-    num_ranks = local.num_ranks(config)
+    num_ranks = local.plan(config, run, detect_machine()).ranks_per_node
     command = nodes_command(run, num_ranks, needed_bytes=needed_bytes, timeout_s=NODES_TIMEOUT_S)
     environment = {**local.rank_environment(), PARENT_PID: str(os.getpid())}
     try:

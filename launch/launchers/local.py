@@ -55,19 +55,6 @@ def _gpus_of_driver(environ: Mapping[str, str], proc: Path) -> int:
     return len(list(proc.iterdir())) if proc.is_dir() else 0
 
 
-def num_ranks(config: Config, *, environ: Mapping[str, str] | None = None) -> int:
-    """Return ``launcher.ranks``, or one a GPU, or 2; refuse a global batch that does not divide.
-
-    Raises
-    ------
-    ConfigError
-        The batch plan does not work out with that many ranks.
-    """
-    ranks = config.launcher.ranks or count_gpus(environ) or RANKS_WITHOUT_GPU
-    plan_batches(config.training, world_size=ranks)
-    return ranks
-
-
 def torchrun_command(run: RunDirectory, num_ranks: int) -> list[str]:
     """Return the command that trains ``run`` on this machine; pure.
 

@@ -36,7 +36,6 @@ def slurm(tmp_path, monkeypatch) -> FakeSlurm:
 #: Notes its launch as a launcher does; ends on SIGTERM with 75, or not at all.
 LAUNCHER = """
 import os, signal, sys, time
-from dataclasses import asdict
 from pathlib import Path
 from anemoi_dist.launch.status import journal
 from anemoi_dist.run.directory import RunDirectory

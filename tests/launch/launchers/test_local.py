@@ -14,6 +14,7 @@ from support.many_runs import read_state
 from anemoi_dist.config.compose import compose
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.launch.launchers import local
+from anemoi_dist.launch.launchers.base import Machine
 from anemoi_dist.launch.status import journal
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.prepare import prepare_run
@@ -92,17 +93,22 @@ def test_gpus_without_the_tool_or_without_a_driver(tmp_path):
     assert local.count_gpus(broken, proc=proc) == 0
 
 
+def num_ranks(config, environ: dict[str, str]) -> int:
+    here = Machine(num_gpus=local.count_gpus(environ), environ=environ, python="python")
+    return local.plan(config, RunDirectory(Path("/runs/x")), here).ranks_per_node
+
+
 def test_number_of_ranks(tmp_path):
     gpus = {"PATH": tool(tmp_path / "bin", FOUR)}
     without = {"PATH": "", "CUDA_VISIBLE_DEVICES": ""}
     composed = compose(["training.global_batch_size=12"]).config
-    assert local.num_ranks(composed, environ=gpus) == 4
-    assert local.num_ranks(composed, environ=without) == 2
+    assert num_ranks(composed, gpus) == 4
+    assert num_ranks(composed, without) == 2
     composed.launcher.ranks = 3
-    assert local.num_ranks(composed, environ=gpus) == 3
+    assert num_ranks(composed, gpus) == 3
     composed.launcher.ranks = 5
     with pytest.raises(ConfigError, match="multiple of the 5 ranks"):
-        local.num_ranks(composed, environ=gpus)
+        num_ranks(composed, gpus)
 
 
 # With torchrun, and a worker that ends as it is told
@@ -114,7 +120,7 @@ def start(run: RunDirectory, how: str, *, restarts: int = 0) -> subprocess.Popen
 import sys
 from pathlib import Path
 from anemoi_dist.config.compose import compose
-from anemoi_dist.launch import journal, local
+from anemoi_dist.launch.launchers import local
 from anemoi_dist.run.directory import RunDirectory
 real = local.torchrun_command
 local.torchrun_command = lambda *given: [*real(*given)[:-4], {str(FAKE)!r}, *real(*given)[-2:]]

@@ -171,7 +171,7 @@ def test_an_mpi_that_hangs_as_it_starts_is_ended(tmp_path):
     (tmp_path / "mpi4py").mkdir()
     (tmp_path / "mpi4py" / "__init__.py").touch()
     (tmp_path / "mpi4py" / "MPI.py").write_text("import time; time.sleep(60)")
-    code = "from anemoi_dist import rendezvous; rendezvous.WAIT_S = 0.5; rendezvous.meet(None)"
+    code = "from anemoi_dist.distributed import rendezvous; rendezvous.WAIT_S = 0.5; rendezvous.meet(None)"
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PMI_RANK": "1", "PMI_SIZE": "4", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)

@@ -19,6 +19,7 @@ from anemoi_dist.checkpoint.ranks import SingleRank
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.launch import cli
+from anemoi_dist.launch.commands.checkpoint import DIFFERENT
 from anemoi_dist.run.directory import RunDirectory
 
 
@@ -116,7 +117,7 @@ def test_verify_finds_all_checkpoints_of_a_run(root: Path, capsys: pytest.Captur
 
 
 def test_diff_says_what_differs(root: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run(root, "diff", "first@5", "first") == cli.checkpoint.DIFFERENT
+    assert run(root, "diff", "first@5", "first") == DIFFERENT
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("net.bias param: 5 of 5 elements differ, by at most ")
     assert lines[3:] == ["4 of 5 tensors are equal, 1 differ"]
@@ -178,7 +179,7 @@ def test_checkpoints_in_another_store(root: Path, tmp_path: Path, capsys: pytest
     assert run(root, "list", "away", "--json") == 0
     assert [(row["step"], row["error"]) for row in json.loads(capsys.readouterr().out)] == [(2, None), (1, None)]
     assert run(root, "verify", "away") == 0
-    assert run(root, "diff", "away@1", "away@2") == cli.checkpoint.DIFFERENT
+    assert run(root, "diff", "away@1", "away@2") == DIFFERENT
     assert "4 of 4 elements differ, by at most 1" in capsys.readouterr().out
     assert run(root, "export", "away", str(tmp_path / "w.safetensors")) == 0
     assert torch.equal(load_file(tmp_path / "w.safetensors")["w"], torch.full((4,), 2.0))

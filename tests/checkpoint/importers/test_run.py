@@ -13,6 +13,7 @@ import torch
 from anemoi_dist.config.compose import compose
 from anemoi_dist.data.anemoi import open_split
 from anemoi_dist.launch import cli
+from anemoi_dist.launch.commands.checkpoint import DIFFERENT
 from anemoi_dist.run.events import read_events
 from anemoi_dist.tasks.forecast.module import BaseGraphModule
 
@@ -65,7 +66,7 @@ def test_train_goes_on_from_an_import(adamw_file: Path, tmp_path: Path, capsys: 
     assert [e["alpha"] for e in events] == pytest.approx([5 * done / WARMUP for done in (1, 2, 3)])
 
     assert cli.main(["checkpoint", "verify", "switched", *where]) == 0
-    assert cli.main(["checkpoint", "diff", "switched@20", "switched@23", *where]) == cli.checkpoint.DIFFERENT
+    assert cli.main(["checkpoint", "diff", "switched@20", "switched@23", *where]) == DIFFERENT
     text = capsys.readouterr().out
     assert "exp_avg_slow: " in text and "only in B" in text and "elements differ" in text
     assert cli.main(["checkpoint", "import", str(adamw_file), "--run", "switched", *where]) == 2

@@ -1,4 +1,4 @@
-"""What runs on every rank: ``torchrun ... -m anemoi_dist.train key=value ...``."""
+"""Entry point of every rank: ``torchrun ... -m anemoi_dist.train key=value ...``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -28,8 +29,18 @@ from anemoi_dist.run.records import Failure
 if TYPE_CHECKING:
     from anemoi_dist.distributed.world import World
 
-#: Of an error, its end says what happened; ``run.json`` is read by every command that lists runs.
+#: The end of a traceback says what happened; ``run.json`` stays small, since every command that lists runs reads it.
 _MAX_ERROR_CHARS = 8000
+
+
+@dataclass(frozen=True)
+class _Agreement:
+    """Message of rank 0 to the others: the run and its configuration, or the code to end with."""
+
+    path: str = ""
+    attempt: int = 0
+    config: str = ""
+    exit_code: int | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -41,10 +52,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         meeting = meet(arguments.run_directory)
         if os.environ.get("RANK", "0") == "0":
-            # Rank 0 alone composes, before any process group or device exists: a wrong key costs nobody anything.
+            # Rank 0 alone composes, before any process group or device exists: a wrong key must cost no GPU time, and
+            # no rank may end up with another configuration.
             run, hold = _prepare(arguments)
             if hold is not None:
-                run.stop_file.unlink(missing_ok=True)  # asked of an earlier start that did not live to answer
+                run.stop_file.unlink(missing_ok=True)  # meant for an earlier start that ended before it saw the file
     except AnemoiDistError as error:
         print_error(error)
         sys.exit(error.exit_code)
@@ -64,7 +76,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _prepare(arguments: argparse.Namespace) -> tuple[RunDirectory, Hold | None]:
-    """Return the run and, where no launcher owns it, the ownership of this process."""
+    """Return the run, and this process's hold on it unless a launcher has one."""
     if arguments.run_directory is not None:
         run = RunDirectory(arguments.run_directory.absolute())
         return run, None if LAUNCHED in os.environ else hold_launch(run, say=print)
@@ -76,27 +88,33 @@ def _prepare(arguments: argparse.Namespace) -> tuple[RunDirectory, Hold | None]:
 
 
 def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
-    """Join, agree on the run, train it, record how it ended."""
+    """Join the other ranks, agree on the run, train it and record how it ended."""
+    if run is not None:
+        # Importing torch from a cold file system may take minutes, in which nothing else is printed.
+        print("loading libraries", flush=True)  # noqa: T201
+    # Imported here: these load torch, which takes seconds; until now a wrong key cost none of them.
     from anemoi_dist.distributed.world import World
     from anemoi_dist.preflight.ranks import run_preflight
     from anemoi_dist.telemetry.console import keep_log
     from anemoi_dist.telemetry.watchdog import watch
     from anemoi_dist.training.setup import train
 
-    attempt, number, failure = None, 0, None
+    attempt, number, error_text = None, 0, None
     try:
         with meeting:
             world = World.join()
+        own = None
         if world.is_main:
             assert run is not None, "rank 0 has prepared the run"
-            attempt, agreed = _begin(run, world)
-        agreed = json.loads(world.broadcast_text(json.dumps(agreed) if world.is_main else None))
-        if "exit_code" in agreed:  # rank 0 has said why
+            attempt, own = _begin(run, world)
+        # Every rank reaches this broadcast, also after a failure on rank 0: the others would wait for it for ever.
+        agreed = _Agreement(**json.loads(world.broadcast_text(None if own is None else json.dumps(asdict(own)))))
+        if agreed.exit_code is not None:  # rank 0 has printed the reason
             world.leave()
-            return ExitCode(agreed["exit_code"])
-        run, number = RunDirectory(Path(agreed["path"])), agreed["attempt"]
+            return ExitCode(agreed.exit_code)
+        run, number = RunDirectory(Path(agreed.path)), agreed.attempt
         (keep_log if world.is_main else _redirect)(run.log_file(number, world.rank))
-        config = from_yaml(_read_frozen(run, agreed["config"]))
+        config = from_yaml(_read_frozen(run, agreed.config))
         with watch(
             run,
             attempt=number,
@@ -109,35 +127,47 @@ def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
                 run_preflight(world, run.path.parent)
             train(config, run=run, world=world, attempt=number)
             code = ExitCode.FINISHED
+            # Inside: a rank that hangs while it leaves is a hang too. After a failure nobody leaves in order, because
+            # destroying a process group waits for ranks that may be gone.
             world.leave()
     except AnemoiDistError as error:
         print_error(error)
-        code, failure = error.exit_code, str(error)
+        code, error_text = error.exit_code, str(error)
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
     except Exception:
-        code, failure = ExitCode.INTERNAL, traceback.format_exc()
-        print(failure, file=sys.stderr, flush=True)  # noqa: T201
-    told = _failure(run, number, failure) if run is not None and failure and code != ExitCode.SAVED_RUN_AGAIN else None
+        code, error_text = ExitCode.INTERNAL, traceback.format_exc()
+        print(error_text, file=sys.stderr, flush=True)  # noqa: T201
+    failure = None
+    if run is not None and error_text and code != ExitCode.SAVED_RUN_AGAIN:
+        failure = _failure(run, number, error_text)
+    return _record_end(run, number, code, attempt=attempt, failure=failure)
+
+
+def _record_end(
+    run: RunDirectory | None, number: int, code: ExitCode, *, attempt: Attempt | None, failure: Failure | None
+) -> ExitCode:
+    """Record how the attempt ended and return the code to exit with."""
     try:
         if attempt is not None:
-            return attempt.end(code, failure=told)
-        if run is not None and number and told is not None:  # perhaps known to this rank alone
-            return record_end(run, number, code, failure=told)
-    except OSError as error:  # a full disk: the code itself still says how it ended
+            return attempt.end(code, failure=failure)
+        # A failure of another rank may be known to that rank alone: rank 0 then only sees a broken connection.
+        if run is not None and number and failure is not None:
+            return record_end(run, number, code, failure=failure)
+    except OSError as error:  # a full disk: the exit code still says how it ended
         print(f"the end of the attempt cannot be recorded: {error}", file=sys.stderr, flush=True)  # noqa: T201
     return code
 
 
 def _failure(run: RunDirectory, number: int, error: str) -> Failure:
-    """Return the record that this rank failed."""
+    """Return the record of this rank's failure."""
     rank = int(os.environ.get("RANK", "0"))
     log = str(run.log_file(number, rank))
     return Failure(rank, host=socket.gethostname(), pid=os.getpid(), error=error[-_MAX_ERROR_CHARS:], log=log)
 
 
-def _begin(run: RunDirectory, world: World) -> tuple[Attempt | None, dict[str, object]]:
-    """Take hold of the run; what rank 0 found goes to the others."""
+def _begin(run: RunDirectory, world: World) -> tuple[Attempt | None, _Agreement]:
+    """Begin an attempt on rank 0; return it, and the message to the other ranks."""
     try:
         text = run.config_file.read_text(encoding="utf-8")
         config = from_yaml(text)
@@ -147,19 +177,25 @@ def _begin(run: RunDirectory, world: World) -> tuple[Attempt | None, dict[str, o
                 f"run.id={run.run_id} and a larger training.max_steps",
                 flush=True,
             )
-            return None, {"exit_code": ExitCode.FINISHED}
+            return None, _Agreement(exit_code=ExitCode.FINISHED)
         attempt = Attempt(run, world_size=world.world_size, max_steps=config.training.max_steps)
         if attempt.changes:
             table = changes_table(attempt.changes)
             print(f"differs from the last start of run {run.run_id}:\n{table}", flush=True)  # noqa: T201
-        return attempt, {"path": str(run.path), "attempt": attempt.number, "config": text}
+        return attempt, _Agreement(str(run.path), attempt.number, config=text)
     except AnemoiDistError as error:
         print_error(error)
-        return None, {"exit_code": error.exit_code}
+        return None, _Agreement(exit_code=error.exit_code)
 
 
 def _read_frozen(run: RunDirectory, expected: str) -> str:
-    """Read the configuration from the run directory, as every rank must be able to."""
+    """Read the frozen configuration and compare it with that of rank 0.
+
+    Raises
+    ------
+    PreflightError
+        The run directory is not on a file system that all nodes share.
+    """
     try:
         text = run.config_file.read_text(encoding="utf-8")
     except OSError as error:
@@ -172,7 +208,8 @@ def _read_frozen(run: RunDirectory, expected: str) -> str:
 
 
 def _redirect(log: Path) -> None:
-    """Send this rank's output to its own file; the terminal is rank 0's."""
+    """Send this rank's output to its own log file; the terminal belongs to rank 0."""
+    # The descriptors, not sys.stdout: NCCL, faulthandler and other C code write there too.
     stream = log.open("a", buffering=1, encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -181,14 +218,17 @@ def _redirect(log: Path) -> None:
 
 
 def _exit(code: ExitCode, meeting: Meeting) -> NoReturn:
-    """Leave. After a failure at once: other ranks may be gone, and a clean-up that talks to them would hang."""
+    """Exit. After a failure at once: other ranks may be gone, and a clean-up that talks to them would hang."""
+    # os._exit flushes nothing.
     sys.stdout.flush()
     sys.stderr.flush()
     if code == ExitCode.FINISHED:
         sys.exit(code)
     is_main = os.environ.get("RANK", "0") == "0"
     if code == ExitCode.SAVED_RUN_AGAIN and meeting.kills_others and (not is_main or LAUNCHED in os.environ):
-        os._exit(0)  # with its own code the first to leave would end rank 0 before that has recorded the end
+        # A launcher such as torchrun ends all ranks as soon as one leaves with another code than 0, and rank 0 has not
+        # recorded the end yet.
+        os._exit(0)
     os._exit(code)
 
 

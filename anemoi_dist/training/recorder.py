@@ -1,4 +1,4 @@
-"""The one object through which the training loop shows and records what happens."""
+"""Recorder: shows and records steps, scores and events for the training loop."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from anemoi_dist.telemetry.metrics import TensorBoardMetrics
 from anemoi_dist.telemetry.phases import PhaseTimer
 from anemoi_dist.telemetry.progress import SpeedMeter, StepLine, open_progress
 
-#: What a phase is called in a heartbeat, where it has another name there.
+#: Names of phases in heartbeats, if they differ: a rank that waits for data is stuck in its step.
 _PHASES_OF_HEARTBEAT = {"data": "step"}
 
 
 class Recorder:
     """Progress, event log and metrics of one attempt at a run.
 
-    Every rank has one. Only the main rank's writes and shows anything; the others' measure phases and nothing else.
+    Every rank has one. Only that of rank 0 writes and shows anything; the others only measure phases.
 
     Parameters
     ----------
     run : RunDirectory
-        It exists already.
+        An existing run.
     config : Config
         ``config.telemetry`` is read.
     is_main : bool
@@ -43,7 +43,7 @@ class Recorder:
     Raises
     ------
     PreflightError
-        TensorBoard is asked for and not installed.
+        TensorBoard is configured and not installed.
     """
 
     def __init__(self, run: RunDirectory, config: Config, *, is_main: bool, first_step: int) -> None:
@@ -60,7 +60,7 @@ class Recorder:
         if config.telemetry.tensorboard:
             self._metrics = TensorBoardMetrics(run.metrics_dir, first_step=first_step)
         self._log = EventLog(run.events_file)
-        # Last: from here on a bar owns the terminal, and only close() gives it back.
+        # Last: from here on a bar owns the terminal, and an error without close() would leave it without a cursor.
         self._progress = open_progress(
             total_steps=total_steps, first_step=first_step, interval_steps=self._interval_steps
         )
@@ -78,13 +78,13 @@ class Recorder:
         step : int
             Optimizer steps done, this one included.
         report : StepReport
-            What the step did.
+            Result of the step, global over the ranks.
         num_samples : int
             Samples of this step, over all ranks.
         schedule_values : Mapping[str, Any]
             Step-dependent values of the optimizer, such as ``alpha`` and ``beta3``.
         """
-        heartbeat.beat(step=step)
+        heartbeat.beat(step=step)  # on every rank: a hang names the step of the rank to blame
         if not self._is_main:
             return
         seconds = self._timer.seconds()
@@ -103,6 +103,7 @@ class Recorder:
         heartbeat.note(loss=line.loss, samples_per_s=line.samples_per_s, eta_s=line.eta_s)
         if report.skipped:
             self._log.write("skipped_update", step=step, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr)
+        # Steps 1 and last too: curves begin and end where training does, whatever the interval.
         if step % self._interval_steps == 0 or step in (1, self._total_steps):
             self._record(line, schedule_values)
 
@@ -141,7 +142,7 @@ class Recorder:
             self._metrics.write({f"{split}/{name}": value for name, value in evaluation.metrics.items()}, step=step)
 
     def message(self, text: str) -> None:
-        """Show a text that stays, above the bar where there is one."""
+        """Show a text that stays, above the bar if there is one."""
         if self._is_main:
             self._progress.message(text)
 
@@ -156,7 +157,7 @@ class Recorder:
         return self._timer.seconds()
 
     def close(self) -> None:
-        """Close what is open. The terminal is given back even where the rest fails."""
+        """Close log, metrics and display. The terminal is restored even if the rest fails."""
         if not self._is_main:
             return
         try:
@@ -168,7 +169,8 @@ class Recorder:
 
 
 def memory_bytes() -> int:
-    """Return the most memory this rank has used on its GPU, or without one what its process holds now."""
+    """Return the peak of memory allocated on this rank's GPU, or without one the resident memory of its process."""
+    # Not initialized: asking for memory would create a CUDA context of half a gigabyte.
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     resident_pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])

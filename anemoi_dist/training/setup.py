@@ -1,11 +1,10 @@
-"""One attempt on one rank: from the frozen configuration to the trainer and through to the end."""
+"""Setup of one attempt on one rank: from the frozen configuration to the trainer, and on to the end of training."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from anemoi_dist.data.loader import BatchLoader, build_loader
 from anemoi_dist.data.sampler import GlobalSampleOrder, MicroBatchSampler
 from anemoi_dist.distributed.control_word import StopRequest
 from anemoi_dist.distributed.world import World
-from anemoi_dist.engines.base import Engine
+from anemoi_dist.engines.base import Engine, MemoryReport
 from anemoi_dist.engines.registry import create_engine
 from anemoi_dist.errors import AnemoiDistError, ExitCode
 from anemoi_dist.optimizers.learning_rate import scaled_rate
@@ -46,7 +45,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
         The run ended in a way that has its own exit code.
     """
     stop = StopRequest(run, is_main=world.is_main)
-    stop.listen()
+    stop.listen()  # first: a scheduler may send its signal while the data are being opened
     world.extend_collective_timeouts(config.watchdog.timeout_s)
     store = open_store(run, config.checkpoint.url)
     selection = select(store, world=world, strict=config.checkpoint.strict)
@@ -55,14 +54,9 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
     plan = plan_batches(config.training, world_size=world.world_size)
     code, trainer, loader = ExitCode.INTERNAL, None, None
     try:
-        for step, reason in selection.passed_over.items():
-            recorder.event("passed_over", step=step, reason=reason)
-            recorder.message(f"checkpoint of step {step} is passed over: {reason}")
+        _report_passed_over(selection, recorder)
         with recorder.phase("startup"):
-            recorder.message("opening the data")
-            task = create_task(config)
-            for warning in task.warnings():
-                recorder.message(warning)
+            task = _open_task(config, recorder)
             recorder.message("building model and optimizer")
             origin = _origin(config)
             saver = Saver(store, world=world, config=config.checkpoint, origin=origin, broken=selection.passed_over)
@@ -78,6 +72,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
             if selection.checkpoint is not None:
                 _resume(trainer, selection.checkpoint)
             _announce(trainer, run=run, attempt=attempt, selection=selection, plan=plan, origin=origin)
+            # Last: its workers read ahead from the step that the trainer goes on with.
             loader = _start_loader(trainer, plan)
         trainer.fit(loader)
         with recorder.phase("validation"):
@@ -88,22 +83,39 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
         code = error.exit_code
         raise
     finally:
+        # Nothing here is a collective: after a failure the other ranks may be anywhere.
         step = trainer.progress.step if trainer else first_step
         recorder.event("end", step=step, state=end_state(code), exit_code=int(code), seconds=recorder.seconds())
         recorder.close()
         if loader is not None:
             loader.close()
+    # On success alone: closing an engine may communicate.
     trainer.engine.close()
+
+
+def _report_passed_over(selection: Selection, recorder: Recorder) -> None:
+    for step, reason in selection.passed_over.items():
+        recorder.event("passed_over", step=step, reason=reason)
+        recorder.message(f"checkpoint of step {step} is passed over: {reason}")
+
+
+def _open_task(config: Config, recorder: Recorder) -> Task:
+    recorder.message("opening the data")
+    task = create_task(config)
+    for warning in task.warnings():
+        recorder.message(warning)
+    return task
 
 
 def _create_engine(task: Task, config: Config, world: World) -> Engine:
     torch.manual_seed(config.run.seed)  # the same initial parameters on every rank
+    # Each of these may take long for a large model; the watchdog must not take them together for a hang.
     beat()
     module = task.create_module(world_size=world.world_size)
     beat()
     engine = create_engine(module, config=config, world=world)
     beat()
-    world.extend_collective_timeouts(config.watchdog.timeout_s)  # once more: engines make groups of their own
+    world.extend_collective_timeouts(config.watchdog.timeout_s)  # again: engines create process groups of their own
     return engine
 
 
@@ -123,6 +135,7 @@ def _start_loader(trainer: Trainer, plan: BatchPlan) -> BatchLoader:
             GlobalSampleOrder(len(samples), seed=config.run.seed),
             plan=plan,
             rank=world.rank,
+            # The order is a function of the step, so that a resumed run neither repeats nor skips a sample.
             start_step=trainer.progress.step,
         ),
         collate=task.collate,
@@ -134,9 +147,11 @@ def _start_loader(trainer: Trainer, plan: BatchPlan) -> BatchLoader:
 def _announce(
     trainer: Trainer, *, run: RunDirectory, attempt: int, selection: Selection, plan: BatchPlan, origin: Origin
 ) -> None:
-    """Record and show what starts here, with the bytes that every rank holds. Collective."""
+    """Record and show the start of the attempt, with the memory of every rank. Collective."""
     world, step, resumed = trainer.world, trainer.progress.step, selection.checkpoint is not None
-    memory = [json.loads(text) for text in world.gather_text(json.dumps(asdict(trainer.engine.memory())))]
+    # Every rank takes part in the gather, although only rank 0 shows the result.
+    texts = world.gather_text(json.dumps(asdict(trainer.engine.memory())))
+    memory = [MemoryReport(**json.loads(text)) for text in texts]
     num_samples = len(trainer.task.samples("train"))
     trainer.recorder.event(
         "start",
@@ -149,11 +164,12 @@ def _announce(
         num_parameters=trainer.engine.num_parameters(),
         num_train_samples=num_samples,
         batch=asdict(plan),
-        memory=memory,
+        memory=[asdict(report) for report in memory],
         **asdict(origin),
     )
     if world.is_main:
-        states = "\n".join(f"  rank {rank}: {_states_text(held)}" for rank, held in enumerate(memory[:4]))
+        # Four show whether the states are sharded; thousands would fill the screen.
+        states = "\n".join(f"  rank {rank}: {_states_text(report)}" for rank, report in enumerate(memory[:4]))
         trainer.recorder.message(
             f"run {run.run_id} in {run.path}\n"
             f"{'resumes at step ' + str(step) if resumed else 'starts'}: {origin.engine} on "
@@ -164,7 +180,7 @@ def _announce(
 
 
 def _note_scaled_rate(config: Config, recorder: Recorder, *, step: int, was: int, now: int) -> None:
-    """Say what ``training.lr.scale_with: world_size`` does to the rate of a run that has changed its size."""
+    """Report how ``training.lr.scale_with: world_size`` changes the rate of a run that has changed its size."""
     if was == now or config.training.lr.scale_with == "none":
         return
     old, new = (scaled_rate(config.training.lr, size) for size in (was, now))
@@ -175,8 +191,8 @@ def _note_scaled_rate(config: Config, recorder: Recorder, *, step: int, was: int
     )
 
 
-def _states_text(memory: dict[str, Any]) -> str:
-    emas = {kind: num_bytes for kind, num_bytes in memory["states"].items() if kind != "step"}
+def _states_text(memory: MemoryReport) -> str:
+    emas = {kind: num_bytes for kind, num_bytes in memory.states.items() if kind != "step"}
     return ", ".join(f"{kind} {format_bytes(num_bytes)}" for kind, num_bytes in emas.items())
 
 

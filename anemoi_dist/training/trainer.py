@@ -19,14 +19,14 @@ from anemoi_dist.training.recorder import Recorder
 
 @dataclass
 class Progress:
-    """What the trainer itself must remember from one process to the next."""
+    """Counters of the trainer that checkpoints carry from one process to the next."""
 
     step: int = 0
     num_skipped_in_row: int = 0
 
 
 class SaveClock:
-    """Says once that ``checkpoint.interval_minutes`` have passed since the last save. Rank 0's counts."""
+    """Reports once that ``checkpoint.interval_minutes`` have passed since the last save. Rank 0's clock counts."""
 
     def __init__(self, interval_minutes: float | None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._interval_s = None if interval_minutes is None else 60 * interval_minutes
@@ -38,7 +38,8 @@ class SaveClock:
         self._since, self._has_rung = self._clock(), False
 
     def is_due(self) -> bool:
-        """Whether it is time; True only once until the next restart."""
+        """Whether the interval has passed; True only once until the next restart."""
+        # Once: ranks agree on it a step later, and a second report meanwhile would save twice.
         if self._interval_s is None or self._has_rung:
             return False
         self._has_rung = self._clock() - self._since >= self._interval_s
@@ -53,17 +54,17 @@ class Trainer:
     config : Config
         The run's configuration.
     world : World
-        This rank's place.
+        Rank, number of ranks, device.
     engine : Engine
-        Model, optimizer and schedule, spread over the ranks.
+        Model, optimizer and schedule, distributed over the ranks.
     task : Task
-        Scores the model, and remembers what is neither tensor nor step.
+        Scores the model, and holds the state that is neither tensor nor step.
     saver : Saver
-        Saves what the engine holds.
+        Saves the shards of the engine.
     recorder : Recorder
-        Shows and records what happens.
+        Shows and records steps, scores and events.
     stop : StopRequest
-        This rank's own wish to stop.
+        Stop requests to this rank.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Trainer:
         self._scores: tuple[int, Mapping[str, float]] = (0, {})
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint."""
+        """Load a checkpoint and continue from its step. Collective."""
         saved = checkpoint.trainer()
         self.progress = Progress(**saved["progress"])
         self.task.load_state_dict(saved.get("task", {}))  # 0.1.0 saved none
@@ -99,22 +100,26 @@ class Trainer:
         Raises
         ------
         StopRequestedError
-            Saved, on request, before the end.
+            A stop was requested; the run is saved.
         DivergedError
             More than ``training.max_skipped`` updates in a row were not finite.
         """
         word = ControlWord(self.world)
+        # Before the first step: too little host memory must fail now, and not at the first checkpoint hours later.
         self.saver.prepare(self.engine.shards())
         while self.progress.step < self.config.training.max_steps:
             with self.recorder.phase("data"):
                 micro_batches = [batch.to(self.world.device) for batch in next(batches)]
             with self.recorder.phase("step"):
+                # Dropout depends on (seed, step, rank) alone, so a resumed run repeats an uninterrupted one.
                 seed_step(self.config.run.seed, step=self.progress.step, rank=self.world.rank)
                 report = self.engine.train_step(micro_batches)
             self.progress.step += 1
             self._record(report)
             if self._is_due(self.config.validation.interval_steps):
                 self._validate("validation")
+            # Stopping and saving are collective: a rank that acted on its own signal or clock would leave the others in
+            # a collective that never completes. All ranks get the same answer, one step later.
             agreed = word.exchange(self.saver.word(stop=self.stop.value(), save_due=self._clock.is_due()))
             with self.recorder.phase("checkpoint"):
                 self.saver.advance(agreed)
@@ -124,7 +129,7 @@ class Trainer:
                 word.finish()
                 self._leave(self.stop.reason(agreed.stop))
         word.finish()
-        self._validate("validation")
+        self._validate("validation")  # before the save, so that the last checkpoint carries its scores
         self._save_and_wait()
         self._validate("test")
         self.stop.clear()  # a request that came too late must not stop a continuation with more steps
@@ -138,11 +143,12 @@ class Trainer:
         )
         self.progress.num_skipped_in_row = self.progress.num_skipped_in_row + 1 if report.skipped else 0
         if self.progress.num_skipped_in_row > self.config.training.max_skipped:
-            self.saver.wait()  # the same on every rank: what is under way may still be had
+            # Loss and gradient norm are global, so every rank is here; a save in progress may still complete.
+            self.saver.wait()
             raise DivergedError(self.progress.num_skipped_in_row, self.progress.step)
 
     def _is_due(self, interval_steps: int | None) -> bool:
-        """Whether this step ends an interval; the last step is validated and saved anyway."""
+        """Whether this step ends an interval; False for the last step, which is validated and saved anyway."""
         step = self.progress.step
         return interval_steps is not None and step % interval_steps == 0 and step < self.config.training.max_steps
 
@@ -155,6 +161,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Begin to save, unless this step is saved already."""
+        # Right after resuming, or if both intervals end at this step.
         if self._saved_step == self.progress.step:
             return
         self._saved_step = self.progress.step
@@ -166,15 +173,16 @@ class Trainer:
             samples_seen=self.progress.step * self.config.training.global_batch_size,
             trainer={
                 "progress": dict(vars(self.progress)),
+                # Retention ranks checkpoints by these: scores of another step would keep the wrong one.
                 "scores": dict(scores) if scored_step == self.progress.step else {},
                 "task": self.task.state_dict(),
             },
         )
 
     def _save_and_wait(self) -> None:
-        """Save and be sure of it: nothing comes after that could make up for a failure."""
+        """Save, wait, and raise if it failed: no later save could make up for it."""
         with self.recorder.phase("checkpoint"):
-            self.saver.wait()
+            self.saver.wait()  # first: with ``when_busy=skip`` a save in progress would make this one a skip
             self._save()
             self.saver.wait()
         if self._saved_step != self.progress.step:
@@ -183,6 +191,7 @@ class Trainer:
     def _record_save(self, outcome: Outcome) -> None:
         """Record how a save ended, which may have begun some steps ago."""
         if outcome.error or outcome.skipped:
+            # Not saved after all: the final save must not take it for done.
             if self._saved_step == outcome.step:
                 self._saved_step = None
             reason = outcome.error or f"step {outcome.step} is not saved: the save before is not done"
@@ -204,5 +213,5 @@ class Trainer:
     def _leave(self, reason: str) -> None:
         self.recorder.event("stop_requested", step=self.progress.step, reason=reason)
         self._save_and_wait()
-        self.stop.clear()
+        self.stop.clear()  # after the save: if it fails, the request still stands
         raise StopRequestedError(self.progress.step, reason)

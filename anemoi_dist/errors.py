@@ -1,4 +1,4 @@
-"""Exceptions that carry data, and the one table that maps them to exit codes. No torch: both sides use it."""
+"""Exceptions with their data and exit codes. No torch: both sides use it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class ExitCode(IntEnum):
-    """How a process of this product ends. Schedulers and scripts act on these numbers; they do not change."""
+    """Exit codes of this product. Schedulers and scripts rely on these numbers; they do not change."""
 
     FINISHED = 0
     CONFIGURATION = 2
@@ -134,11 +134,11 @@ class StopRequestedError(AnemoiDistError):
 
     def __init__(self, step: int, reason: str) -> None:
         self.step, self.reason = step, reason
-        # A job that reaches its time limit goes back into the queue, or its launcher says that it does not.
-        told = f"saved step {step}: {reason}"
+        # After a time limit the launcher says whether the job goes back into the queue, so no advice is given here.
+        message = f"saved step {step}: {reason}"
         if not reason.startswith("time limit"):
-            told = f"stopped by {reason} after saving step {step}; run the same command again to continue"
-        super().__init__(told)
+            message = f"stopped by {reason} after saving step {step}; run the same command again to continue"
+        super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.step, self.reason))

@@ -1,4 +1,4 @@
-"""What can be wrong with a machine before a run starts on it, one finding at a time. No torch: both sides use it."""
+"""Checks of one machine before a run starts on it. No torch: both sides use it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from anemoi_dist.run.lock import SILENCE_S, Holder
 from anemoi_dist.telemetry.progress import format_bytes
 
 PACKAGES = ("anemoi-dist", "torch", "deepspeed")
-#: Clocks may differ by this much between nodes: what they stamp is compared.
+#: Largest difference of clocks between nodes: times that they record are compared with each other.
 MAX_SKEW_S = 1.0
-#: A rank so many times slower than the median of all is worth a look, and one that much slower not worth starting.
+#: Ranks this many times slower than the median are a warning, or a failure.
 SLOW_FACTOR, TOO_SLOW_FACTOR = 2.0, 5.0
 _TRIAL_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check has found.
+    """Result of one check.
 
     Attributes
     ----------
@@ -35,11 +35,11 @@ class Finding:
         ``versions``, ``devices``, ``disk``, ``clock``, ``port``, ``host``, ``owner``, ``ranks``, ``collectives``,
         ``slurm``, ``nodes``.
     level : str
-        ``ok``, ``warning``, or ``failed``: a run would not get far.
+        ``ok``, ``warning``, or ``failed`` if a run could not train.
     text : str
-        What was found, in one line.
+        The result in one line.
     fix : str
-        What to do about it; empty for ``ok``.
+        How to correct it; empty for ``ok``.
     """
 
     check: str
@@ -87,7 +87,7 @@ class RankReport:
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
-    """Return one line a finding, what failed last, where it is read."""
+    """Return one line a finding; failures come last, where they are seen."""
     order = ("ok", "warning", "failed")
     return "\n".join(str(finding) for finding in sorted(findings, key=lambda finding: order.index(finding.level)))
 
@@ -108,21 +108,21 @@ def nearest_existing(path: Path) -> Path:
 
 
 def check_disk(root: Path, *, needed_bytes: int = 0, trial_bytes: int = _TRIAL_BYTES) -> Finding:
-    """Write, measure and delete a file where runs are to lie, and compare the free space with what they need.
+    """Write a file below ``run.root``, measure the rate, and compare the free space with the need of checkpoints.
 
     Parameters
     ----------
     root : Path
         ``run.root``; it need not exist yet.
     needed_bytes : int
-        What is still to be written there; 0 where nobody knows.
+        Bytes of checkpoints still to be written there; 0 if unknown.
     trial_bytes : int
         Size of the file.
     """
     place = nearest_existing(root)
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-") as file:
-            block = os.urandom(2**20)  # a file system that compresses would flatter itself
+            block = os.urandom(2**20)  # zeros would measure the compression of some file systems
             begun = time.monotonic()
             for _ in range(max(1, trial_bytes // len(block))):
                 file.write(block)
@@ -142,7 +142,7 @@ def check_disk(root: Path, *, needed_bytes: int = 0, trial_bytes: int = _TRIAL_B
 
 
 def check_file_clock(root: Path, *, clock: Callable[[], float] = time.time) -> Finding | None:
-    """Compare this machine's clock with the one that stamps files; None where nothing can be written."""
+    """Compare this machine's clock with that of the file system; None if nothing can be written there."""
     place = nearest_existing(root)
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-") as file:
@@ -159,7 +159,7 @@ def check_file_clock(root: Path, *, clock: Callable[[], float] = time.time) -> F
 
 
 def check_host(name: str | None = None) -> Finding:
-    """Resolve this machine's own name, as others must to reach it."""
+    """Resolve this machine's own name, as other nodes must to reach it."""
     name = socket.gethostname() if name is None else name
     try:
         address = socket.getaddrinfo(name, None)[0][4][0]
@@ -182,13 +182,13 @@ def check_port(address: str = "") -> Finding:
 
 
 def check_owner(run: RunDirectory) -> Finding:
-    """Look at who holds the run, without touching its locks."""
+    """Check whether the run has an owner, without touching its locks."""
     for path in (run.launch_lock_file, run.lock_file):
         holder = Holder.read(path)
         if holder is None:
             continue
         alive = holder.is_alive()
-        if alive is None:  # on another host: its sign of life, or a lock that reaches us, says it
+        if alive is None:  # on another host: a recent sign of life, or a lock that is visible from here, shows it
             alive = time.time() - path.stat().st_mtime < SILENCE_S or _is_locked(path)
         if alive:
             fix = f"wait for it, `anemoi-dist stop {run.run_id}`, or another run.id"
@@ -208,7 +208,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def compare_nodes(reports: Sequence[RankReport]) -> list[Finding]:
-    """Return what differs between ranks that should be alike. Pure."""
+    """Return the differences between ranks that should be alike. Pure."""
     return [*_compare_versions(reports), _compare_clocks(reports), *_compare_devices(reports)]
 
 

@@ -1,4 +1,4 @@
-"""One attempt at a run as ``run.json`` records it: on what it runs, since when, and how it ended."""
+"""Recording of attempts in ``run.json``: their start, their end and their failures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STATES = {
     ExitCode.SAVED_RUN_AGAIN: "preempted",
     ExitCode.INTERRUPTED: "cancelled",
 }
-#: How a rank's error reads that has only lost another rank.
+#: Errors of ranks that have only lost the connection to another rank.
 _LOST_PEER = re.compile(r"connection|peer|broken pipe|gloo|nccl|DistBackendError|TCPStore|interrupted", re.IGNORECASE)
 
 
@@ -28,7 +28,7 @@ def end_state(code: ExitCode) -> str:
 
 
 class Attempt:
-    """Holds a run for one process and records it. Rank 0 only; its owner has seen to it that nobody else starts ranks.
+    """One attempt of a run, held and recorded by its rank 0; the owner of the run ensures that no other is started.
 
     Parameters
     ----------
@@ -37,19 +37,19 @@ class Attempt:
     world_size : int
         Ranks of this attempt.
     max_steps : int
-        Where this attempt ends if nothing stops it.
+        Optimizer step at which this attempt ends if nothing stops it.
 
     Attributes
     ----------
     number : int
-        Attempts are counted from 1.
+        Number of the attempt, from 1.
     changes : list[Change]
         Differences from the configuration of the last attempt.
 
     Raises
     ------
     HeldError
-        Ranks of an earlier start are still there after they were asked to leave.
+        Ranks of an earlier start have not left although they were asked to.
     """
 
     def __init__(self, run: RunDirectory, *, world_size: int, max_steps: int) -> None:
@@ -59,7 +59,7 @@ class Attempt:
         with run.changing_state() as state:
             self.number = len(state.attempts) + 1
             self.changes = (state.changes or []) if state.attempts else []
-            # They belong to this attempt alone: a restart, which nobody prepares, changes nothing.
+            # They belong to this attempt alone: a restart is not prepared and changes nothing.
             state.changes = None
             state.attempts.append(
                 AttemptRecord(
@@ -78,16 +78,17 @@ class Attempt:
         run.logs_dir(self.number).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def end(self, code: ExitCode, *, failure: Failure | None = None) -> ExitCode:
-        """Record how the attempt ended and let go of the run; return what stands, as :func:`record_end` does."""
+        """Record the end of the attempt and release the run; return the recorded code, as :func:`record_end` does."""
         code = record_end(self._run, self.number, code, failure=failure)
         self._hold.release()
         return code
 
 
 def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Failure | None = None) -> ExitCode:
-    """Record the end of an attempt, on whichever rank sees it first; the first record stands, and its code is returned.
+    """Record the end of an attempt, on whichever rank sees it first, and return the code that is recorded.
 
-    Of ranks that fail with the same error the lowest is named: rank 0 has said it on the terminal, and once is enough.
+    A later record changes nothing, except that among ranks with the same error the lowest is named: rank 0 has already
+    printed it on the terminal, so that the launcher need not repeat it.
 
     Parameters
     ----------
@@ -118,20 +119,20 @@ def _end(state: RunState, attempt: AttemptRecord, code: ExitCode) -> None:
 
 
 def record_killed(run: RunDirectory, *, rank: int, pid: int, number: signal.Signals, attempts_before: int) -> None:
-    """Record that a rank of the attempt that runs was killed: it could not do so itself, and the others blame others.
+    """Record that a rank of the running attempt was killed, which it could not do itself.
 
-    A rank that only lost it may have recorded its own error before; that is replaced, and no other.
+    A rank that lost the connection to it may have recorded its own error before. That error is replaced, no other.
 
     Parameters
     ----------
     run : RunDirectory
         The run.
     rank, pid : int
-        Who was killed, on this host.
+        The killed process, on this host.
     number : signal.Signals
-        By what.
+        The signal.
     attempts_before : int
-        Attempts recorded when the ranks were started: the rank may have gone before there was one more.
+        Attempts recorded when the ranks were started: the rank may have been killed before this one was recorded.
     """
     with run.changing_state() as state:
         if len(state.attempts) <= attempts_before:
@@ -156,6 +157,6 @@ def record_killed(run: RunDirectory, *, rank: int, pid: int, number: signal.Sign
 
 
 def is_finished(run: RunDirectory, *, max_steps: int) -> bool:
-    """Whether the run has reached ``max_steps`` and was scored: there is nothing left to do."""
+    """Whether the run has done ``max_steps`` steps and its final validation."""
     state = run.read_state()
     return state.state == "finished" and (state.attempts[-1].max_steps or 0) >= max_steps

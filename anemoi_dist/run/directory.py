@@ -1,4 +1,4 @@
-"""Every path and file name of a run, and how its small files are written. No torch: both sides use it."""
+"""Paths of a run, and atomic writing of its small files. No torch: both sides use it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from anemoi_dist.config.identity import check_run_id
 from anemoi_dist.errors import PreflightError
 from anemoi_dist.run.records import STATES, RunState, from_json, to_json
 
-#: Set in the ranks' environment by the launcher that owns the run, to its kind.
+#: Environment variable of ranks: the kind of the launcher that owns the run.
 LAUNCHED = "ANEMOI_DIST_LAUNCHED"
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the directory's own entries durable: a renamed file can vanish in a power cut without it."""
+    """Make the entries of a directory durable: without it a renamed file can vanish in a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -29,7 +29,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` so that a reader sees the old or the new content, also after a power cut."""
+    """Replace the content of ``path`` so that a reader sees the old or the new one, also after a power cut."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
@@ -57,7 +57,7 @@ class RunDirectory:
 
     @classmethod
     def locate(cls, root: str | Path, run_id: str) -> RunDirectory:
-        """Name the directory of ``run_id`` below ``root``; creates nothing."""
+        """Return the directory of ``run_id`` below ``root`` without creating it."""
         return cls(Path(root).expanduser().absolute() / check_run_id(run_id))
 
     @property
@@ -115,27 +115,27 @@ class RunDirectory:
         return self.control_dir / "stop"
 
     def rendezvous_file(self, key: str) -> Path:
-        """Return the file in which rank 0 of the start that ``key`` names says where it listens."""
+        """Return the file with the address of rank 0, for the start of the ranks that ``key`` names."""
         return self.control_dir / f"rendezvous-{key}.json"
 
     @property
     def heartbeats_dir(self) -> Path:
-        """One small file a rank."""
+        """One heartbeat file a rank."""
         return self.path / "heartbeats"
 
     @property
     def checkpoints_dir(self) -> Path:
-        """Committed checkpoints, and ``.tmp`` directories of those that are not."""
+        """Committed checkpoints, and ``.tmp`` directories of uncommitted ones."""
         return self.path / "checkpoints"
 
     @property
     def metrics_dir(self) -> Path:
-        """TensorBoard and other back ends."""
+        """Files of TensorBoard."""
         return self.path / "metrics"
 
     @property
     def report_dir(self) -> Path:
-        """The HTML report and the arrays it draws."""
+        """The HTML report and the arrays that it shows."""
         return self.path / "report"
 
     def logs_dir(self, attempt: int) -> Path:
@@ -151,7 +151,7 @@ class RunDirectory:
         return self.heartbeats_dir / f"rank-{rank:05d}.json"
 
     def create(self) -> None:
-        """Create the directory and its folders, private to the user (mode 0700); an existing one is kept."""
+        """Create the directory and its folders, private to the user (mode 0700); existing ones are kept."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for folder in (
             self.path,
@@ -169,7 +169,7 @@ class RunDirectory:
         Raises
         ------
         PreflightError
-            The file is not what this product wrote.
+            The file is damaged.
         """
         try:
             content = json.loads(self.state_file.read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def changing_state(self) -> Iterator[RunState]:
-        """Yield ``run.json`` to be changed, and write it at the end, while no other process changes it."""
+        """Yield the content of ``run.json`` for changes and write it back, excluding other processes meanwhile."""
         with (self.path / ".run.json.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             state = self.read_state()

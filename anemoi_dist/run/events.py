@@ -14,13 +14,13 @@ Event = dict[str, Any]
 
 
 class EventLog:
-    """Appends events to a file, each with a single write, so that a line is whole or the last one.
+    """Appends events to a file, each with a single write, so that only the last line can be torn.
 
     Parameters
     ----------
     path : Path
-        ``events.jsonl`` of a run. A torn last line, left by a killed process, is closed with a newline: the first new
-        event would otherwise become part of it.
+        ``events.jsonl`` of a run. A torn last line of a killed process is ended with a newline, or the first new event
+        would become part of it.
     clock : Callable[[], float], optional
         Seconds since 1970-01-01 UTC.
     """
@@ -42,8 +42,8 @@ class EventLog:
         step : int
             Optimizer steps done.
         **fields : Any
-            Numbers, strings, lists and dictionaries; NumPy scalars and 0-d tensors become numbers. NaN and infinity
-            are no JSON and become null.
+            Numbers, strings, lists and dictionaries; NumPy scalars and 0-d tensors become numbers. NaN and infinity,
+            which JSON does not have, become null.
         """
         event = {"event": name, "time": round(self._clock(), 3), "step": step, **plain(fields)}
         line = json.dumps(event, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -60,12 +60,12 @@ class EventLog:
 
 
 def plain(value: Any) -> Any:
-    """Turn ``value`` into what JSON can hold; a number that is not finite becomes None.
+    """Convert ``value`` to types that JSON has; a number that is not finite becomes None.
 
     Raises
     ------
     TypeError
-        ``value`` is, or holds, an object that is none of the kinds named in :meth:`EventLog.write`.
+        ``value`` is or contains an object of another type than :meth:`EventLog.write` names.
     """
     if value is None or isinstance(value, (str, bool, int)):
         return value
@@ -83,10 +83,9 @@ def plain(value: Any) -> Any:
 
 
 def read_events(path: Path) -> list[Event]:
-    """Return the events of a file in the order they were written; none where there is no file.
+    """Return the events of a file in the order they were written; an empty list if there is no file.
 
-    A line that is not a whole event is passed over: a process killed while writing leaves one, and the events around it
-    are still true.
+    A line that is not a complete event is skipped: a process that was killed while writing leaves one.
     """
     try:
         text = path.read_bytes()

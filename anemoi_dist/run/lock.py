@@ -1,8 +1,8 @@
-"""One run, one owner: who may start ranks in a run directory, and how that is known. No torch: both sides use it.
+"""Ownership of a run: only its owner starts ranks in its directory. No torch: both sides use it.
 
-Whoever starts ranks (a launcher; rank 0 where torchrun was started by hand) holds ``launch.lock`` from before it
-prepares the run until its ranks have ended. The kernel drops the lock with its holder, however that dies. Where a
-shared file system does not pass locks between hosts, the holder's sign of life stands in: it touches the file.
+The launcher, or rank 0 if torchrun was started by hand, holds ``launch.lock`` from before it prepares the run until its
+ranks have ended. The kernel releases the lock when its holder dies, however it dies. Some shared file systems do not
+pass locks between hosts; for them the holder also touches the file at intervals, as a sign of life.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from anemoi_dist.errors import PreflightError
 from anemoi_dist.process.parent_death import process_started
 from anemoi_dist.run.directory import RunDirectory
 
-#: Seconds between two signs of life of a holder, and the silence after which one on another host counts as dead.
+#: Seconds between two signs of life of a holder, and the seconds without one after which it counts as dead.
 TOUCH_S, SILENCE_S = 5.0, 30.0
-#: Longest wait for an earlier life of the same job, or for ranks whose launcher died, to save and leave.
+#: Longest wait for an earlier start of the same job, or for ranks whose launcher has died, to save and leave.
 PATIENCE_S = 180.0
-#: What a stop file says that is written for those whom :func:`hold_launch` and :func:`hold_ranks` wait for.
+#: Content of the stop file that :func:`hold_launch` and :func:`hold_ranks` write for the holder they wait for.
 LEAVE = "another start of this run waits for this one to leave"
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
+    """The process that holds a lock.
 
     Attributes
     ----------
     host : str
         Its machine.
     pid, started : int
-        The process and when it began (clock ticks since boot), so that a reused pid is not taken for it.
+        Its pid and start (clock ticks since boot): the kernel reuses pids.
     job_id : str or None
         The SLURM job it belongs to.
     life : int
-        How often SLURM had started that job again.
+        Times that SLURM had requeued that job.
     """
 
     host: str
@@ -67,20 +67,20 @@ class Holder:
 
     @classmethod
     def read(cls, path: Path) -> Holder | None:
-        """Return who wrote itself into the lock file; None where nobody did, or let go of it."""
+        """Return the holder that a lock file names; None if it names none, or the holder has released it."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 
     def is_alive(self) -> bool | None:
-        """Whether the process still runs; None where it is on another host."""
+        """Whether the process still runs; None if it is on another host."""
         if self.host != socket.gethostname():
             return None
         return process_started(self.pid) == self.started is not None
 
     def is_earlier_life_of(self, other: Holder) -> bool:
-        """Whether ``other`` is the same SLURM job, started again after this life was given up."""
+        """Whether ``other`` is the same SLURM job, requeued after SLURM took this start of it for dead."""
         return self.job_id is not None and self.job_id == other.job_id and self.life < other.life
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class HeldError(PreflightError):
     run_id : str
         The run.
     holder : Holder or None
-        Who, where it has said so.
+        The holder, if the lock file names it.
     """
 
     def __init__(self, run_id: str, holder: Holder | None) -> None:
@@ -111,7 +111,7 @@ class HeldError(PreflightError):
 
 
 class Hold:
-    """A lock file that this process holds, until it lets go of it or ends.
+    """A lock file that this process holds until it releases it or ends.
 
     Parameters
     ----------
@@ -141,17 +141,17 @@ class Hold:
             self._file.close()
             raise
         self._write(json.dumps(asdict(Holder.here())))
-        # A thread of its own: a launcher that waits for its ranks, or a rank in a long collective, still holds the run.
+        # In a thread: a launcher that waits for its ranks, or a rank in a long collective, must not seem dead.
         threading.Thread(target=self._touch, daemon=True, name="hold").start()
 
     def _refuse_silent_lock(self, run: RunDirectory) -> None:
-        """Refuse, or wait out, a holder whose lock this file system did not show."""
+        """Refuse a living holder whose lock this file system does not show; see the module."""
         holder = Holder.read(self._path)
         if holder is None or (holder.host, holder.pid) == (socket.gethostname(), os.getpid()):
             return
         while (alive := holder.is_alive()) is None:
             touched = self._path.stat().st_mtime
-            # Ages are taken on the file system's clock: two hosts' own may differ.
+            # The age is taken on the file system's clock: the clocks of two hosts may differ.
             if _now(self._path.parent) - touched > SILENCE_S:
                 return
             time.sleep(TOUCH_S / 4)
@@ -167,11 +167,11 @@ class Hold:
 
     def _touch(self) -> None:
         while not self._ended.wait(TOUCH_S):
-            with contextlib.suppress(OSError):  # a file system that is away for a moment: the lock itself stands
+            with contextlib.suppress(OSError):  # the file system is away for a moment: the lock itself remains
                 os.utime(self._path)
 
     def release(self) -> None:
-        """Let go; a second call does nothing."""
+        """Release the lock; a second call does nothing."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -181,18 +181,19 @@ class Hold:
 
 def _now(directory: Path) -> float:
     """Return the time by the clock that stamps files in ``directory``."""
-    probe = directory / f".now-{socket.gethostname()}-{os.getpid()}"
+    stamped = directory / f".now-{socket.gethostname()}-{os.getpid()}"
     try:
-        probe.touch()
-        return probe.stat().st_mtime
+        stamped.touch()
+        return stamped.stat().st_mtime
     finally:
-        probe.unlink(missing_ok=True)
+        stamped.unlink(missing_ok=True)
 
 
 def hold_launch(run: RunDirectory, *, say: Callable[[str], None] = lambda text: None) -> Hold:
     """Become the owner of a run: nobody else starts ranks in it until the hold is released or this process ends.
 
-    An earlier life of the same SLURM job, whose node SLURM took for dead, is asked to stop and waited for.
+    An earlier start of the same SLURM job may still run on a node that SLURM took for dead; it is asked to stop and
+    waited for.
 
     Raises
     ------
@@ -203,7 +204,7 @@ def hold_launch(run: RunDirectory, *, say: Callable[[str], None] = lambda text: 
 
 
 def hold_ranks(run: RunDirectory, *, say: Callable[[str], None] = lambda text: None) -> Hold:
-    """Hold the run as its rank 0. Its owner calls this: who else holds it has lost its launcher, and is waited for.
+    """Hold the run as its rank 0. The owner calls this, so another holder has lost its launcher, and is waited for.
 
     Raises
     ------
@@ -236,7 +237,7 @@ def _hold(run: RunDirectory, path: Path, *, say: Callable[[str], None], may_wait
 
 
 def ask_to_stop(run: RunDirectory, reason: str) -> bool:
-    """Write the stop file, unless somebody has asked already; return whether it is ours."""
+    """Write the stop file unless it exists; return whether this call has written it."""
     try:
         with run.stop_file.open("x", encoding="utf-8") as stream:
             stream.write(f"{reason}\n")
@@ -246,7 +247,7 @@ def ask_to_stop(run: RunDirectory, reason: str) -> bool:
 
 
 def withdraw_stop(run: RunDirectory, *reasons: str) -> None:
-    """Remove the stop file where it gives one of these reasons; a person's stays."""
+    """Remove the stop file if its reason is one of these; that of a person stays."""
     try:
         written = run.stop_file.read_text(encoding="utf-8")
     except OSError:
@@ -257,12 +258,12 @@ def withdraw_stop(run: RunDirectory, *reasons: str) -> None:
 
 @contextlib.contextmanager
 def owned(run: RunDirectory) -> Iterator[None]:
-    """Own a run that nobody runs, for the length of the ``with`` block.
+    """Own a run for the duration of the ``with`` block.
 
     Raises
     ------
     HeldError
-        It is running, or being started.
+        The run is running, or being started.
     """
     launch = hold_launch(run)
     try:

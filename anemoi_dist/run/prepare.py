@@ -1,4 +1,4 @@
-"""From a composed configuration to a run directory with it frozen inside, or to a refusal. No torch."""
+"""Preparation of a run directory: the configuration is frozen in it, or checked against the frozen one. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from anemoi_dist.run.lock import Hold, hold_launch
 
 
 def prepare_run(config: Config) -> RunDirectory:
-    """Own the run for a moment and prepare it; see :func:`claim_run`."""
+    """Prepare the run as :func:`claim_run` does, and release it again."""
     run, hold = claim_run(config)
     hold.release()
     return run
@@ -24,22 +24,22 @@ def prepare_run(config: Config) -> RunDirectory:
 def claim_run(config: Config) -> tuple[RunDirectory, Hold]:
     """Own the run, create its directory and freeze the configuration in it, or check it against the one frozen there.
 
-    What differs from the frozen configuration is left in ``run.json`` under ``changes`` (key, was, is), for the one who
-    starts the run to show and for the trainer to record. The run is owned first: of two starts with different
-    configurations the one that runs is the one whose configuration is frozen.
+    Differences from the frozen configuration are left in ``run.json`` under ``changes``; the next attempt shows and
+    records them. The run is owned before anything is written, so that of two simultaneous starts with different
+    configurations the frozen one is that of the start that trains.
 
     Raises
     ------
     ConfigError
         The run has trained or saved with another model, other data or another seed, and ``run.allow_changed`` does not
-        name them.
+        name the difference.
     PreflightError
         The directory cannot be written, or the run has an owner.
     """
     assert config.run.id is not None
     run = RunDirectory.locate(config.run.root, config.run.id)
     try:
-        if run.config_file.exists():  # what is refused leaves no trace, not even a lock file
+        if run.config_file.exists():  # before anything is created: a refused start leaves no trace
             _compare(run, config)
         run.create()
         hold = hold_launch(run, say=lambda text: print(text, flush=True))  # noqa: T201
@@ -65,7 +65,7 @@ def _freeze(run: RunDirectory, config: Config) -> None:
 
 
 def _compare(run: RunDirectory, config: Config) -> list[Change]:
-    """Return what differs from the frozen configuration; refuse what does not fit to what the run has done."""
+    """Return the differences from the frozen configuration; refuse those that the run's checkpoints do not allow."""
     frozen = _read_frozen(run)
     changes = config_changes(frozen, dataclasses.asdict(config))
     if _has_begun(run, frozen, config):
@@ -74,7 +74,7 @@ def _compare(run: RunDirectory, config: Config) -> list[Change]:
 
 
 def _has_begun(run: RunDirectory, frozen: Tree, config: Config) -> bool:
-    """Whether the run has saved or trained anything, as far as can be told without asking an object store."""
+    """Whether the run has saved or trained anything; with an object store, which is not asked, the answer is yes."""
     urls = (config.checkpoint.url, dict(leaves(frozen)).get("checkpoint.url"))
     if any(url is not None for url in urls) or any(run.checkpoints_dir.glob("step-*")):
         return True

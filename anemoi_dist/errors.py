@@ -62,6 +62,8 @@ class ConfigError(AnemoiDistError, ValueError):
         self.key, self.value, self.rule, self.fix, self.valid = key, value, rule, fix, tuple(valid)
         super().__init__(self.__str__())
 
+    # Errors travel between processes (workers of the data loader, pools of tests). By default pickle would call the
+    # class with the message alone.
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild_config_error, (type(self), self.key, self.value, self.rule, self.fix, self.valid))
 

@@ -81,6 +81,7 @@ def _merge_lr(ours: Any, theirs: Any, messages: list[str]) -> Tree:
     else:
         merged["rate"] = theirs
         messages.append(f"{key} became training.lr.rate")
+    # Without it the same file would train with another rate here.
     if "scale_with" not in merged:
         merged["scale_with"] = "world_size"
         messages.append(

@@ -20,6 +20,7 @@ def check(config: Config) -> None:
     """Raise :class:`ConfigError` for the first rule that the configuration breaks."""
     if config.run.id is not None:
         check_run_id(config.run.id)
+    # First, so that the rules across keys below meet valid names and numbers only.
     _check_fields(config)
     for name in config.run.allow_changed:
         if name not in GUARDED:
@@ -78,6 +79,7 @@ def _check_rename(rename: dict[str, str]) -> None:
     """Refuse renames that would apply again to the renamed checkpoint when it is resumed."""
     for old, new in rename.items():
         key = f"checkpoint.rename.{old}"
+        # Matching compares whole dotted parts: an empty one would match nothing, silently.
         if not old or "" in old.split(".") or (new and "" in new.split(".")):
             raise ConfigError(key, new, "must be names, or prefixes without a dot at the end")
         if not new:
@@ -90,6 +92,7 @@ def _check_rename(rename: dict[str, str]) -> None:
 
 
 def _check_engine(engine: EngineConfig) -> None:
+    # A setting without effect is an error: the user believes that it acts.
     if engine.kind != "deepspeed":
         for key, value in (("stage", engine.stage), ("offload", engine.offload), ("options", engine.options)):
             if value:
@@ -113,6 +116,7 @@ def _check_checkpoint(config: Config) -> None:
         raise ConfigError(
             "checkpoint.url", checkpoint.url, "must have a protocol", fix=f"file://{checkpoint.url}, s3://..., or null"
         )
+    # Both are exceptions from deletion, and with keep_last null nothing is deleted.
     for key in ("keep_every", "keep_best"):
         value = getattr(checkpoint, key)
         if value is not None and checkpoint.keep_last is None:
@@ -121,6 +125,7 @@ def _check_checkpoint(config: Config) -> None:
             )
     if checkpoint.keep_best is None:
         return
+    # A checkpoint without a score can never be the best, and the user would wonder which one is kept.
     interval, scored = checkpoint.interval_steps, config.validation.interval_steps
     if interval is not None and (scored is None or interval % scored):
         raise ConfigError(
@@ -141,5 +146,6 @@ def _check_state_dtype(optimizer: Tree) -> None:
     """Refuse now, before the job queues, what every rank would refuse."""
     if is_ademamix(optimizer) and "state_dtype" in optimizer:
         betas = optimizer.get("betas")
+        # Without betas in the configuration the optimizer's default holds, which has a fast EMA.
         beta1 = betas[0] if isinstance(betas, Sequence) and betas else 1.0
         checked_state_dtype(optimizer["state_dtype"], beta1=beta1, key="training.optimizer.state_dtype")

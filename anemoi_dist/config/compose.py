@@ -89,6 +89,7 @@ def compose(overrides: Sequence[str], *, config_file: Path | None = None, config
     builder = _Builder(config_dir)
     builder.choose(parsed.choices)
     over = {} if config_file is None else builder.read_overlay(config_file, chosen=parsed.choices, groups=groups)
+    # A profile describes a cluster, so the user's file and keys lie over it although they name it.
     builder.profile(over, parsed.edits)
     if config_file is not None:
         builder.overlay(over, config_file)
@@ -162,6 +163,7 @@ class _Builder:
                     remove(self.container, edit.key)
                 self.provenance.forget(edit.key)
                 continue
+            # Merging replaces a list as a whole; one item of it has to be set in place.
             if _crosses_list(self.container, edit.key):
                 place(self.container, edit.key, edit.value)
                 self.provenance.record([edit.key], COMMAND_LINE)
@@ -187,6 +189,7 @@ class _Builder:
 
     def finish(self) -> Composed:
         """Resolve interpolations, convert to the typed configuration and derive the run id."""
+        # Before interpolations are resolved: one that refers to a missing value would be reported in its place.
         refuse_missing(self.container)
         container = _resolved(self.container)
         config = from_container(container)
@@ -224,6 +227,7 @@ def _hydra_compose(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    # Hydra wants a plus before a group that is not in the defaults list.
     in_defaults = {str(group).removeprefix("override /") for group in _default_groups()}
     overrides = [f"{'' if group in in_defaults else '+'}{group}={_quoted(option)}" for group, option in chosen.items()]
     roots = [CONFIGS_DIR]
@@ -245,6 +249,7 @@ def _hydra_compose(
     files = []
     for default in defaults:
         found = [root / f"{default.config_path}.yaml" for root in roots]
+        # The user's directory may hold a group of ours, but never the same option; see available_groups.
         files += [(file, default.package or "") for file in found[::-1] if file.is_file()][:1]
     return container, files, {key: value for key, value in choices.items() if not key.startswith("hydra/")}  # type: ignore[return-value]
 

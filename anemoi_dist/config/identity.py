@@ -35,6 +35,7 @@ def derive_run_id(config: Config, *, choices: dict[str, str]) -> str:
         Group -> option, for the readable part of the name.
     """
     identity = {key: value for key, value in leaves(dataclasses.asdict(config)) if not is_below(key, _NOT_IDENTITY)}
+    # Eight hexadecimal digits: names stay readable, and 10 000 runs of one configuration group collide with 1 %.
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
     parts = [re.sub(r"[^A-Za-z0-9_.]+", "-", choices[group]).strip("-._")[:16] for group in ("data", "model", "engine")]
     return "-".join([*filter(None, parts), digest])
@@ -52,6 +53,7 @@ class Change:
 def config_changes(was: Tree, now: Tree) -> list[Change]:
     """Return the keys whose values differ between two configurations; the location of the run does not count."""
     old, new = dict(leaves(was)), dict(leaves(now))
+    # By repr: 1, 1.0, True and "1" are different values in a configuration.
     keys = [key for key in dict.fromkeys([*old, *new]) if key not in ("run.root", "run.allow_changed")]
     return [Change(key, old.get(key), new.get(key)) for key in keys if repr(old.get(key)) != repr(new.get(key))]
 

@@ -50,7 +50,7 @@ def call(target: Callable[..., Any], *, key: str, arguments: Tree) -> Any:
     """Call ``target``; what it says against its arguments is the user's to mend."""
     try:
         return target(**arguments)
-    except ConfigError as error:
+    except ConfigError as error:  # our own classes name the argument only; the user needs the whole key
         raise ConfigError(f"{key}.{error.key}", error.value, error.rule, fix=error.fix, valid=error.valid) from error
     except (TypeError, ValueError, AssertionError) as error:
         shown = {name: value for name, value in arguments.items() if name not in ("params", "optimizer")}

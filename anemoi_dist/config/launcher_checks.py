@@ -136,6 +136,7 @@ def _refuse_without_effect(launcher: LauncherConfig) -> None:
         ("slurm.", launcher.slurm, SlurmConfig(), vars(launcher.slurm)),
     ):
         for key in keys:
+            # Compared with the default, not with None: a frozen configuration has all keys.
             if (value := getattr(group, key)) != getattr(defaults, key):
                 raise ConfigError(
                     f"launcher.{prefix}{key}", value, "has no effect with launcher=local", fix="launcher=slurm"
@@ -160,6 +161,7 @@ def _check_option(name: str, value: Any) -> None:
     if name in TAKEN_OPTIONS:
         instead = TAKEN_OPTIONS[name]
         raise ConfigError(key, value, "is set by anemoi-dist", fix=f"{instead} sets it" if instead else "leave it out")
+    # sbatch accepts every unique abbreviation of a long option.
     if name != "gpus" and (whole := [taken for taken in TAKEN_OPTIONS if taken.startswith(name)]):
         rule = f"sbatch takes it for {' or '.join(whole)}, which anemoi-dist sets"
         raise ConfigError(key, value, rule, fix="write the option's name out, or leave it out")

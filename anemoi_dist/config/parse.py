@@ -149,8 +149,10 @@ def nearest_keys(key: str, known: Iterable[str], *, count: int = 3) -> list[str]
     by_name: dict[str, list[str]] = {}
     for candidate in keys:
         by_name.setdefault(candidate.rpartition(".")[2], []).append(candidate)
+    # The right name under the wrong parent is the most frequent mistake.
     if exact := by_name.get(last):
         return exact[:count]
+    # A whole key is long, so its spelling must be closer than that of a single name.
     found = difflib.get_close_matches(key, keys, n=count, cutoff=0.85)
     for name in difflib.get_close_matches(last, by_name, n=count, cutoff=0.75):
         found += by_name[name]
@@ -185,6 +187,7 @@ def _wrong_type(error: OmegaConfBaseException, container: Tree) -> ConfigError:
     expected = schema_keys().get(key)
     if expected is None:
         return ConfigError(key, value, str(error).splitlines()[0])
+    # 1e5 is a float in YAML, and the usual way to write a large number of steps.
     fix = f"{key}={int(value)}" if isinstance(value, float) and value.is_integer() else ""
     return ConfigError(key, value, f"must be {_describe(expected)}", fix=fix)
 

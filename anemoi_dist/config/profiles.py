@@ -42,6 +42,7 @@ def read_profile(name: str) -> tuple[Tree, str]:
     file = Path(name).expanduser() if _is_path(name) else PROFILES_DIR / f"{name}.yaml"
     if not file.is_file():
         raise ConfigError("launcher.profile", name, f"does not exist ({file.absolute()})", valid=profile_names())
+    # Checked here although composition would refuse unknown keys too: the message can name the profile's file.
     content = read_yaml(file)
     _refuse_unknown(content, LauncherConfig, file=file, prefix="")
     return content, str(file) if _is_path(name) else f"slurm/profiles/{file.name}"

@@ -39,6 +39,7 @@ class Provenance:
         return {key: self._nearest(key) for key, _ in leaves(container)}
 
     def _nearest(self, key: str) -> str:
+        # A value inside a list or a replaced node has the origin of the nearest node above it.
         while key:
             if key in self._origins:
                 return self._origins[key]

@@ -52,6 +52,7 @@ def resolve_target(
     """
     trusted = _checked_prefixes(allowed)
     prefixes = (*BUILT_IN_ALLOWED, *trusted)
+    # No dunder: torch.optim.AdamW.__init__.__globals__ would lead out of the allow-list.
     if not isinstance(name, str) or not _DOTTED.fullmatch(name) or "__" in name:
         raise ConfigError(key, name, "must be an import path such as torch.optim.AdamW", valid=prefixes)
     name = ALIASES.get(name, name)
@@ -106,6 +107,7 @@ def _walk(name: str, *, key: str, prefixes: tuple[str, ...]) -> Any:
             if found is None:
                 near = difflib.get_close_matches(part, dir(target), n=5, cutoff=0.5)
                 raise ConfigError(key, name, f"{'.'.join(parts[:depth])} has no {part!r}", valid=near)
+        # A module may be imported under another name (torch.optim.os): its own name decides.
         if isinstance(found, ModuleType) and found.__name__ != path and not is_below(found.__name__, prefixes):
             raise _refusal(key, name, found.__name__, prefixes)
         target = found

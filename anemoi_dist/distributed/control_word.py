@@ -36,6 +36,7 @@ class StopRequest:
 
     def listen(self) -> None:
         """Install the signal handlers; a second SIGINT interrupts at once."""
+        # Python sets handlers in the main thread only; elsewhere (tests, notebooks) the stop file still works.
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 signal.signal(number, self._handle)
@@ -112,6 +113,7 @@ class ControlWord:
 
     def exchange(self, word: Word) -> Word:
         """Send this rank's word and return what the ranks agreed on one step ago."""
+        # The one sent a step ago has arrived by now: nobody waits, at the price of learning a step late.
         agreed = self.finish()
         self._word.copy_(torch.tensor(astuple(word)))
         self._word[_WRITTEN].neg_()

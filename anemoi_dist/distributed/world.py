@@ -102,6 +102,7 @@ class World:
         payload = torch.frombuffer(bytearray(text.encode("utf-8")) or bytearray(1), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         own = torch.tensor([len(text.encode("utf-8"))])
+        # gather needs tensors of one shape, so all are padded to the longest.
         dist.all_gather(lengths, own, group=self.control_group)
         longest = max(1, *(int(length) for length in lengths))
         padded = torch.zeros(longest, dtype=torch.uint8)

@@ -202,6 +202,7 @@ def measure_rank(
     import torch
     import torch.distributed as dist
 
+    # Links before arithmetic: an exchange waits for the slower partner, and all are still at the same point here.
     link_s = [(exchange or _exchange)(world, peer) for peer in _neighbours(world)]
     work_s = (work or _work)(world.device)
     dist.barrier(group=world.control_group)  # so that all read their clocks at the same moment
@@ -234,6 +235,7 @@ def all_reduce_seconds(world: World) -> tuple[dict[int, float], bool]:
             _synchronise(world.device)
             times.append(time.perf_counter() - begun)
             is_right = is_right and bool((values == expected).all())
+        # The median: the first repetition sets up connections, and single ones meet other work on the machine.
         seconds[size] = sorted(times)[_REPEATS // 2]
     return seconds, is_right
 
@@ -291,6 +293,7 @@ def _work(device: torch.device) -> float:
     size = 4096 if device.type == "cuda" else 256
     matrix = torch.full((size, size), 1.0 / size, device=device)
     times = []
+    # One more: the first loads kernels.
     for _ in range(_REPEATS + 1):
         _synchronise(device)
         begun = time.perf_counter()

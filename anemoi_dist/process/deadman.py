@@ -60,6 +60,7 @@ class Deadman:
 
     def hold(self, seconds: float) -> None:
         """Restart the countdown: without another call the stacks of all threads are written after ``seconds``."""
+        # The exit first: if writing the stacks hangs, on a full or lost file system, the process still ends.
         if self._timer is not None:
             _set_timer(self._timer, seconds + self._grace_s)
         with suppress(RuntimeError):  # no thread can be started: the process then ends without its stacks

@@ -31,6 +31,7 @@ def die_with_parent(*, parent_pid: int | None = None, number: signal.Signals = s
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, number) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    # The parent may have ended before the call above, and then no signal ever comes.
     if os.getppid() != expected:
         os.kill(os.getpid(), number)
 

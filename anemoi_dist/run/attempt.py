@@ -103,6 +103,7 @@ def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Failu
     """
     with run.changing_state() as state:
         attempt = state.attempts[number - 1]
+        # Ranks that lose a peer fail after it: the first record is the cause.
         if attempt.exit_code is not None:
             first = attempt.failure
             if first and failure and failure.error == first.error and (failure.rank or 0) < (first.rank or 0):

@@ -30,6 +30,7 @@ def fsync_directory(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace the content of ``path`` so that a reader sees the old or the new one, also after a power cut."""
+    # In the same directory, since a rename is atomic only within one file system.
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
@@ -40,6 +41,7 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    # The rename itself is durable only with its directory.
     fsync_directory(path.parent)
 
 
@@ -189,6 +191,7 @@ class RunDirectory:
     @contextlib.contextmanager
     def changing_state(self) -> Iterator[RunState]:
         """Yield the content of ``run.json`` for changes and write it back, excluding other processes meanwhile."""
+        # A lock file of its own: run.json is replaced with each write, and a lock on it would go with the old inode.
         with (self.path / ".run.json.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             state = self.read_state()

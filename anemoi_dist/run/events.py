@@ -47,6 +47,7 @@ class EventLog:
         """
         event = {"event": name, "time": round(self._clock(), 3), "step": step, **plain(fields)}
         line = json.dumps(event, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        # O_APPEND and one write: lines of two processes never mix.
         written = os.write(self._descriptor, line)
         if written != len(line):
             raise OSError(f"only {written} of {len(line)} bytes of an event were written; is the disk full?")
@@ -120,6 +121,7 @@ def latest_by_step(events: Iterable[Event], name: str, **fields: Any) -> dict[in
     """
     found: dict[int, Event] = {}
     for event in events:
+        # An attempt that resumes from an earlier step does the later ones again: what it replaces must not count.
         if event["event"] == "start":
             resumed_from = event.get("resumed_from_step") or 0
             found = {step: old for step, old in found.items() if step <= resumed_from}

@@ -130,6 +130,7 @@ class Hold:
         self._path = path
         self._file: IO[str] = path.open("a")
         self._ended = threading.Event()
+        # flock, not lockf: a POSIX lock would go as soon as any descriptor of this process for the file is closed.
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -265,6 +266,7 @@ def owned(run: RunDirectory) -> Iterator[None]:
     HeldError
         The run is running, or being started.
     """
+    # Both locks: ranks whose launcher has died hold only theirs.
     launch = hold_launch(run)
     try:
         ranks = Hold(run, run.lock_file)

@@ -42,6 +42,7 @@ def claim_run(config: Config) -> tuple[RunDirectory, Hold]:
         if run.config_file.exists():  # before anything is created: a refused start leaves no trace
             _compare(run, config)
         run.create()
+        # From here on the frozen configuration can only be changed by this process.
         hold = hold_launch(run, say=lambda text: print(text, flush=True))  # noqa: T201
         try:
             _freeze(run, config)

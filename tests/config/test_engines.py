@@ -25,7 +25,7 @@ def test_the_class_of_an_engine_exists(spec):
 
 
 def test_the_documentation_says_what_each_engine_partitions():
-    text = (ROOT / "docs" / "engines.rst").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "how-to" / "engine.rst").read_text(encoding="utf-8")
     table = text.partition("``engine=``")[2].partition("N is the number")[0]
     rows = re.findall(r"^``(\w+)``(.*)", table, re.MULTILINE)
     cells = {name: re.findall(r" (whole|1/N)\b", row) for name, row in rows}

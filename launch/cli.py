@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse(sys.argv[1:] if arguments is None else list(arguments))
     try:
+        # Before the import: on a shared file system that alone takes seconds.
+        if getattr(options, "first_line", "") and not options.dry_run:
+            print(options.first_line, flush=True)
         command = importlib.import_module(f".commands.{options.name}", __package__)
         return int(command.run(options))
     except AnemoiDistError as error:

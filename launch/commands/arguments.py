@@ -24,11 +24,6 @@ def compose_options(options: argparse.Namespace) -> Composed:
     return compose_arguments(options.overrides, config_file=options.config, config_dir=options.config_dir)
 
 
-def announce_composing() -> None:
-    """Print the first line of a command that starts ranks: composing alone may take seconds on a busy login node."""
-    print("composing the configuration", flush=True)
-
-
 def compose_arguments(
     overrides: Sequence[str], *, config_file: Path | None = None, config_dir: Path | None = None
 ) -> Composed:

@@ -21,7 +21,10 @@ _CHECKPOINT_HELP = "RUN, RUN@STEP, or the directory of a checkpoint"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse a command line; ``name`` is the command, ``words`` what stands after ``--`` of ``submit``.
+    """Parse a command line.
+
+    In the result ``name`` is the command, ``words`` what stands after ``--`` of ``submit``, and ``first_line`` what a
+    command that starts ranks prints at once.
 
     Parameters
     ----------
@@ -122,6 +125,7 @@ def _add_train_and_plan(commands: Commands) -> None:
         action="store_true",
         help="refuse a damaged newest checkpoint instead of going on from the one before it",
     )
+    train.set_defaults(first_line="composing the configuration")
     plan = _add(commands, "plan", "show what would be started, and the memory of a rank", composes=True)
     plan.add_argument("--sweep", action="store_true", help="memory of a rank for every engine on 1 to 1024 ranks")
     plan.add_argument("--num-parameters", metavar="N", help="size of the model (1e9), instead of building it")
@@ -162,6 +166,7 @@ def _add_ending(commands: Commands) -> None:
     _add_run(resume)
     resume.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")
     _add_overrides(resume)
+    resume.set_defaults(first_line="inspecting the run")
 
 
 def _add_checkpoint_actions(checkpoint: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from anemoi_dist.config.schema import Config
 from anemoi_dist.engines.memory_estimate import (
@@ -152,7 +151,7 @@ def device_memory_bytes() -> int | None:
     return min(sizes, default=None)
 
 
-def plan_as_dict(config: Config, run: RunDirectory, planned: Plan, sizes: Sizes) -> dict[str, Any]:
+def plan_as_dict(config: Config, run: RunDirectory, planned: Plan, sizes: Sizes) -> dict[str, object]:
     """Return what ``anemoi-dist plan --json`` prints."""
     memory = sizes.memory(config, planned.world_size)
     return {
@@ -175,7 +174,7 @@ def plan_as_dict(config: Config, run: RunDirectory, planned: Plan, sizes: Sizes)
     }
 
 
-def sweep_as_dict(config: Config, sizes: Sizes, rows: Sequence[Row]) -> dict[str, Any]:
+def sweep_as_dict(config: Config, sizes: Sizes, rows: Sequence[Row]) -> dict[str, object]:
     """Return what ``anemoi-dist plan --sweep --json`` prints."""
     return {
         "sweep": [
@@ -193,11 +192,11 @@ def sweep_as_dict(config: Config, sizes: Sizes, rows: Sequence[Row]) -> dict[str
     }
 
 
-def _memory_as_dict(memory: ExpectedMemory) -> dict[str, Any]:
+def _memory_as_dict(memory: ExpectedMemory) -> dict[str, object]:
     return {**asdict(memory), "device": memory.device, "host": memory.host}
 
 
-def _sizes_as_dict(config: Config, sizes: Sizes) -> dict[str, Any]:
+def _sizes_as_dict(config: Config, sizes: Sizes) -> dict[str, object]:
     return {
         "engine": config.engine.spec.name,
         "overlap": config.engine.overlap,

@@ -17,7 +17,7 @@ from anemoi_dist.run.directory import RunDirectory
 from ..status.files import gather
 from ..status.inspection import inspect_run
 from . import submit, train
-from .arguments import announce_composing, compose_arguments, locate_run
+from .arguments import compose_arguments, locate_run
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         )
         return ExitCode.FINISHED
     if not options.dry_run:
-        announce_composing()
+        print("composing the configuration", flush=True)
     with tempfile.TemporaryDirectory(prefix="anemoi-dist-") as folder:
         file, kind = _frozen(run, options.overrides, Path(folder))
         # Composed as the first time, with the frozen configuration laid over the defaults.

@@ -13,7 +13,7 @@ from ..launchers import local, mpi
 from ..launchers.base import plan
 from ..launchers.machine import detect_machine
 from ..status.inspection import refuse_queued
-from .arguments import announce_composing, compose_options
+from .arguments import compose_options
 from .plan import show_plan
 
 
@@ -21,8 +21,6 @@ def run(options: argparse.Namespace) -> int:
     """Train until the run ends and return its exit code; with ``--dry-run`` print the plan."""
     if options.strict:
         options.overrides.append("checkpoint.strict=true")
-    if not options.dry_run:
-        announce_composing()
     return train(compose_options(options).config, dry_run=options.dry_run)
 
 

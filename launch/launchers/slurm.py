@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
 from anemoi_dist.config.batch import plan_batches
 from anemoi_dist.config.launcher_checks import check_value
@@ -97,7 +96,7 @@ def render(
     return "\n".join(lines) + "\n"
 
 
-def options(config: Config, run: RunDirectory, dependency: str | None = None) -> dict[str, Any]:
+def options(config: Config, run: RunDirectory, dependency: str | None = None) -> dict[str, object]:
     """Return the ``#SBATCH`` options in the order of the script; True for those without a value."""
     launcher = config.launcher
     slurm = launcher.slurm
@@ -105,7 +104,7 @@ def options(config: Config, run: RunDirectory, dependency: str | None = None) ->
     check_value("run.root", path)
     if "\\" in path:
         raise ConfigError("run.root", path, "holds a backslash, which SLURM understands otherwise", fix="rename it")
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         "job-name": run.run_id,
         "nodes": launcher.nodes,
         "ntasks-per-node": num_ranks_per_node(launcher),

@@ -49,6 +49,7 @@ def name_run(name: str, root: str, *, content: str = "config.yaml") -> RunDirect
     content : str, optional
         What a run has that this command needs.
     """
+    # A bare name may be a directory here too, as completed by the shell; an id never holds a slash.
     is_path = "/" in name or Path(name, content).exists()
     return RunDirectory(Path(name).absolute()) if is_path else RunDirectory.locate(root, name)
 
@@ -63,6 +64,7 @@ def locate_run(name: str, root: str, *, content: str = "config.yaml") -> RunDire
     """
     run = name_run(name, root, content=content)
     if not (run.path / content).exists():
+        # Near names help against typing errors, a list of hundreds does not.
         known = sorted(path.parent.name for path in run.path.parent.glob(f"*/{content}"))
         if len(known) > _MOST_NAMES:
             known = difflib.get_close_matches(run.run_id, known, n=_MOST_NAMES)

@@ -85,6 +85,7 @@ def _end(facts: Facts, pid: int) -> str | None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(handle, number)
             deadline = time.monotonic() + _GRACE_S
+            # A launcher waits for its ranks, which may be saving.
             while launcher_alive(facts.launch):
                 if time.monotonic() > deadline:
                     break

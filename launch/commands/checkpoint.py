@@ -65,7 +65,7 @@ def _listed(folder: Folder) -> Listed:
         row.world_size, row.engine, row.size_bytes = manifest.world_size, manifest.engine, _size_bytes(manifest)
         if manifest.step != row.step:
             raise CheckpointError(f"its manifest is of step {manifest.step}")
-        checkpoint.check_sizes()
+        checkpoint.check_sizes()  # cheap, and finds what a full disk or a broken copy leaves
         checkpoint.close()
     except CheckpointError as error:
         row.error = str(error)
@@ -185,6 +185,7 @@ def _verify_one(folder: Folder) -> bool:
 
 def _diff(options: argparse.Namespace) -> int:
     a, b = _open(options.a, options.root, None), _open(options.b, options.root, None)
+    # Which checkpoints these are: RUN alone names the newest, and that changes while the run goes on.
     for letter, checkpoint in (("A", a), ("B", b)):
         manifest = checkpoint.manifest
         ranks = f"{manifest.engine} on {manifest.world_size} ranks"

@@ -92,6 +92,7 @@ def check_machine(run: RunDirectory, *, needed_bytes: int) -> list[Finding]:
 
 def check_slurm() -> Finding:
     """Return whether a job can be submitted from here."""
+    # slurmctld may answer on a machine from which nobody can submit, and the other way round: both are checked.
     if shutil.which("sbatch") is None:
         return Finding("slurm", "failed", "there is no sbatch on this machine", "submit on a login node of the cluster")
     try:

@@ -115,6 +115,7 @@ def _follow(run: RunDirectory, file: Path, *, rank: int, later: bool) -> None:
         # Asked before the file is read: the last lines may be written between the two.
         following, over = _following(run, file, rank=rank), ended()
         offset = _print(file, offset=offset)
+        # A restart continues in a new file, a requeue possibly on other nodes.
         if following is not None and later:
             print(f"==> {following.parent.name} <==", file=sys.stderr, flush=True)
             file, offset = following, 0

@@ -221,4 +221,5 @@ def _add_import(action: argparse.ArgumentParser) -> None:
     )
     action.add_argument("--weights-only", action="store_true", help="leave the optimizer's states")
     action.add_argument("--keep-adamw", action="store_true", help="go on with AdamW, not AdEMAMix")
+    # Off by default: unpickling a file from somebody else runs whatever code is in it.
     action.add_argument("--trust-pickle", action="store_true", help="run whatever code SOURCE holds; refused otherwise")

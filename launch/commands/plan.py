@@ -148,7 +148,7 @@ def device_memory_bytes() -> int | None:
     except (subprocess.SubprocessError, OSError):
         return None
     sizes = [int(mib) * _MIB for mib in listed if mib.isdecimal()]
-    return min(sizes, default=None)
+    return min(sizes, default=None)  # a plan has to fit the smallest
 
 
 def plan_as_dict(config: Config, run: RunDirectory, planned: Plan, sizes: Sizes) -> dict[str, object]:
@@ -298,6 +298,7 @@ def _sweep_lines(config: Config, sizes: Sizes, rows: Sequence[Row]) -> Iterator[
         yield f"{row.world_size:>7}{'*' if row.batch_problem else ' '}{cells}".rstrip()
     if sizes.device_bytes is not None:
         yield f"! does not fit into {format_bytes(sizes.device_bytes)}"
+    # The first is enough: the number of ranks is all that differs in the others.
     if problem := next((row.batch_problem for row in rows if row.batch_problem), ""):
         yield f"* the batch cannot be cut over so many: {problem}"
     one, many = (format_bytes(row.memory["zero3_offload"].host) for row in (rows[0], rows[-1]))

@@ -76,6 +76,7 @@ def _frozen(run: RunDirectory, overrides: list[str], folder: Path) -> tuple[Path
     for group in chosen:
         if find(content, group.replace("/", "."))[0]:
             remove(content, group.replace("/", "."))
+    # What is not given is as it was: a run of SLURM goes back into the queue, whoever resumes it and where.
     kind = chosen.get("launcher") or find(content, "launcher.kind")[1] or "local"
     # Where it lies now: it may have been moved, and run.root may be relative to where it was started.
     content["run"] = {**content.get("run", {}), "id": run.run_id, "root": str(run.path.parent)}

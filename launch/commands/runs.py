@@ -47,7 +47,7 @@ def _since(facts: Facts) -> tuple[float, str]:
     begun = journal.last(facts.launch, "submit", "launch")
     times = [begun.time if begun is not None else 0.0]
     times += [attempt.started for attempt in facts.attempts[-1:] if attempt.started is not None]
-    return max(times), facts.run_id
+    return max(times), facts.run_id  # the id makes the order of runs of one sweep stable
 
 
 def table(statuses: Sequence[RunStatus]) -> Iterator[str]:
@@ -66,6 +66,7 @@ def table(statuses: Sequence[RunStatus]) -> Iterator[str]:
             yield f"{status.run_id}: {status.detail}"
             if status.reason:
                 yield f"{' ' * len(status.run_id)}  {status.reason}"
+    # A scheduler that is down gives every run the same note.
     for note in dict.fromkeys(note for status in statuses for note in status.notes):
         about = [status.run_id for status in statuses if note in status.notes]
         yield f"note: {note} ({about[0]}{f' and {len(about) - 1} others' if len(about) > 1 else ''})"

@@ -64,6 +64,7 @@ def described(status: RunStatus, run: RunDirectory) -> Iterator[str]:
         at = "" if rank.step is None else f", step {rank.step}"
         where = f"{rank.phase or 'never seen'}{at}, process {rank.pid or '?'} on {rank.host or '?'}"
         yield _line("silent", f"rank {rank.rank} for {format_duration(rank.silent_s)}: {where}")
+    # All ranks of a job are silent once one of them is, since they wait for it: the first lines name the cause.
     if len(status.silent) > _MOST_SILENT:
         yield _line("", f"and {len(status.silent) - _MOST_SILENT} ranks more")
     for note in status.notes:

@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> int:
     if not status.may_go_on:
         # The file would wait for the next start, and stop that.
         raise ConfigError("RUN", options.run, f"has nothing to stop: it is {status.described}")
+    # A queued run may have no such directory yet.
     run.control_dir.mkdir(mode=0o700, exist_ok=True)
     # Noted first: the batch process reads the journal to tell a person's stop from the time limit's.
     journal.note_if_possible(run, "stop")

@@ -53,6 +53,11 @@ class Request:
         Job that must end before, as in ``afterok:12``.
     after : str, optional
         The run of that job.
+
+    Raises
+    ------
+    ConfigError
+        The launcher of the configuration has no queue.
     """
 
     config: Config
@@ -60,6 +65,15 @@ class Request:
     by_srun: bool = False
     dependency: str | None = None
     after: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.config.launcher.kind != "slurm":
+            raise ConfigError(
+                "launcher",
+                self.config.launcher.kind,
+                "has no queue",
+                fix="launcher=slurm, or leave it out; anemoi-dist train runs it on this machine",
+            )
 
     def directory(self) -> RunDirectory:
         """Return where the run lies."""
@@ -191,13 +205,6 @@ def _check_command(options: argparse.Namespace) -> None:
 
 def _request(options: argparse.Namespace, composed: Composed) -> Request:
     config = composed.config
-    if config.launcher.kind != "slurm":
-        raise ConfigError(
-            "launcher",
-            config.launcher.kind,
-            "has no queue",
-            fix="launcher=slurm, or leave it out; anemoi-dist train runs it on this machine",
-        )
     # The id that is derived from the configuration would be the same for every command.
     if options.words is not None and composed.provenance.get("run.id") == DERIVED:
         config.run.id = _command_id(options.words)

@@ -16,7 +16,7 @@ from typing import Any
 from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.config.schema import Config
 from anemoi_dist.engines.memory_estimate import ModelSize, Parameter
-from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode
+from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode, print_message
 
 
 def main() -> int:
@@ -32,13 +32,13 @@ def main() -> int:
             with answer:
                 json.dump({"refused": refused}, answer, default=str)
             return int(error.exit_code)
-        print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201
+        print_message(" ".join(str(error).split()))
         return int(ExitCode.PREFLIGHT)
     except AnemoiDistError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201
+        print_message(" ".join(str(error).split()))
         return int(error.exit_code)
     except Exception as error:
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        print_message(f"{type(error).__name__}: {' '.join(str(error).split())}")
         return int(ExitCode.INTERNAL)
     with answer:
         json.dump(asdict(size), answer)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anemoi_dist.errors import ConfigError
+from anemoi_dist.errors import ConfigError, print_message
 from anemoi_dist.run.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def compose_arguments(
 
     composed = compose(overrides, config_file=config_file, config_dir=config_dir)
     for message in composed.messages:
-        print(f"note: {message}", file=sys.stderr)
+        print_message(f"note: {message}")
     return composed
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from anemoi_dist.checkpoint.compare import differences
 from anemoi_dist.checkpoint.manifest import Manifest, TensorRecord
 from anemoi_dist.checkpoint.store import Folder, store_of
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
-from anemoi_dist.errors import CheckpointError, ConfigError, ExitCode
+from anemoi_dist.errors import CheckpointError, ConfigError, ExitCode, print_message
 from anemoi_dist.telemetry.progress import format_bytes
 
 from .arguments import locate_run, name_run
@@ -244,7 +243,7 @@ def _open(text: str, root: str, step: int | None) -> SavedCheckpoint:
         try:
             return SavedCheckpoint(folder)
         except CheckpointError as error:
-            print(f"note: checkpoint {folder.name} is passed over: {error}", file=sys.stderr)
+            print_message(f"note: checkpoint {folder.name} is passed over: {error}")
     raise CheckpointError(f"{text} has no checkpoint with a valid manifest")
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from anemoi_dist.errors import ConfigError, ExitCode
+from anemoi_dist.errors import ConfigError, ExitCode, print_message
 from anemoi_dist.run.directory import RunDirectory
 
 from ..status.inspection import inspect_run
@@ -100,7 +100,7 @@ def _spans(numbers: list[int]) -> str:
 
 def _wait(run: RunDirectory, *, rank: int | None, attempt: int | None) -> Path | None:
     """Wait for the first log of a run that is on its way."""
-    print(f"{_missing(run, rank, attempt)} yet; waiting", file=sys.stderr, flush=True)
+    print_message(f"{_missing(run, rank, attempt)} yet; waiting")
     ended = _rarely(lambda: not inspect_run(run).may_go_on)
     while (found := find(run, rank=rank, attempt=attempt)) is None and not ended():
         time.sleep(_READ_S)
@@ -117,7 +117,7 @@ def _follow(run: RunDirectory, file: Path, *, rank: int, later: bool) -> None:
         offset = _print(file, offset=offset)
         # A restart continues in a new file, a requeue possibly on other nodes.
         if following is not None and later:
-            print(f"==> {following.parent.name} <==", file=sys.stderr, flush=True)
+            print_message(f"==> {following.parent.name} <==")
             file, offset = following, 0
         elif following is not None or over:
             return

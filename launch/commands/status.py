@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from anemoi_dist.errors import ExitCode
+from anemoi_dist.errors import ExitCode, print_message
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.telemetry.progress import format_duration, format_number
 
@@ -105,4 +104,4 @@ def _print_change(status: RunStatus, *, notes: Sequence[str]) -> None:
     if status.reason:
         print(f"{'':10}{status.reason}", flush=True)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        print_message(f"note: {note}")

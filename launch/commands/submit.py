@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from anemoi_dist.config.launcher_checks import parse_time_limit
 from anemoi_dist.config.provenance import DERIVED
 from anemoi_dist.config.schema import GUARDED, Config
 from anemoi_dist.config.tree import is_below, read_yaml
-from anemoi_dist.errors import ConfigError, ExitCode, PreflightError
+from anemoi_dist.errors import ConfigError, ExitCode, PreflightError, print_message
 from anemoi_dist.run.attempt import is_finished
 from anemoi_dist.run.directory import RunDirectory, write_atomically
 from anemoi_dist.run.prepare import prepare_run
@@ -281,7 +280,7 @@ def _check_models(configs: Sequence[Config]) -> None:
         return
     print("building the model here first (--no-check leaves that out)", flush=True)
     if unknown := check_models(configs):
-        print(f"note: the model could not be built here, so the job is the first to try: {unknown}", file=sys.stderr)
+        print_message(f"note: the model could not be built here, so the job is the first to try: {unknown}")
 
 
 @contextlib.contextmanager

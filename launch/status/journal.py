@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from anemoi_dist.errors import print_message
 from anemoi_dist.process.parent_death import process_started
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import EventLog, read_events
@@ -90,7 +90,7 @@ def note_if_possible(run: RunDirectory, event: str, **fields: Any) -> None:
     try:
         note(run, event, **fields)
     except OSError as error:
-        print(f"{run.launch_file} cannot be written: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        print_message(f"{run.launch_file} cannot be written: {error}")
 
 
 def read(run: RunDirectory) -> list[Entry]:

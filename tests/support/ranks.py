@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -16,6 +17,15 @@ import torch.distributed as dist
 from anemoi_dist.distributed.world import World
 
 TIMEOUT_S = 120
+#: Imported once, by the process that all ranks are forked from.
+PRELOADED = (
+    "deepspeed",
+    "torch._inductor.compile_fx",  # DeepSpeed's first engine imports it
+    "torch.distributed.fsdp",
+    "anemoi_dist.engines.zero",
+    "anemoi_dist.engines.fsdp2",
+    "anemoi_dist.tasks.forecast.module",
+)
 
 
 class RankError(AssertionError):
@@ -28,7 +38,8 @@ class RankPool:
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(num_ranks):
@@ -76,6 +87,7 @@ class RankPool:
 
 def _serve(pipe: Connection, rank: int, num_ranks: int, port: int) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage whenever it builds an engine, and would look at all that is imported
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -15,6 +15,7 @@ from hypothesis import settings
 from support.minislurm import MiniSlurm, missing_programs
 from support.ranks import RankPool
 from support.recorded import fill
+from support.warm import WarmInterpreter
 
 from anemoi_dist.run.directory import RunDirectory
 
@@ -64,6 +65,14 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmInterpreter]:
+    """Return what runs scripts in processes of their own that need not import torch again."""
+    interpreter = WarmInterpreter()
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture(scope="session")

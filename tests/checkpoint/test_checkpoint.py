@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 from support import toy
-from support.saving import ORIGIN, SingleRank, read_all, save_values, shard
+from support.saving import ORIGIN, SingleRank, read_all, save, save_values, shard
 
 from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint.manifest import HASH_BLOCK_BYTES, MANIFEST_FILE, Manifest
@@ -22,7 +24,7 @@ from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.retention import Policy, prune
 from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
-from anemoi_dist.checkpoint.writer import save, write_shards
+from anemoi_dist.checkpoint.writer import write_shards
 from anemoi_dist.distributed.world import World, seed_step
 from anemoi_dist.errors import CheckpointError
 
@@ -247,14 +249,26 @@ def test_resumes_bit_for_bit(ranks, tmp_path: Path, engine: str) -> None:
     assert resumed[0]["losses"] == straight[0]["losses"][5:]
 
 
+@pytest.fixture(scope="module")
+def written(ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[Path, list[dict]]]:
+    """Return ``written(engine, num_ranks)``: a checkpoint of theirs, and what they held."""
+
+    @cache
+    def get(engine: str, num_ranks: int) -> tuple[Path, list[dict]]:
+        folder = tmp_path_factory.mktemp("written")
+        return folder, ranks(num_ranks).run(train_and_save, engine, folder, range(3), False)
+
+    return get
+
+
 @pytest.mark.parametrize("loader", toy.ENGINES)
 @pytest.mark.parametrize(("writer_engine", "num_writers", "num_loaders"), [("zero2", 2, 4), ("fsdp2", 4, 1)])
 def test_any_engine_loads_what_another_wrote(
-    ranks, tmp_path: Path, writer_engine: str, num_writers: int, loader: str, num_loaders: int
+    ranks, written, writer_engine: str, num_writers: int, loader: str, num_loaders: int
 ) -> None:
-    written = ranks(num_writers).run(train_and_save, writer_engine, _new(tmp_path / "c"), range(3), False)
-    loaded = ranks(num_loaders).run(train_and_save, loader, tmp_path / "c", range(3, 3), True)
-    expected = toy.whole_tensors([r["shards"] for r in written])
+    folder, held = written(writer_engine, num_writers)
+    loaded = ranks(num_loaders).run(train_and_save, loader, folder, range(3, 3), True)
+    expected = toy.whole_tensors([r["shards"] for r in held])
     actual = toy.whole_tensors([r["loaded"] for r in loaded])
     assert expected.keys() == actual.keys() and len({k.split(":")[1] for k in expected}) == 6
     for key, value in expected.items():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from support import toy
@@ -13,6 +16,9 @@ from anemoi_dist.engines.registry import _check_parameters
 from anemoi_dist.errors import ConfigError
 
 NUM_STEPS = 6
+#: Three micro-batches a step: a branch is used by the first and the last, in the next step by the second.
+IN_THREES = {"global_batch_size": 6, "micro_batch_size": 1}
+Trained = tuple[list[float], list, torch.Tensor]
 
 
 def sometimes_config(engine: str, **training: int) -> Config:
@@ -21,7 +27,7 @@ def sometimes_config(engine: str, **training: int) -> Config:
     return config
 
 
-def train(world: World, engine: str, **training: int) -> tuple[list[float], list, torch.Tensor]:
+def train(world: World, engine: str, **training: int) -> Trained:
     config = sometimes_config(engine, **training)
     built = toy.build(world, config)
     losses = [built.train_step(toy.micro_batches(config, world, step)).loss for step in range(NUM_STEPS)]
@@ -31,12 +37,25 @@ def train(world: World, engine: str, **training: int) -> tuple[list[float], list
     return losses, shards, prediction
 
 
+@pytest.fixture(scope="module")
+def trained(ranks) -> Callable[..., list[Trained]]:
+    """Return ``trained(engine, **training)``: what both ranks have then, trained once for all tests."""
+    results: dict[str, list[Trained]] = {}
+
+    def get(engine: str, **training: int) -> list[Trained]:
+        key = repr((engine, training))
+        if key not in results:
+            results[key] = ranks(2).run(partial(train, **training), engine)
+        return results[key]
+
+    return get
+
+
 @pytest.mark.parametrize("engine", toy.ENGINES)
-def test_a_branch_that_a_step_does_not_use_is_not_stepped_with_an_old_gradient(ranks, engine: str) -> None:
+def test_a_branch_that_a_step_does_not_use_is_not_stepped_with_an_old_gradient(trained, engine: str) -> None:
     # DeepSpeed gives a parameter without a gradient a zero one, the others leave it alone.
     peer = "zero0" if engine.startswith("zero") else "ddp"
-    expected = ranks(2).run(train, peer)
-    results = ranks(2).run(train, engine)
+    expected, results = trained(peer), trained(engine)
     assert results[0][0] == pytest.approx(expected[0][0], rel=1e-5)
     assert results[0][0] == results[1][0]
     whole, reference = (toy.whole_tensors([r[1] for r in each]) for each in (results, expected))
@@ -45,22 +64,17 @@ def test_a_branch_that_a_step_does_not_use_is_not_stepped_with_an_old_gradient(r
     assert whole["model.never.weight:param"].shape == before.shape
 
 
-def train_in_threes(world: World, engine: str) -> tuple[list[float], list, torch.Tensor]:
-    """Three micro-batches a step: the branch is used by the first and the last, in the next step by the second."""
-    return train(world, engine, global_batch_size=6, micro_batch_size=1)
-
-
 @pytest.mark.parametrize("engine", sorted(set(toy.ENGINES) - {"zero3_offload"}))
-def test_a_branch_that_some_micro_batches_do_not_use(ranks, engine: str) -> None:
-    expected, results = ranks(2).run(train_in_threes, "zero0"), ranks(2).run(train_in_threes, engine)
+def test_a_branch_that_some_micro_batches_do_not_use(trained, engine: str) -> None:
+    expected, results = trained("zero0", **IN_THREES), trained(engine, **IN_THREES)
     whole, reference = (toy.whole_tensors([r[1] for r in each]) for each in (results, expected))
     for name in ("always", "sometimes"):
         torch.testing.assert_close(whole[f"model.{name}.weight:param"], reference[f"model.{name}.weight:param"])
 
 
 @pytest.mark.parametrize("engine", toy.ENGINES)
-def test_ranks_forecast_with_the_same_statistics(ranks, engine: str) -> None:
-    first, second = ranks(2).run(train, engine)
+def test_ranks_forecast_with_the_same_statistics(trained, engine: str) -> None:
+    first, second = trained(engine)
     assert torch.equal(first[2], second[2])
 
 

@@ -19,7 +19,6 @@ from anemoi_dist.engines.memory_estimate import ModelSize, Parameter, expected_m
 from anemoi_dist.engines.sharded import local
 from anemoi_dist.optimizers import create_optimizer
 
-WORLD_SIZES = (1, 2, 4)
 PRECISIONS = ("fp32", "bf16")
 BUCKET = 30_000
 
@@ -110,8 +109,14 @@ def measure(world: World, name: str, precision: str, training: dict[str, Any] | 
     return measured
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("num_ranks", WORLD_SIZES)
+@pytest.mark.parametrize(
+    ("num_ranks", "precision"),
+    [
+        *((num_ranks, precision) for num_ranks in (1, 2) for precision in PRECISIONS),
+        (4, "fp32"),
+        pytest.param(4, "bf16", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("engine", toy.ENGINES)
 def test_what_an_engine_holds(ranks, engine: str, num_ranks: int, precision: str) -> None:
     config = make_config(engine, precision)

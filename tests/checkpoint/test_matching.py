@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-import time
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,13 +72,14 @@ def test_nothing_is_matched_by_position() -> None:
     assert "other: parameter (3,) float32" in str(raised.value) and "first: parameter (3,)" in str(raised.value)
 
 
-def test_another_model_of_thousands_of_names_is_reported_whole_and_soon() -> None:
+def test_another_model_of_thousands_of_names_is_reported_whole_and_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = []
+    monkeypatch.setattr(difflib, "get_close_matches", lambda name, *_, **__: searched.append(name) or [])
     source = Source(**{f"encoder__{i}__weight": torch.ones(1) for i in range(2000)})
-    begin = time.monotonic()
     with pytest.raises(CheckpointError) as raised:
         matched(source, wanted(**{f"decoder__{i}__weight": (1,) for i in range(2000)}))
     assert len(str(raised.value).splitlines()) == 4000 + 4
-    assert time.monotonic() - begin < 20
+    assert len(searched) == 20, "each search takes all names"
 
 
 def test_a_renamed_checkpoint_is_resumed_with_the_same_configuration() -> None:
@@ -160,6 +162,13 @@ def train_and_save(world: World, engine: str, folder: Path) -> list:
     return shards
 
 
+@pytest.fixture(scope="module")
+def written(ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint of zero2 on 2 ranks, and what it holds."""
+    folder = tmp_path_factory.mktemp("written")
+    return folder, toy.whole_tensors(ranks(2).run(train_and_save, "zero2", folder))
+
+
 def refused(world: World, engine: str, folder: Path) -> str:
     built = toy.build(world, changed.make_config(engine, {}))
     try:
@@ -206,9 +215,8 @@ def load_changed(world: World, engine: str, folder: Path, precision: str) -> dic
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_all_differences_are_in_one_report_on_every_rank(ranks, tmp_path: Path, engine: str) -> None:
-    ranks(2).run(train_and_save, "ddp", tmp_path)
-    reports = ranks(2).run(refused, engine, tmp_path)
+def test_all_differences_are_in_one_report_on_every_rank(ranks, written, engine: str) -> None:
+    reports = ranks(2).run(refused, engine, written[0])
     assert reports[0] == reports[1]
     assert reports[0].splitlines()[:-1] == [
         "the checkpoint does not fit the model:",
@@ -230,13 +238,13 @@ def test_all_differences_are_in_one_report_on_every_rank(ranks, tmp_path: Path, 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_fits_is_taken_and_the_rest_begins(ranks, tmp_path: Path, engine: str, precision: str) -> None:
-    written = toy.whole_tensors(ranks(2).run(train_and_save, "zero2", tmp_path))
+def test_what_fits_is_taken_and_the_rest_begins(ranks, written, tmp_path: Path, engine: str, precision: str) -> None:
+    shutil.copytree(written[0], tmp_path, dirs_exist_ok=True)
     results = ranks(2).run(load_changed, engine, tmp_path, precision)
     initial, loaded, trained, again = (
         toy.whole_tensors([result[name] for result in results]) for name in ("initial", "loaded", "trained", "again")
     )
-    for key, value in written.items():
+    for key, value in written[1].items():
         ours = key.replace("model.head", "model.output")
         if not ours.startswith(("model.gain", "model.frozen", "model.num_calls")):
             assert torch.equal(loaded[ours], value), ours
@@ -281,9 +289,15 @@ def save_adamw(world: World, folder: Path) -> None:
     built.close()
 
 
-def test_states_that_appear_at_the_first_gradient(ranks, tmp_path: Path) -> None:
-    ranks(1).run(save_adamw, tmp_path)
-    (steps,) = ranks(1).run(load_lazily, tmp_path)
+@pytest.fixture(scope="module")
+def of_adamw(ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adamw")
+    ranks(1).run(save_adamw, folder)
+    return folder
+
+
+def test_states_that_appear_at_the_first_gradient(ranks, of_adamw: Path) -> None:
+    (steps,) = ranks(1).run(load_lazily, of_adamw)
     assert steps["model.extra.weight"] == steps["model.blocks.0.weight"] == 4.0
 
 
@@ -305,11 +319,10 @@ def go_on_with(world: World, engine: str, folder: Path, optimizer: dict | None) 
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_from_adamw_to_ademamix(ranks, tmp_path: Path, engine: str) -> None:
-    ranks(1).run(save_adamw, tmp_path)
-    results = ranks(2).run(go_on_with, engine, tmp_path, None)
+def test_from_adamw_to_ademamix(ranks, of_adamw: Path, engine: str) -> None:
+    results = ranks(2).run(go_on_with, engine, of_adamw, None)
     loaded = toy.whole_tensors([result["loaded"] for result in results])
-    saved = Checkpoint(tmp_path / "step-00000003")
+    saved = Checkpoint(of_adamw / "step-00000003")
     for (fqn, kind), info in saved.tensors().items():
         ours = f"{fqn}:{'exp_avg_fast' if kind == 'exp_avg' else kind}"
         out = torch.empty(math.prod(info.global_shape), dtype=info.dtype)
@@ -322,10 +335,9 @@ def test_from_adamw_to_ademamix(ranks, tmp_path: Path, engine: str) -> None:
         assert any("no exp_avg_slow" in note and "schedule_start=3" in note for note in result["notes"])
 
 
-def test_states_that_the_optimizer_does_not_know_are_left(ranks, tmp_path: Path) -> None:
-    ranks(2).run(train_and_save, "zero2", tmp_path)
+def test_states_that_the_optimizer_does_not_know_are_left(ranks, written) -> None:
     optimizer = {**toy.make_config("ddp").training.optimizer, "betas": [0.0, 0.999, 0.9999]}
-    (result,) = ranks(1).run(go_on_with, "ddp", tmp_path, optimizer)
+    (result,) = ranks(1).run(go_on_with, "ddp", written[0], optimizer)
     assert "the optimizer has no exp_avg_fast: not taken from the checkpoint" in result["notes"]
     assert result["kinds"] == {"param", "buffer", "step", "exp_avg_slow", "exp_avg_sq"}
 

@@ -236,6 +236,6 @@ def test_thousands_of_cases() -> None:
     run_state_machine_as_test(
         Checkpoints,
         settings=settings(
-            max_examples=2000, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=500, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -81,7 +81,6 @@ def test_ranks_forecast_with_the_same_statistics(trained, engine: str) -> None:
 class Holder(nn.Module):
     def __init__(self, *parameters: nn.Parameter) -> None:
         super().__init__()
-        self.config = toy.make_config("ddp")
         self.values = nn.ParameterList(parameters)
 
 
@@ -96,7 +95,7 @@ class Holder(nn.Module):
 )
 def test_parameters_that_cannot_be_cut_are_refused_by_name(parameter: nn.Parameter, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        _check_parameters(Holder(parameter))  # type: ignore[arg-type]
+        _check_parameters(Holder(parameter), toy.make_config("ddp"))  # type: ignore[arg-type]
 
 
 def refused(world: World, engine: str, target: str) -> str:

@@ -68,10 +68,20 @@ def train(
     return shards, reports, num_buckets
 
 
-@pytest.mark.parametrize("optimizer", [None, "torch.optim.AdamW"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("engine", "num_ranks"), [("zero1", 2), ("zero2", 2), ("zero2", 4), ("fsdp2", 2), ("fsdp2", 4)]
+    ("engine", "num_ranks", "precision", "optimizer"),
+    [
+        pytest.param(
+            engine,
+            num_ranks,
+            precision,
+            optimizer,
+            marks=[pytest.mark.slow] if num_ranks == 4 and (precision, optimizer) != ("bf16", None) else [],
+        )
+        for engine, num_ranks in (("zero1", 2), ("zero2", 2), ("zero2", 4), ("fsdp2", 2), ("fsdp2", 4))
+        for precision in ("fp32", "bf16")
+        for optimizer in (None, "torch.optim.AdamW")
+    ],
 )
 def test_equal_bit_for_bit(ranks, engine: str, num_ranks: int, precision: str, optimizer: str | None) -> None:
     training: dict[str, Any] = {"precision": precision, "clip_grad_norm": LIMIT, "micro_batch_size": 1}

@@ -335,6 +335,7 @@ def test_step_counts_past_two_to_the_24():
     assert optimizer.state[p]["step"] == 2**24 + 3
 
 
+@pytest.mark.slow
 def test_no_drift_from_double_over_20000_steps():
     """The error that all elements share, relative to the value; rounding of single elements averages out."""
     generator = torch.Generator().manual_seed(0)
@@ -371,12 +372,22 @@ def build(tmp_path, **environment):
     return done, list((tmp_path / "out").rglob("_ademamix*"))
 
 
+def assert_loads_without_torch(path):
+    code = f"import ctypes, sys; print(ctypes.CDLL({str(path)!r}).ademamix_version(), 'torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == [str(native.VERSION), "False"]
+
+
+@needs_c
+def test_the_installed_kernel_loads_without_torch():
+    assert_loads_without_torch(native.library()._name)
+
+
+@pytest.mark.slow  # ten seconds of compiler
 def test_builds_and_loads_without_torch(tmp_path):
     done, [built] = build(tmp_path)
     assert done.returncode == 0, done.stderr
-    code = f"import ctypes, sys; print(ctypes.CDLL({str(built)!r}).ademamix_version(), 'torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == [str(native.VERSION), "False"]
+    assert_loads_without_torch(built)
 
 
 def test_a_machine_without_a_compiler_gets_a_warning_and_no_kernel(tmp_path):

@@ -1,9 +1,6 @@
 """The Triton kernel: in its interpreter on a CPU, compiled for sm_90 without a GPU, and on a GPU where there is one."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,13 +22,12 @@ SHAPES = [(3, 5), (7,), (1500,), (2, 1, 4)]
 CLOSE = {"rtol": 2e-6, "atol": 1e-6}
 
 
-def python(code, **environment):
+def python(warm, code, **environment):
     """Run code in a process of its own: triton decides when it is imported whether it interprets."""
-    folder = Path(__file__).parents[1]
-    code = f"import sys; sys.path.insert(0, {str(folder)!r})\nfrom optimizers import test_triton as t\n{code}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    setup = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\nfrom optimizers import test_triton as t"
     )
+    done = warm.run(f"{setup}\n{code}", **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -133,17 +129,20 @@ def compile_for(capability, is_rounded=False, num_ranges=None):
 
 
 @needs_triton
-def test_interpreted():
+def test_interpreted(warm):
     checks = "t.check_kernel(); t.check_offsets(); t.check_optimizer(False); t.check_optimizer(True)"
-    python(checks + "; t.check_rounding(); t.check_rounding_with_steps_on_the_device()", TRITON_INTERPRET="1")
+    python(warm, checks + "; t.check_rounding(); t.check_rounding_with_steps_on_the_device()", TRITON_INTERPRET="1")
 
 
 @needs_triton
-@pytest.mark.parametrize("arguments", ["", ", is_rounded=True", ", is_rounded=True, num_ranges=1"])
-def test_compiles_for_sm_90_without_a_gpu(arguments):
-    size, *found = python(f"t.compile_for(90{arguments})", TRITON_INTERPRET="0").split()
-    assert int(size) > 1000
-    assert found == ["True", "True", "False", "True"]
+def test_compiles_for_sm_90_without_a_gpu(warm):
+    kinds = ("", ", is_rounded=True", ", is_rounded=True, num_ranges=1")
+    lines = python(warm, "\n".join(f"t.compile_for(90{kind})" for kind in kinds), TRITON_INTERPRET="0").splitlines()
+    assert len(lines) == len(kinds)
+    for line in lines:
+        size, *found = line.split()
+        assert int(size) > 1000
+        assert found == ["True", "True", "False", "True"]
 
 
 @needs_triton

@@ -8,6 +8,8 @@ One warm process forks the ranks. Prints one JSON object.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import itertools
 import json
 import os
@@ -28,10 +30,12 @@ from anemoi_dist.checkpoint import store as store_module
 from anemoi_dist.checkpoint import writer
 from anemoi_dist.checkpoint.manifest import Origin
 from anemoi_dist.checkpoint.reader import Checkpoint
+from anemoi_dist.checkpoint.saver import Saver
 from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.zero import _import_deepspeed
+from anemoi_dist.tasks.base import Evaluation
 from anemoi_dist.training.trainer import Trainer
 from support import reshard, toy
 
@@ -41,7 +45,7 @@ TIMEOUT_S = 120
 
 
 class Silence:
-    """Telemetry and stop request of a run that nobody watches."""
+    """Recorder, task and stop request of a run that nobody watches or scores."""
 
     def event(self, name: str, *, step: int, **fields: Any) -> None: ...
     def message(self, text: str) -> None: ...
@@ -50,8 +54,17 @@ class Silence:
     def value(self) -> int:
         return 0
 
+    def validation(self, *args: Any) -> None: ...
     def phase(self, name: str) -> Any:
         return nullcontext()
+
+    def evaluate(self, *args: Any, **fields: Any) -> Evaluation:
+        return Evaluation()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def die_at(countdown: int) -> None:
@@ -85,15 +98,15 @@ def run_rank(folder: Path, engine_name: str, attempt: int) -> None:
     config.checkpoint.interval_steps, config.checkpoint.keep_last = INTERVAL, 2
     engine = reshard.build(world, config)
     store = LocalStore(folder / "checkpoints")
+    origin = Origin(engine=engine_name, config_hash="0", versions={})
     trainer = Trainer(
         config=config,
         world=world,
         engine=engine,
-        store=store,
-        telemetry=Silence(),  # type: ignore[arg-type]
+        task=Silence(),  # type: ignore[arg-type]
+        saver=Saver(store, world=world, config=config.checkpoint, origin=origin),
+        recorder=Silence(),  # type: ignore[arg-type]
         stop=Silence(),  # type: ignore[arg-type]
-        validate=lambda split, step: [],
-        origin=Origin(engine=engine_name, config_hash="0", versions={}),
     )
     checkpoint = select(store, world=world).checkpoint
     if checkpoint is not None:
@@ -241,6 +254,8 @@ def play(folder: Path, seed: int) -> Counter[str]:
 def main(root: Path, first_seed: int, num_seeds: int) -> None:
     torch.set_num_threads(1)
     _import_deepspeed()
+    importlib.import_module("torch._inductor.compile_fx")  # DeepSpeed's first engine imports it, in every rank
+    gc.freeze()
     seen, problems = Counter[str](), []
     for seed in range(first_seed, first_seed + num_seeds):
         try:

@@ -31,7 +31,7 @@ def beating(run: RunDirectory) -> Iterator[Heartbeat]:
     made.close()
 
 
-def wait_for(condition, *, timeout_s: float = 10.0) -> None:
+def wait_for(condition, *, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -89,11 +89,14 @@ def test_phases_nest(beating: Heartbeat) -> None:
     assert beating.phase == "step"
 
 
-def test_a_sign_of_life_costs_microseconds(beating: Heartbeat) -> None:
-    begun = time.perf_counter()
-    for step in range(10_000):
-        heartbeat.beat("step", step=step)
-    assert (time.perf_counter() - begun) / 10_000 < 50e-6  # about 0.6e-6 on an idle machine
+def test_a_sign_of_life_touches_no_file(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step gives several: only the thread that writes may open files."""
+    made = Heartbeat(run, rank=0, world_size=1, attempt=1)
+    before = sorted(run.heartbeats_dir.iterdir())
+    monkeypatch.setattr(Heartbeat, "write", lambda *_, **__: pytest.fail("written by the training thread"))
+    for step in range(100):
+        made.beat("step", step=step)
+    assert made.step == 99 and sorted(run.heartbeats_dir.iterdir()) == before
 
 
 def test_a_file_that_cannot_be_written_is_no_reason_to_end(run: RunDirectory, beating: Heartbeat) -> None:

@@ -61,6 +61,7 @@ class MatchedSource:
     ) -> None:
         self._source, self._names, self.missing, self.unused = source, names, missing, unused
         self._state_notes: list[str] = []
+        # Kept: an engine asks for them at every shard, and a checkpoint makes them anew.
         available = source.tensors()
         self._tensors = {ours: available[theirs] for ours, theirs in names.items()}
 

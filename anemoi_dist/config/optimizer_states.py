@@ -22,6 +22,13 @@ def is_ademamix(optimizer: Tree) -> bool:
     return ALIASES.get(target, target) in _ADEMAMIX
 
 
+def narrow_states(state_dtype: str | Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names of the EMA states that a checked ``state_dtype`` keeps in bfloat16."""
+    if not isinstance(state_dtype, Mapping):
+        return ("exp_avg_fast", "exp_avg_sq") if state_dtype == "bf16" else ()
+    return tuple(name for name, dtype in state_dtype.items() if dtype == "bf16")
+
+
 def checked_state_dtype(chosen: Any, *, beta1: float, key: str = "state_dtype") -> str | dict[str, str]:
     """Check ``state_dtype`` and return it, a mapping completed.
 

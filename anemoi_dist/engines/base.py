@@ -86,7 +86,7 @@ class Engine(Protocol):
     def num_parameters(self) -> int:
         """Count the elements of all parameters, over all ranks and frozen ones included."""
 
-    def schedule_values(self) -> dict[str, Any]:
+    def schedule_values(self) -> dict[str, float]:
         """Return step-dependent values of the optimizer worth showing, such as ``alpha`` and ``beta3``."""
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from anemoi_dist.config.optimizer_states import is_ademamix
+from anemoi_dist.config.optimizer_states import is_ademamix, narrow_states
 from anemoi_dist.config.schema import Config, EngineConfig, TrainingConfig
 from anemoi_dist.config.tree import Tree
 
@@ -147,10 +147,7 @@ def state_bytes(optimizer: Tree) -> dict[str, int] | None:
         betas = optimizer.get("betas")
         has_fast = not isinstance(betas, Sequence) or not betas or bool(betas[0])
         names = (("exp_avg_fast",) if has_fast else ()) + ("exp_avg_slow", "exp_avg_sq")
-        chosen = optimizer.get("state_dtype", "fp32")
-        if chosen == "bf16":
-            chosen = {"exp_avg_fast": "bf16", "exp_avg_sq": "bf16"}
-        narrow = [name for name, dtype in chosen.items() if dtype == "bf16"] if isinstance(chosen, Mapping) else []
+        narrow = narrow_states(optimizer.get("state_dtype", "fp32"))
         return {name: _BF16 if name in narrow else _FP32 for name in names}
     # torch.optim.adamw.AdamW is torch.optim.AdamW.
     package, _, name = str(optimizer.get("_target_")).rpartition(".")

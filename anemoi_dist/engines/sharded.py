@@ -194,7 +194,7 @@ class ShardedEngine(ABC):
         options = self.config.checkpoint
         matched = match(source, self._declared, rename=options.rename, allow_missing=options.allow_missing)
         if self.capabilities.has_all_states:
-            matched.select_states(self._held_states().keys(), FROM_ADAMW)
+            matched.select_states({kind for kind, _ in self._held_states()}, FROM_ADAMW)
         for note in [*matched.notes(), *self._notes_on_states(matched, num_updates)]:
             warnings.warn(note, stacklevel=2)
         self._load_tensors(matched, num_updates=num_updates)
@@ -228,10 +228,8 @@ class ShardedEngine(ABC):
     def memory(self) -> MemoryReport:
         """Count the bytes that this rank holds."""
         states: dict[str, int] = {}
-        for state in self.optimizer.state.values():
-            for kind, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    states[kind] = states.get(kind, 0) + local(value).nbytes
+        for kind, value in self._held_states():
+            states[kind] = states.get(kind, 0) + local(value).nbytes
         parameters, master = self._working_bytes()
         return MemoryReport(parameters=parameters, master=master, states=states)
 
@@ -239,7 +237,7 @@ class ShardedEngine(ABC):
         """Count the elements of all parameters, over all ranks and frozen ones included."""
         return self._num_parameters
 
-    def schedule_values(self) -> dict[str, Any]:
+    def schedule_values(self) -> dict[str, float]:
         """Return step-dependent values of the optimizer worth showing, such as ``alpha`` and ``beta3``."""
         return schedule_values(self.optimizer)
 
@@ -297,14 +295,10 @@ class ShardedEngine(ABC):
         for owner, ranges in held.items():
             self.capabilities.set_element_ranges(owner, ranges, seed=self.config.run.seed)
 
-    def _held_states(self) -> dict[str, set[torch.dtype]]:
-        """Return the types of the optimizer's present states, by their names."""
-        held: dict[str, set[torch.dtype]] = {}
+    def _held_states(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield name and tensor of each optimizer state that is there now."""
         for state in self.optimizer.state.values():
-            for kind, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    held.setdefault(kind, set()).add(value.dtype)
-        return held
+            yield from ((kind, value) for kind, value in state.items() if isinstance(value, torch.Tensor))
 
     def _share(self, shard: LocalShard) -> tuple[int, int]:
         if not shard.replicated:
@@ -333,7 +327,9 @@ class ShardedEngine(ABC):
         for (_, kind), info in source.tensors().items():
             if kind not in ("param", "buffer"):
                 saved.setdefault(kind, set()).add(info.dtype)
-        held = self._held_states()
+        held: dict[str, set[torch.dtype]] = {}
+        for kind, value in self._held_states():
+            held.setdefault(kind, set()).add(value.dtype)
         absent = sorted(held.keys() - saved.keys())
         notes = conversions(saved, held)
         if not saved or not absent:

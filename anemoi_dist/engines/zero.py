@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from anemoi_dist.checkpoint.shard import TensorInfo
+from anemoi_dist.config.tree import Tree
 from anemoi_dist.engines.memory_estimate import REDUCE_BUCKET
 from anemoi_dist.engines.replicated import replicated_shards, step_replicated
 from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, clip_coefficient, step_only
@@ -37,7 +38,7 @@ BUCKET_NUMEL = 1 << 20
 class _ZeroEngine(ShardedEngine):
     """Base of all stages: one DeepSpeed engine around the module and the optimizer of its configuration."""
 
-    def _initialize(self, config: dict[str, Any]) -> None:
+    def _initialize(self, config: Tree) -> None:
         deepspeed = _import_deepspeed()
         self._create_optimizer()
         initial = None
@@ -63,7 +64,7 @@ class _ZeroEngine(ShardedEngine):
         if not is_last:
             self._engine.step()  # counts the micro-batch; the last one is stepped by _update
 
-    def _base_config(self) -> dict[str, Any]:
+    def _base_config(self) -> Tree:
         per_rank = self.config.training.global_batch_size // self.world.world_size
         micro = self.config.training.micro_batch_size or per_rank
         return {
@@ -111,7 +112,7 @@ class _PartitionedEngine(_ZeroEngine):
     refused_optimizers = (*ShardedEngine.refused_optimizers, "Muon", "Adagrad")
 
     def _wrap(self) -> None:
-        zero: dict[str, Any] = {"stage": self.config.engine.stage, "contiguous_gradients": True, "overlap_comm": False}
+        zero: Tree = {"stage": self.config.engine.stage, "contiguous_gradients": True, "overlap_comm": False}
         if self.config.engine.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.world.device.type == "cuda"}
         config = self._base_config()
@@ -123,7 +124,7 @@ class _PartitionedEngine(_ZeroEngine):
             config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32"}
         self._initialize(config)
 
-    def _zero_options(self) -> dict[str, Any]:
+    def _zero_options(self) -> Tree:
         """Return further settings of ``zero_optimization`` for this stage."""
         return {}
 
@@ -173,7 +174,7 @@ class Zero12Engine(_PartitionedEngine):
     here. Its own step makes an fp32 copy of the gradients in fresh memory, scales it, and copies the parameters twice.
     """
 
-    def _zero_options(self) -> dict[str, Any]:
+    def _zero_options(self) -> Tree:
         # The same bytes on the wire with fewer copies: DeepSpeed's reduce_scatter is an all-reduce of a copy. Its
         # default bucket of 5e8 elements is allocated anew in every backward pass, whatever the model's size.
         return {"reduce_scatter": False, "reduce_bucket_size": REDUCE_BUCKET}

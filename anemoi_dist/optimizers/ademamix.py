@@ -37,19 +37,20 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from anemoi_dist.config.optimizer_states import EMA_STATES
+from anemoi_dist.config.optimizer_states import EMA_STATES, narrow_states
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import gpu, implementations
-from anemoi_dist.optimizers.options import checked_options, narrow_states
+from anemoi_dist.optimizers.options import checked_options
 from anemoi_dist.optimizers.rounding import ElementRange, range_table, whole_range
 from anemoi_dist.optimizers.update import (
+    ParamGroup,
     ParamTensors,
     UpdateScalars,
     ademamix_update,
@@ -190,7 +191,7 @@ class AdEMAMix(Optimizer):
         if isinstance(param_group, dict):
             param_group = {**param_group, **checked_options({**self.defaults, **param_group})}
         super().add_param_group(param_group)
-        is_narrow = bool(narrow_states(self.param_groups[-1]))
+        is_narrow = bool(narrow_states(self.param_groups[-1]["state_dtype"]))
         for p in self.param_groups[-1]["params"]:
             rule = fix = ""
             if p.is_complex():
@@ -211,7 +212,7 @@ class AdEMAMix(Optimizer):
             group.update(checked_options(group))
             for p in group["params"]:
                 if p in self.state:
-                    _normalize_loaded_state(p, self.state[p], group)
+                    _normalize_loaded_state(p, self.state[p], cast(ParamGroup, group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state as torch does, but keep the EMA states in ``state_dtype`` whatever the parameters' type."""
@@ -225,6 +226,10 @@ class AdEMAMix(Optimizer):
             warnings.warn(note, stacklevel=2)
 
     @property
+    def _groups(self) -> list[ParamGroup]:
+        return cast(list[ParamGroup], self.param_groups)
+
+    @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether ``torch.amp.GradScaler`` leaves the scaling to :meth:`step`, which reads ``found_inf`` back."""
         return not any(group["capturable"] for group in self.param_groups)
@@ -232,7 +237,7 @@ class AdEMAMix(Optimizer):
     def implementation_in_use(self) -> dict[str, int]:
         """Return how many parameters each implementation updates, by its name, gradients or not."""
         names = Counter[str]()
-        for group in self.param_groups:
+        for group in self._groups:
             for p in group["params"]:
                 local = p.to_local() if isinstance(p, DTensor) else p
                 fast, slow, square = (
@@ -271,13 +276,13 @@ class AdEMAMix(Optimizer):
         ValueError
             ``p`` is in no parameter group.
         """
-        for group in self.param_groups:
+        for group in self._groups:
             if any(p is q for q in group["params"]):
                 self._init_state(p, group)
                 return
         raise ValueError("the tensor is in no parameter group of this optimizer")
 
-    def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _init_state(self, p: Tensor, group: ParamGroup) -> dict[str, Tensor]:
         state = self.state[p]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float64, device=p.device if group["capturable"] else "cpu")
@@ -310,7 +315,7 @@ class AdEMAMix(Optimizer):
         if float(getattr(self, "found_inf", 0.0)):
             return loss
         # All gradients are looked at before any parameter changes: a refused step leaves nothing half done.
-        ready = [(group, _with_gradient(group["params"])) for group in self.param_groups]
+        ready = [(group, _with_gradient(group["params"])) for group in self._groups]
         is_rehearsal = not self.state and _is_rehearsal(ready)
         chosen = [self._collect(group, params) for group, params in ready]
         if is_rehearsal:
@@ -322,10 +327,10 @@ class AdEMAMix(Optimizer):
                 self._update(group, updates)
         return loss
 
-    def _collect(self, group: dict[str, Any], params: list[Tensor]) -> list[tuple[str, ParamTensors, Tensor]]:
+    def _collect(self, group: ParamGroup, params: list[Tensor]) -> list[tuple[str, ParamTensors, Tensor]]:
         """Return for each parameter the implementation that updates it, this rank's tensors, and its step."""
         updates = []
-        if narrow_states(group) and any(p not in self._element_ranges for p in params):
+        if narrow_states(group["state_dtype"]) and any(p not in self._element_ranges for p in params):
             self._set_default_ranges()
         # A look-up by a tensor calls its hash, written in Python: none without need.
         copies, element_ranges, has_fast = self.copies, self._element_ranges, bool(group["betas"][0])
@@ -344,7 +349,7 @@ class AdEMAMix(Optimizer):
             updates.append((implementations.select(param, group), param, state["step"]))
         return updates
 
-    def _update(self, group: dict[str, Any], updates: list[tuple[str, ParamTensors, Tensor]]) -> None:
+    def _update(self, group: ParamGroup, updates: list[tuple[str, ParamTensors, Tensor]]) -> None:
         """Update with scalars from the host."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -363,7 +368,7 @@ class AdEMAMix(Optimizer):
             factor = self._grad_factor(group, bucket[0].p.device)
             implementations.run(name, bucket, host_scalars(group, step)._replace(grad_factor=factor))
 
-    def _update_captured(self, group: dict[str, Any], updates: list[tuple[str, ParamTensors, Tensor]]) -> None:
+    def _update_captured(self, group: ParamGroup, updates: list[tuple[str, ParamTensors, Tensor]]) -> None:
         """Update with scalars computed on the device from ``step``; nothing is read back."""
         buckets: dict[tuple[Any, ...], list[tuple[Tensor, ParamTensors]]] = defaultdict(list)
         for name, param, step in updates:
@@ -384,18 +389,18 @@ class AdEMAMix(Optimizer):
                         element_ranges=param.element_ranges,
                     )
 
-    def _grad_factor(self, group: dict[str, Any], device: torch.device) -> float | Tensor:
+    def _grad_factor(self, group: ParamGroup, device: torch.device) -> float | Tensor:
         """Return what the gradients are multiplied by: a number, or a tensor where ``grad_scale`` is one."""
         sign = -1.0 if group["maximize"] else 1.0
         scale: Tensor | None = getattr(self, "grad_scale", None)
         return sign if scale is None else sign / scale.to(device, torch.float32).view(())
 
 
-def _ema_dtype(name: str, p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+def _ema_dtype(name: str, p: Tensor, group: ParamGroup) -> torch.dtype:
     """Return the type that an EMA state of ``p`` is kept in."""
     if p.dtype == torch.float64:
         return torch.float64
-    return torch.bfloat16 if name in narrow_states(group) else torch.float32
+    return torch.bfloat16 if name in narrow_states(group["state_dtype"]) else torch.float32
 
 
 def conversions(saved: Mapping[str, set[torch.dtype]], kept: Mapping[str, set[torch.dtype]]) -> list[str]:
@@ -426,7 +431,7 @@ def schedule_values(optimizer: Any) -> dict[str, float]:
         optimizer = getattr(optimizer, "optimizer", None)
         if optimizer is None:
             return {}
-    group = optimizer.param_groups[0]
+    group = optimizer._groups[0]
     # Between steps an engine may leave the group empty; all its partitions are at the same step.
     own = [optimizer.state[p] for p in group["params"] if p in optimizer.state]
     steps = [state["step"] for state in own or optimizer.state.values() if "step" in state]
@@ -464,7 +469,7 @@ def _ema_dtypes(states: Mapping[Any, Any]) -> dict[str, set[torch.dtype]]:
     return {name: dtypes for name, dtypes in found.items() if dtypes}
 
 
-def _normalize_loaded_state(p: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+def _normalize_loaded_state(p: Tensor, state: dict[str, Any], group: ParamGroup) -> None:
     """Convert the state of one parameter, loaded from any source, to the form that this class keeps."""
     for name in EMA_STATES:
         if isinstance(state.get(name), _Hidden):
@@ -476,7 +481,7 @@ def _normalize_loaded_state(p: Tensor, state: dict[str, Any], group: Mapping[str
         state["step"] = step.to(p.device if group["capturable"] else "cpu")
 
 
-def _is_rehearsal(ready: list[tuple[dict[str, Any], list[Tensor]]]) -> bool:
+def _is_rehearsal(ready: list[tuple[ParamGroup, list[Tensor]]]) -> bool:
     """Whether a first step is one that moves nothing: rate 0, all gradients 0. Collective for DTensors.
 
     ``torch.distributed.checkpoint`` takes such a step to see the states. It must not count: ``alpha`` and ``beta3``

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import gpu, native, update
-from anemoi_dist.optimizers.update import ParamTensors, UpdateScalars
+from anemoi_dist.optimizers.update import ParamGroup, ParamTensors, UpdateScalars
 
 NAMES = ("auto", "c", "triton", "foreach", "eager")
 
@@ -52,7 +52,7 @@ def check_name(group: Mapping[str, Any]) -> None:
         raise ConfigError("implementation", name, missing, fix="implementation='auto'")
 
 
-def select(param: ParamTensors, group: dict[str, Any]) -> str:
+def select(param: ParamTensors, group: ParamGroup) -> str:
     """Return the implementation that updates a parameter whose tensors are local.
 
     Raises

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anemoi_dist.config.optimizer_states import checked_state_dtype
+from anemoi_dist.config.optimizer_states import checked_state_dtype, narrow_states
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import implementations, schedules
 
@@ -46,18 +46,10 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
         )
     checked["state_dtype"] = checked_state_dtype(options["state_dtype"], beta1=betas[0])
     implementations.check_name(options)
-    if narrow_states(checked) and (options["foreach"] or options["implementation"] == "foreach"):
+    if narrow_states(checked["state_dtype"]) and (options["foreach"] or options["implementation"] == "foreach"):
         rule = "can't be done by foreach, which has no stochastic rounding"
         raise ConfigError("state_dtype", checked["state_dtype"], rule, fix="implementation='auto', foreach=None")
     return checked
-
-
-def narrow_states(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the EMA states that checked options keep in bfloat16."""
-    chosen = group["state_dtype"]
-    if isinstance(chosen, str):
-        return ("exp_avg_fast", "exp_avg_sq") if chosen == "bf16" else ()
-    return tuple(name for name, dtype in chosen.items() if dtype == "bf16")
 
 
 def _checked_betas(betas: Any) -> tuple[float, float, float]:

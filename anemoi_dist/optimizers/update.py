@@ -6,13 +6,32 @@ Every implementation (:mod:`anemoi_dist.optimizers.implementations`) is held aga
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from anemoi_dist.optimizers import rounding, schedules
+
+
+class ParamGroup(TypedDict):
+    """Options of a parameter group of AdEMAMix, checked; their meaning is that of its arguments."""
+
+    params: list[Tensor]
+    lr: float | Tensor
+    betas: tuple[float, float, float]
+    alpha: float
+    beta3_warmup: int | None
+    alpha_warmup: int | None
+    eps: float
+    weight_decay: float
+    schedule_start: int
+    beta3_form: str
+    foreach: bool | None
+    maximize: bool
+    capturable: bool
+    implementation: str
+    state_dtype: str | dict[str, str]
 
 
 class UpdateScalars(NamedTuple):
@@ -165,12 +184,12 @@ def foreach_update(params: list[ParamTensors], scalars: UpdateScalars) -> None:
             copy.copy_(master)
 
 
-def host_scalars(group: Mapping[str, Any], step: float) -> UpdateScalars:
+def host_scalars(group: ParamGroup, step: float) -> UpdateScalars:
     """Compute the step scalars of update ``step`` (from 1) in double on the host.
 
     Parameters
     ----------
-    group : Mapping[str, Any]
+    group : ParamGroup
         A parameter group of :class:`AdEMAMix`.
     step : float
         Updates of the parameter so far, this one included.
@@ -192,12 +211,12 @@ def host_scalars(group: Mapping[str, Any], step: float) -> UpdateScalars:
     )
 
 
-def device_scalars(group: Mapping[str, Any], steps: Tensor, *, dtype: torch.dtype) -> list[UpdateScalars]:
+def device_scalars(group: ParamGroup, steps: Tensor, *, dtype: torch.dtype) -> list[UpdateScalars]:
     """Compute the step scalars of the updates ``steps`` on their device, in double, without reading them.
 
     Parameters
     ----------
-    group : Mapping[str, Any]
+    group : ParamGroup
         A parameter group of :class:`AdEMAMix`.
     steps : Tensor
         Shape (n,).
@@ -211,7 +230,7 @@ def device_scalars(group: Mapping[str, Any], steps: Tensor, *, dtype: torch.dtyp
     return [constant._replace(lr=lr, **dict(zip(named, values, strict=True))) for values in zip(*columns, strict=True)]
 
 
-def device_table(group: Mapping[str, Any], steps: Tensor, grad_factor: float | Tensor) -> Tensor:
+def device_table(group: ParamGroup, steps: Tensor, grad_factor: float | Tensor) -> Tensor:
     """Return the scalars of :func:`device_scalars` as a float32 table, columns in the order of :class:`UpdateScalars`.
 
     Returns
@@ -225,7 +244,7 @@ def device_table(group: Mapping[str, Any], steps: Tensor, grad_factor: float | T
     return torch.stack([like + values[name] for name in UpdateScalars._fields], dim=1).float()
 
 
-def _device_columns(group: Mapping[str, Any], steps: Tensor) -> dict[str, Tensor]:
+def _device_columns(group: ParamGroup, steps: Tensor) -> dict[str, Tensor]:
     """Return the scalars that change from step to step, for each step, in double."""
     beta1, beta2, beta3 = group["betas"]
     steps = steps.double()
@@ -250,7 +269,7 @@ def _device_columns(group: Mapping[str, Any], steps: Tensor) -> dict[str, Tensor
     }
 
 
-def scheduled_values(group: Mapping[str, Any], step: float) -> dict[str, float]:
+def scheduled_values(group: ParamGroup, step: float) -> dict[str, float]:
     """Return ``alpha`` and ``beta3`` of a parameter group at update ``step``."""
     beta1, _, beta3 = group["betas"]
     since_start = step - group["schedule_start"]

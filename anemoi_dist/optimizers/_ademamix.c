@@ -9,8 +9,8 @@ typedef long long i64;
 typedef unsigned int u32;
 typedef unsigned short u16;
 
-/* The elements of a segment from `begin` on are those of a parameter from `start` on: rounding.py's piece_table. */
-struct piece {
+/* The elements of a segment from `begin` on are those of a parameter from `start` on: rounding.py's range_table. */
+struct element_range {
     i64 begin, start, salt, other_salt;
 };
 
@@ -22,8 +22,8 @@ struct segment {
     u16 *copy; /* the new parameter, rounded to bfloat16 */
     i64 numel;
     i64 types;
-    const struct piece *pieces; /* for averages in bfloat16 */
-    i64 num_pieces;
+    const struct element_range *ranges; /* for EMA states in bfloat16 */
+    i64 num_ranges;
 };
 
 enum { GRADIENT_BF16 = 1, PARAMETER_BF16 = 2, FAST_BF16 = 4, SLOW_BF16 = 8, SQUARE_BF16 = 16 };
@@ -126,7 +126,7 @@ INLINE u16 narrow_randomly(float x, u32 bits) {
     return x == x ? (u16)((u.bits + bits) >> 16) : (u16)0x7fc0u;
 }
 
-/* Round one average with the low halves of the elements' words, another with the high ones; either may be absent. */
+/* Round one EMA state with the low halves of the elements' words, another with the high ones; either may be absent. */
 INLINE void rounded(u16 *restrict low, const float *restrict from_low, u16 *restrict high,
                     const float *restrict from_high, u32 first, u32 key, u32 other_key, i64 n) {
 #pragma omp simd
@@ -162,7 +162,7 @@ INLINE void run(const struct segment *s, i64 low, i64 high, const struct scalars
     }
 }
 
-/* The same where averages are bfloat16: what is not float passes, a block at a time, through floats in the first-level
+/* The same where EMA states are bfloat16: what is not float passes, a block at a time, through floats in the first-level
  * cache. A loop for every combination of types would be as fast, and 8 times as much code. */
 INLINE void run_rounded(const struct segment *s, i64 low, i64 high, const struct scalars *k, struct source r,
                         const int fused, const int fast) {
@@ -213,7 +213,7 @@ INLINE u32 mix(u32 x) {
     return x ^ x >> 16;
 }
 
-/* A chunk of a segment: in one go, or for averages in bfloat16 piece by piece. */
+/* A chunk of a segment: in one go, or for EMA states in bfloat16 range by range. */
 INLINE void chunk(const struct segment *s, i64 low, i64 high, const struct scalars *k, const int fused) {
     if (!(s->types & (FAST_BF16 | SLOW_BF16 | SQUARE_BF16))) {
         choose(s, low, high, k, fused);
@@ -221,17 +221,17 @@ INLINE void chunk(const struct segment *s, i64 low, i64 high, const struct scala
     }
     struct source r;
     const u32 step = mix((u32)k->step_low + ((u32)k->step_high << 16));
-    i64 index = 0, past = s->num_pieces; /* the last piece that begins at `low` or before, by bisection */
+    i64 index = 0, past = s->num_ranges; /* the last range that begins at `low` or before, by bisection */
     while (past - index > 1) {
         const i64 middle = index + (past - index) / 2;
-        if (s->pieces[middle].begin <= low) index = middle; else past = middle;
+        if (s->ranges[middle].begin <= low) index = middle; else past = middle;
     }
     while (low < high) {
-        const struct piece *piece = s->pieces + index++;
-        const i64 next = index < s->num_pieces && piece[1].begin < high ? piece[1].begin : high;
-        r.first = (u32)(piece->start + low - piece->begin);
-        r.key = mix((u32)piece->salt ^ step);
-        r.other_key = mix((u32)piece->other_salt ^ step);
+        const struct element_range *range = s->ranges + index++;
+        const i64 next = index < s->num_ranges && range[1].begin < high ? range[1].begin : high;
+        r.first = (u32)(range->start + low - range->begin);
+        r.key = mix((u32)range->salt ^ step);
+        r.other_key = mix((u32)range->other_salt ^ step);
         if (s->fast) run_rounded(s, low, next, k, r, fused, 1); else run_rounded(s, low, next, k, r, fused, 0);
         low = next;
     }

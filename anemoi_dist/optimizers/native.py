@@ -90,15 +90,15 @@ def update(params: list[ParamTensors], scalars: UpdateScalars) -> None:
     table = array("q")
     for p, g, m1, m2, nu, copy, element_ranges in params:
         types = (g.dtype is _BF16) | (p.dtype is _BF16) << 1 | (m2.dtype is _BF16) << 3 | (nu.dtype is _BF16) << 4
-        fast = written = places = num_places = 0
+        fast = written = ranges = num_ranges = 0
         if m1 is not None:
             fast, types = m1.data_ptr(), types | (m1.dtype is _BF16) << 2
         if copy is not None:
             written = copy.data_ptr()
         if element_ranges is not None:
-            places, num_places = element_ranges.data_ptr(), len(element_ranges)
+            ranges, num_ranges = element_ranges.data_ptr(), len(element_ranges)
         parameter, gradient, slow, square = p.data_ptr(), g.data_ptr(), m2.data_ptr(), nu.data_ptr()
-        table.extend((parameter, gradient, fast, slow, square, written, p.numel(), types, places, num_places))
+        table.extend((parameter, gradient, fast, slow, square, written, p.numel(), types, ranges, num_ranges))
     factor = scalars.grad_factor
     pointer = None
     if isinstance(factor, Tensor):

@@ -63,6 +63,25 @@ def test_torch_is_never_imported(arguments):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train"], "composing the configuration\n"),
+        (["resume", "r"], "inspecting the run\n"),
+        (["train", "--dry-run"], ""),
+        (["config"], ""),
+        (["plan", "--json"], ""),
+    ],
+)
+def test_the_first_line_comes_before_the_imports(arguments, line, monkeypatch, capsys):
+    def interrupt(*names: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupt)
+    assert cli.main(arguments) == ExitCode.INTERRUPTED
+    assert capsys.readouterr().out == line
+
+
 def test_help_lists_groups_and_options(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])

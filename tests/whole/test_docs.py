@@ -246,6 +246,15 @@ def test_the_readme_is_short():
     assert lines.index("make train") < lines.index("make test") < 15
 
 
+def test_the_readme_shows_the_default_job():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = text.partition("<!-- figures -->")[2].partition("<!-- end of figures -->")[0]
+    config = compose([]).config
+    assert set(re.findall(r"era5_sample-\S+", shown)) == {config.run.id}
+    assert f"step {config.training.max_steps}/{config.training.max_steps} " in shown
+    assert f"starts: {config.engine.spec.name} on 2 ranks" in shown
+
+
 def _exists(target: str) -> bool:
     parts = target.split(".")
     for end in range(len(parts), 0, -1):

@@ -52,7 +52,7 @@ def _section(section: type, prefix: str, comments: dict[tuple[str, str], list[st
         title = f"``{prefix.rstrip('.')}``: " if prefix else ""
         yield from (f"{title}{section.__doc__}", "", ".. list-table::", "   :widths: 30 16 54", "")
         for field in own:
-            meaning = " ".join(comments.get((section.__name__, field.name), ())).strip()
+            meaning = " ".join((*comments.get((section.__name__, field.name), ()), _bound(field))).strip()
             yield from (f"   * - ``{prefix}{field.name}``", f"     - ``{_default(field)}``", f"     - {meaning}")
         yield ""
     for field in fields(section):
@@ -66,6 +66,15 @@ def _default(field: Field[Any]) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
+
+
+def _bound(field: Field[Any]) -> str:
+    """Return what a field's value must be, in words."""
+    if "valid" in field.metadata:
+        return "One of " + ", ".join(f"``{value}``" for value in field.metadata["valid"]) + "."
+    if "minimum" in field.metadata:
+        return f"At least {field.metadata['minimum']}."
+    return "Positive." if "positive" in field.metadata else ""
 
 
 def setup(app: Sphinx) -> None:

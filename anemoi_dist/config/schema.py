@@ -37,8 +37,11 @@ def one_of(default: Any = MISSING, *, valid: Sequence[Any], rule: str = "is not 
 class RunConfig:
     """Identity of the run. ``id`` null: derived from the configuration, so that the same command continues the run."""
 
+    #: Directory of all runs; on several nodes one that they share.
     root: str = "runs"
+    #: Name of the run and of its directory.
     id: str | None = None
+    #: Decides the initial parameters, the order of the samples and every random draw.
     seed: int = bounded(0, minimum=0)
     #: ``model``, ``data``, ``seed``: may differ from what this run was started with.
     allow_changed: list[str] = field(default_factory=list)
@@ -48,6 +51,7 @@ class RunConfig:
 class LrConfig:
     """Learning rate: a function of this group and of the optimizer step, nothing else."""
 
+    #: Rate after the warm-up.
     rate: float = positive(1e-3, rule="must be a positive, finite number", fix="training.lr.rate=1e-3")
     #: Optimizer steps of the cosine; null: ``training.max_steps``.
     iterations: int | None = bounded(None, minimum=1)
@@ -63,7 +67,9 @@ class LrConfig:
 class TrainingConfig:
     """Optimization: its length, batch, rate and optimizer."""
 
+    #: Optimizer steps of the whole run.
     max_steps: int = bounded(minimum=1)
+    #: Samples of one optimizer step, over all ranks.
     global_batch_size: int = bounded(minimum=1)
     #: Samples in one forward pass of one rank; null: all of the rank's share of the global batch.
     micro_batch_size: int | None = None
@@ -125,6 +131,7 @@ class DataConfig:
     forcing: list[str] = field(default_factory=list)
     #: Past states that are the input of the model.
     multistep_input: int = bounded(2, minimum=1)
+    #: Processes of each rank that read; 0: the rank reads by itself.
     num_workers: int = bounded(1, minimum=0)
     #: Batches that each worker reads ahead.
     prefetch_factor: int = bounded(2, minimum=1)
@@ -180,6 +187,7 @@ class TelemetryConfig:
 
     #: Optimizer steps between lines, events and metrics.
     interval_steps: int = bounded(10, minimum=1)
+    #: Write the curves for TensorBoard too.
     tensorboard: bool = False
 
 

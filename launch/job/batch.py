@@ -287,7 +287,3 @@ def _seconds(text: str) -> float:
         return parse_time_limit(text)
     except ConfigError:
         return float("inf")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,8 @@ def test_outside_a_job_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "SLURM_JOB_ID" not in os.environ
     assert batch.main([str(run.path)]) == ExitCode.PREFLIGHT
     assert "not in a SLURM job" in capsys.readouterr().err
+    command = [sys.executable, "-m", "anemoi_dist.launch.job", str(run.path)]
+    assert subprocess.run(command, capture_output=True).returncode == ExitCode.PREFLIGHT, "what SLURM sees of it"
 
 
 @pytest.mark.parametrize("asked", ["stop", "cancel"])

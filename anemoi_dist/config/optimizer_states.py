@@ -63,10 +63,3 @@ def checked_state_dtype(chosen: Any, *, beta1: float, key: str = "state_dtype") 
         raise ConfigError(f"{key}.exp_avg_fast", "bf16", rule, fix="remove it")
     # A plain dictionary: Hydra's own would end up in the optimizer's pickles.
     return {name: str(chosen.get(name, "fp32")) for name in EMA_STATES}
-
-
-def narrow_states(state_dtype: str | Mapping[str, str]) -> tuple[str, ...]:
-    """Return the names of the EMA states that a checked ``state_dtype`` keeps in bfloat16."""
-    if isinstance(state_dtype, str):
-        return ("exp_avg_fast", "exp_avg_sq") if state_dtype == "bf16" else ()
-    return tuple(name for name, dtype in state_dtype.items() if dtype == "bf16")

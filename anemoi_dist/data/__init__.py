@@ -1,1 +1,1 @@
-"""Datasets, the order of their samples, and the batches that a rank reads."""
+"""Datasets, the global sample order, and the batches of each rank."""

@@ -1,4 +1,4 @@
-"""Opens what ``data`` in the configuration describes: an anemoi dataset, the sample that ships, or synthetic fields."""
+"""Open the configured dataset: an anemoi dataset, the sample shipped with the package, or synthetic fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from anemoi_dist.config.schema import DataConfig, SplitConfig
 from anemoi_dist.data.dataset import WeatherDataset
-from anemoi_dist.data.fields import Fields, empty_block
+from anemoi_dist.data.fields import Fields, empty_split
 from anemoi_dist.errors import ConfigError
 
 SAMPLE_PREFIX = "sample:"
@@ -21,38 +21,39 @@ KINDS = ("anemoi", "synthetic")
 
 
 def open_split(data: DataConfig, split: str, *, rollout: int) -> WeatherDataset:
-    """Open one block of the configured dataset.
+    """Open one split of the configured dataset.
 
     Parameters
     ----------
     data : DataConfig
-        What is read.
+        Dataset, options, and the dates of each split.
     split : str
         ``train``, ``validation`` or ``test``.
     rollout : int
-        Forecast steps that each sample must hold the truth of.
+        Forecast steps, for each of which a sample holds the true state.
 
     Raises
     ------
     ConfigError
-        The dataset can't be opened, a name is unknown, or the block is too short.
+        The dataset cannot be opened, a name is unknown, or the split is too short.
     """
     if split not in SPLITS:
-        raise ConfigError("split", split, "is not a block of the dataset", valid=SPLITS)
+        raise ConfigError("split", split, "is not a split of the dataset", valid=SPLITS)
+    # The training split beside the one asked for: statistics must come from the same dates for all of them.
     train: Fields
-    block: Fields
+    fields: Fields
     if data.kind == "anemoi":
         whole = open_anemoi(data.dataset, **data.options)
-        train, block = (_between(whole, getattr(data, name), name=name) for name in ("train", split))
+        train, fields = (_between(whole, getattr(data, name), name=name) for name in ("train", split))
     elif data.kind == "synthetic":
         from anemoi_dist.data.synthetic import SyntheticFields
 
         synthetic = SyntheticFields.from_config(data)
-        train, block = (synthetic.between(getattr(data, name), name=name) for name in ("train", split))
+        train, fields = (synthetic.between(getattr(data, name), name=name) for name in ("train", split))
     else:
         raise ConfigError("data.kind", data.kind, "is not a kind of dataset", valid=KINDS)
     return WeatherDataset(
-        block,
+        fields,
         train=train,
         forcing=tuple(data.forcing),
         multistep_input=data.multistep_input,
@@ -67,15 +68,15 @@ def open_anemoi(dataset: Any, **options: Any) -> Fields:
     Parameters
     ----------
     dataset : str, list or dict
-        Path, name, list or dictionary as ``open_dataset`` takes it; ``sample:NAME`` is a dataset that ships with
-        this package.
+        Path, name, list or dictionary as ``open_dataset`` takes it; ``sample:NAME`` is a dataset shipped with this
+        package.
     **options : Any
         ``select``, ``frequency``, ``start``, ``join``, ...
 
     Raises
     ------
     ConfigError
-        Nothing can be opened like that; the message carries the reason and, where a variable is unknown, the names.
+        The dataset cannot be opened; the message gives the reason and, for an unknown variable, the valid names.
     """
     if dataset is None or dataset in ("", [], {}):
         raise ConfigError("data.dataset", dataset, "must name a dataset", fix="data.dataset=/path/to/dataset.zarr")
@@ -91,6 +92,7 @@ def open_anemoi(dataset: Any, **options: Any) -> Fields:
         fields = _open(resolved, **options)
     except _OPEN_ERRORS as error:
         raise _explain(resolved, dataset, options, error) from error
+    # ``open_dataset`` can also return other shapes, such as several datasets zipped.
     if len(fields.shape) != 4:
         raise ConfigError(
             "data.dataset", dataset, f"must be (time, variable, ensemble, grid), but its shape is {fields.shape}"
@@ -98,11 +100,12 @@ def open_anemoi(dataset: Any, **options: Any) -> Fields:
     return fields
 
 
-# What anemoi-datasets raises for a wrong path, name, option or value; anything else is not the user's doing.
+# Exceptions of anemoi-datasets for a wrong path, name, option or value; any other is a defect and keeps its traceback.
 _OPEN_ERRORS = (ValueError, NotImplementedError, AssertionError, KeyError, TypeError, FileNotFoundError)
 
 
 def _open(*args: Any, **options: Any) -> Any:
+    # Imported here: it takes up to half a second, and synthetic data do without it.
     from anemoi.datasets import open_dataset
 
     with _no_lasting_process():
@@ -111,16 +114,15 @@ def _open(*args: Any, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def _no_lasting_process() -> Iterator[None]:
-    """Keep anemoi-datasets from leaving a process behind.
+    """Keep anemoi-datasets from leaving a child process behind.
 
-    It hands its usage analytics (off unless the user asked for them) to a process pool that it forks when the first
-    dataset is opened. That child would hold the rank's sockets and outlive a killed rank. A thread does the same work
-    and is gone afterwards.
+    It submits its usage analytics (off by default) to a process pool, which it forks when the first dataset is opened.
+    That child would hold the rank's sockets and outlive a killed rank. A thread does the same work and ends here.
     """
     try:
         analytics: Any = importlib.import_module("anemoi.datasets.usage.analytics")
         pool = analytics._executor
-    except (ModuleNotFoundError, AttributeError):  # versions without it
+    except (ModuleNotFoundError, AttributeError):  # other versions of anemoi-datasets
         yield
         return
     with ThreadPoolExecutor(max_workers=1) as thread:
@@ -147,11 +149,12 @@ def _resolve_samples(dataset: Any) -> Any:
 
 
 def _explain(resolved: Any, dataset: Any, options: dict[str, Any], error: Exception) -> ConfigError:
-    """Say whether the dataset or its options are at fault."""
+    """Return the error that names what is at fault: the dataset, or one of its options."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if not options:
         fix = "give the path of a .zarr directory that exists, or a name that anemoi-datasets knows"
         return ConfigError("data.dataset", dataset, f"cannot be opened: {reason}", fix=fix)
+    # Opened once more without options: if that works, the options are at fault, and the variables are known.
     try:
         variables = _open(resolved).variables
     except _OPEN_ERRORS as plain_error:
@@ -167,16 +170,17 @@ def _explain(resolved: Any, dataset: Any, options: dict[str, Any], error: Except
 def _between(fields: Any, split: SplitConfig, *, name: str) -> Fields:
     if split.start is None and split.end is None:
         return fields
+    # Both dates are inclusive to their own precision, as in anemoi-datasets: an end of 2020-01 includes 31 January.
     try:
-        block = _open(fields, start=split.start, end=split.end)
-        size = len(block)
+        part = _open(fields, start=split.start, end=split.end)
+        size = len(part)
     except _OPEN_ERRORS as error:
         raise ConfigError(
             f"data.{name}",
             f"{split.start} to {split.end}",
-            f"is not a block of dates: {error}",
+            f"is not a range of dates: {error}",
             fix="give dates such as 2020, 2020-01, 2020-01-31 or 2020-01-31T18:00:00",
         ) from error
     if not size:
-        raise empty_block(split, name=name, dates=fields.dates)
-    return block
+        raise empty_split(split, name=name, dates=fields.dates)
+    return part

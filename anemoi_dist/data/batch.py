@@ -1,4 +1,4 @@
-"""What passes from the data to the module: one batch, and what is known of its variables and grid."""
+"""Interface between data and model: one batch, and a description of its variables and grid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     dates: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to ``device``, without waiting where the batch is pinned."""
+        """Copy to ``device``; asynchronously if the batch is pinned."""
         return Batch(self.fields.to(device, non_blocking=True), self.dates.to(device, non_blocking=True))
 
 
@@ -36,24 +36,24 @@ def collate(samples: Sequence[Batch]) -> Batch:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a model and a loss need to know of a dataset.
+    """Description of a dataset for model and loss.
 
     Attributes
     ----------
     variables : tuple[str, ...]
         Names along the last axis of ``Batch.fields``.
     forcing : tuple[str, ...]
-        Those that are given and not forecast; all others are prognostic.
+        Variables that are given and not forecast; all others are prognostic.
     latitudes, longitudes : np.ndarray
         float64, shape (grid,), degrees.
     field_shape : tuple[int, ...]
         (latitude, longitude) of a regular grid, (grid,) of any other.
     mean, stdev : np.ndarray
-        float64, shape (variable,): the dataset's own statistics.
+        float64, shape (variable,): statistics stored with the dataset.
     tendency_stdev : np.ndarray
         float64, shape (variable,): standard deviation of the change over one forecast step.
     multistep_input : int
-        Past states that the model sees.
+        Input states of the model.
     frequency_s : int
         Seconds between two states.
     """

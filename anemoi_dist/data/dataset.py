@@ -1,4 +1,4 @@
-"""Samples for training and validation: a few consecutive states each, with no missing date among them."""
+"""Samples for training and validation: windows of consecutive states without missing dates."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from anemoi_dist.errors import ConfigError
 
 
 class WeatherDataset(Dataset):
-    """Windows of ``multistep_input + rollout`` consecutive states of one block of dates.
+    """Windows of ``multistep_input + rollout`` consecutive states of one split.
 
     A window that touches a missing date or a gap in time is left out and counted, never read.
 
     Parameters
     ----------
     fields : Fields
-        The block that samples come from.
+        The split that samples come from.
     train : Fields
-        The training block, for statistics: normalisation must not see the other blocks.
+        The training split, for statistics: normalisation must not depend on the other splits.
     forcing : tuple[str, ...]
         Variables that are given, not forecast.
     multistep_input, rollout : int
-        Past states and forecast steps of one sample.
+        Input states and forecast steps of one sample.
     name : str
-        Name of the block, for messages.
+        Name of the split, for messages.
 
     Attributes
     ----------
     num_dropped : int
-        Windows left out for a missing date or a gap.
+        Windows left out because of a missing date or a gap.
 
     Raises
     ------
     ConfigError
-        The block holds no window, or a forcing variable is unknown.
+        The split holds no window, or a forcing variable is unknown.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class WeatherDataset(Dataset):
         self.multistep_input, self.rollout = multistep_input, rollout
         self.dates_s = seconds(fields.dates)
         self.frequency_s = round(fields.frequency.total_seconds())
+        # Found once, here: a sample that fails in a data worker hours later would end the run.
         self.starts = window_starts(self.dates_s, fields.missing, window=self.window, frequency_s=self.frequency_s)
         self.num_dropped = max(0, len(self.dates_s) - self.window + 1) - len(self.starts)
         if not len(self.starts):
@@ -79,12 +80,14 @@ class WeatherDataset(Dataset):
     def __getitem__(self, index: int) -> Batch:
         """Read one sample: a :class:`Batch` without its batch axis, in one slice of the dataset."""
         start = int(self.starts[index])
+        # One slice: with zarr each access reads and decompresses whole chunks.
         states = np.asarray(self.fields[start : start + self.window])
+        # Rearranged here, in the data worker, where it costs the training thread nothing.
         fields = np.ascontiguousarray(states.transpose(0, 2, 3, 1), dtype=np.float32)
         return Batch(torch.from_numpy(fields), torch.tensor(self.dates_s[start + self.multistep_input - 1]))
 
     def spec(self) -> DataSpec:
-        """Return what a model and a loss need to know; the same for every split of one configuration."""
+        """Return the description for model and loss, which is the same for every split of one configuration."""
         return self._spec
 
     @cached_property
@@ -105,6 +108,7 @@ class WeatherDataset(Dataset):
 
 
 def _check_fields(fields: Fields, forcing: tuple[str, ...]) -> None:
+    # Here and not in the configuration's checks: only the dataset knows its variables.
     for name in forcing:
         if name not in fields.variables:
             raise ConfigError("data.forcing", name, "is not a variable of the dataset", valid=fields.variables)

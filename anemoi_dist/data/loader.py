@@ -1,4 +1,4 @@
-"""Batches read ahead by worker processes that a signal meant for the trainer does not hit and that never outlive it."""
+"""Batches read ahead by worker processes, which ignore signals meant for the trainer and never outlive it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from anemoi_dist.process.parent_death import die_with_parent
 from anemoi_dist.telemetry.heartbeat import beat
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-#: How long a start of the workers may take, until they are started again. They need milliseconds.
+#: Seconds that each attempt at starting the workers may take. They need milliseconds, unless the machine is overloaded.
 _PATIENCE_S = (5.0, 15.0, 45.0)
 _PID = struct.Struct("=i")
 
@@ -37,16 +37,17 @@ class BatchLoader(Iterator[list[Any]]):
 
     def __init__(self, batches: Iterator[Any], workers: tuple[Any, ...], *, accumulation: int) -> None:
         self._batches, self.workers, self._accumulation = batches, workers, accumulation
-        # Also at exit, before multiprocessing joins its children: a worker that ignores SIGTERM would never return.
+        # Runs at exit too, before multiprocessing joins its children: joining a worker that ignores SIGTERM never ends.
         self._close = weakref.finalize(self, _end, self._batches, self.workers)
 
     def __next__(self) -> list[Any]:
+        # Closed: torch's iterator would start to wait for workers that are gone.
         if not self._close.alive:
             raise StopIteration
         return [next(self._batches) for _ in range(self._accumulation)]
 
     def close(self) -> None:
-        """End the workers. Harmless when repeated."""
+        """End the workers; a second call does nothing."""
         self._close()
 
 
@@ -60,20 +61,25 @@ def build_loader(
 ) -> BatchLoader:
     """Start reading this rank's micro-batches.
 
-    Call it from the main thread: workers end when the thread that started them ends.
+    Call it from the main thread: the parent-death signal is bound to the thread that starts the workers.
 
     Parameters
     ----------
     samples : Samples
-        Gives samples by index.
+        The training split.
     sampler : MicroBatchSampler
-        Which samples, in what order.
+        Indices of the samples of each micro-batch.
     collate : Callable[[Sequence[Any]], Any]
         Joins samples into one batch.
     data_config : DataConfig
         ``num_workers`` (0 reads in this process) and ``prefetch_factor``.
     pin_memory : bool
-        Hand out page-locked memory, for asynchronous copies to a GPU.
+        Return page-locked memory, for asynchronous copies to a GPU.
+
+    Raises
+    ------
+    RuntimeError
+        The workers have not started in time.
     """
     options: dict[str, Any] = {
         "dataset": samples,
@@ -89,10 +95,10 @@ def build_loader(
             **options,
             num_workers=data_config.num_workers,
             prefetch_factor=data_config.prefetch_factor,
-            # Named, since Python 3.14 changes the default. Forking costs milliseconds where a fresh interpreter costs
-            # seconds per worker, and it is safe once Python runs in it: a worker uses neither CUDA nor a process group,
-            # torch gives it one thread (so no OpenMP pool that fork has lost), and zarr 2 keeps no threads. Blosc's
-            # pool restarts itself after a fork.
+            # Explicit, because Python 3.14 changes the default. A fork takes milliseconds, a fresh interpreter seconds
+            # for each worker. It is safe once Python runs in the child: a worker uses neither CUDA nor a process group,
+            # torch gives it one thread (no OpenMP pool whose threads the fork has lost), zarr 2 keeps no threads, and
+            # Blosc's pool restarts itself after a fork.
             multiprocessing_context="fork",
             worker_init_fn=partial(_start_worker, parent_pid=os.getpid(), say_ready=say_ready),
         )
@@ -104,15 +110,16 @@ def build_loader(
 
 
 def _start_workers(loader: DataLoader, ready: int) -> tuple[Iterator[Any], tuple[Any, ...]]:
-    """Fork the workers, and again where one of them does not come to life.
+    """Fork the workers, and fork them again if one of them does not start.
 
-    Before CPython 3.12 (github.com/python/cpython/issues/112275) a child hangs, before any line of Python, if another
-    thread of the parent held a lock of the interpreter at the fork; gloo's threads take it for microseconds, now and
+    Before CPython 3.12 (github.com/python/cpython/issues/112275) a child hangs before it runs any Python if another
+    thread of the parent held a lock of the interpreter during the fork; gloo's threads hold it for microseconds now and
     then.
     """
     for patience_s in _PATIENCE_S:
         before = set(multiprocessing.active_children())
         batches = iter(loader)
+        # By difference: the rank may have other children, and the iterator's own list is private to torch.
         workers = tuple(set(multiprocessing.active_children()) - before)
         if _all_ready({worker.pid for worker in workers}, ready, patience_s=patience_s):
             return batches, workers
@@ -131,15 +138,16 @@ def _all_ready(pids: set[int | None], ready: int, *, patience_s: float) -> bool:
         selector.register(ready, selectors.EVENT_READ)
         while silent and (left_s := deadline - time.monotonic()) > 0:
             if selector.select(min(left_s, 1.0)):
+                # Several workers at once: writes of 4 bytes to a pipe are atomic, so records are never interleaved.
                 silent -= {pid for (pid,) in _PID.iter_unpack(os.read(ready, 1024 * _PID.size))}
-            beat()
+            beat()  # a machine that is slow to start workers is no hang
     return not silent
 
 
 def _start_worker(worker: int, *, parent_pid: int, say_ready: int) -> None:
-    """Say that it lives, and make a worker deaf to what schedulers send to the whole job, and mortal with its parent.
+    """Ignore signals that schedulers send to the whole job, end with the parent, and report that the worker runs.
 
-    A survivor would hold the killed rank's sockets, and the other ranks would wait for it instead of failing.
+    A survivor would hold the sockets of a killed rank, and the other ranks would wait for it instead of failing.
     """
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -148,7 +156,7 @@ def _start_worker(worker: int, *, parent_pid: int, say_ready: int) -> None:
 
 
 def _end(batches: Any, workers: tuple[Any, ...]) -> None:
-    # By name, since dropping the iterator does nothing while a traceback holds it, and then at the wrong moment.
+    # Explicitly: deleting the iterator does nothing while a traceback refers to it, and then acts at the wrong moment.
     if workers:
         batches._shutdown_workers()
     for worker in workers:

@@ -1,4 +1,4 @@
-"""Which sample comes when: a function of (seed, global sample index), whatever the number of ranks."""
+"""Global sample order: a function of (seed, global sample index), independent of the number of ranks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ class GlobalSampleOrder:
     num_samples : int
         Samples in the dataset.
     seed : int
-        Names the sequence.
+        Seed of the permutations.
+
+    Raises
+    ------
+    ValueError
+        The dataset is empty.
     """
 
     def __init__(self, num_samples: int, *, seed: int) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}: must be at least 1")
         self.num_samples, self.seed = num_samples, seed
-        # A step may straddle two epochs.
+        # Two, because a step may cover the end of one epoch and the beginning of the next.
         self._permutation = lru_cache(maxsize=2)(self._make_permutation)
 
     def __getitem__(self, global_index: int) -> int:
-        """Return the sample at ``global_index`` (from 0 on, without end)."""
+        """Return the sample at ``global_index``, counted from 0 through all epochs."""
         if global_index < 0:
             raise IndexError(f"global_index={global_index}: must not be negative")
         epoch, position = divmod(global_index, self.num_samples)
@@ -38,8 +43,8 @@ class GlobalSampleOrder:
 
     def _make_permutation(self, epoch: int) -> np.ndarray:
         key = np.array([self.seed % 2**64, epoch], dtype=np.uint64)
-        # Raw bits of a counter-based generator, sorted: numpy promises them for all versions, which it does not for
-        # `Generator.permutation`. A run may be resumed under another version.
+        # Sorted raw bits of a counter-based generator: numpy guarantees them across versions, but not the result of
+        # `Generator.permutation`, and a run may be resumed under another version.
         return np.argsort(np.random.Philox(key=key).random_raw(self.num_samples), kind="stable")
 
 
@@ -52,13 +57,18 @@ class MicroBatchSampler:
     Parameters
     ----------
     order : GlobalSampleOrder
-        Which sample comes when.
+        The global sample order.
     plan : BatchPlan
-        How a global batch is cut.
+        Division of the global batch into micro-batches.
     rank : int
-        Whose share.
+        This rank.
     start_step : int
         Optimizer steps already done.
+
+    Raises
+    ------
+    ValueError
+        ``rank`` is not a rank of the plan.
     """
 
     def __init__(self, order: GlobalSampleOrder, *, plan: BatchPlan, rank: int, start_step: int = 0) -> None:
@@ -73,6 +83,7 @@ class MicroBatchSampler:
 
     def samples(self, step: int, micro: int) -> list[int]:
         """Return the samples of micro-batch ``micro`` in optimizer step ``step``."""
+        # Consecutive shares, so that a step has the same samples on any number of ranks and any micro-batch size.
         size = self.plan.micro_size
         first = step * self.plan.global_size + self.rank * self.plan.rank_size + micro * size
         return [self.order[index] for index in range(first, first + size)]

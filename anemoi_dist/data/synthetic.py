@@ -1,45 +1,49 @@
-"""Travelling waves computed on demand: data of any size for tests of scale, with nothing stored."""
+"""Travelling waves computed on demand: data of any size for tests of scale, without files."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import Any
 
 import numpy as np
 
 from anemoi_dist.config.schema import DataConfig, SplitConfig
-from anemoi_dist.data.fields import empty_block
+from anemoi_dist.data.fields import empty_split
 from anemoi_dist.errors import ConfigError
 
 NUM_WAVES = 4
-DEFAULTS: dict[str, Any] = {
-    "field_shape": [32, 64],
-    "variables": ["wave_0", "wave_1"],
-    "num_dates": 1024,
-    "start": "2000-01-01",
-    "frequency_s": 21600,
-}
+
+
+@dataclass(frozen=True)
+class SyntheticSettings:
+    """Settings in ``data.dataset`` of synthetic data: grid, names, and dates."""
+
+    field_shape: Sequence[int] = (32, 64)
+    variables: Sequence[str] = ("wave_0", "wave_1")
+    num_dates: int = 1024
+    start: str = "2000-01-01"
+    frequency_s: int = 21600
 
 
 @dataclass(frozen=True)
 class SyntheticFields:
-    """Deterministic fields on a regular grid, with the face of an anemoi dataset (``data.anemoi.Fields``).
+    """Deterministic fields on a regular grid that implement :class:`~anemoi_dist.data.fields.Fields`.
 
-    Each variable is a sum of waves ``a g(latitude) cos(m longitude - w t + p)``, fixed by the variable's position and
-    independent of the grid, so that the same weather can be had at any resolution.
+    Each variable is a sum of waves ``a g(latitude) cos(m longitude - w t + p)``, determined by the index of the
+    variable and independent of the grid, so that the same weather exists at any resolution.
 
     Parameters
     ----------
     field_shape : tuple[int, int]
         Latitudes (from pole to pole) and longitudes.
     variables : list[str]
-        Names.
+        Names of the variables.
     dates : np.ndarray
         datetime64[s], shape (time,).
     frequency : timedelta
-        Between two dates.
+        Time between two dates.
     epoch_s : int
         Unix seconds at which the waves have their initial phase.
     """
@@ -53,36 +57,52 @@ class SyntheticFields:
 
     @classmethod
     def from_config(cls, data: DataConfig) -> SyntheticFields:
-        """Build from ``data.dataset``: a mapping with any of :data:`DEFAULTS`."""
+        """Build from ``data.dataset``: a mapping with any of :class:`SyntheticSettings`.
+
+        Raises
+        ------
+        ConfigError
+            A setting is unknown or has a wrong value.
+        """
+        valid = [field.name for field in fields(SyntheticSettings)]
         given = data.dataset or {}
         if not isinstance(given, dict):
-            raise ConfigError("data.dataset", given, "must be a mapping for data.kind=synthetic", valid=DEFAULTS)
+            raise ConfigError("data.dataset", given, "must be a mapping for data.kind=synthetic", valid=valid)
         for key in given:
-            if key not in DEFAULTS:
-                raise ConfigError("data.dataset", key, "is not a setting of synthetic data", valid=DEFAULTS)
+            if key not in valid:
+                raise ConfigError("data.dataset", key, "is not a setting of synthetic data", valid=valid)
         if data.options:
             raise ConfigError("data.options", data.options, "has no effect on synthetic data", fix="data.options={}")
-        values = DEFAULTS | given
-        shape = tuple(values["field_shape"])
+        settings = SyntheticSettings(**given)
+        shape = tuple(settings.field_shape)
         if len(shape) != 2 or min(shape) < 2:
             raise ConfigError("data.dataset.field_shape", shape, "must be [latitudes, longitudes], 2 at least each")
         for key in ("num_dates", "frequency_s"):
-            if values[key] < 1:
-                raise ConfigError(f"data.dataset.{key}", values[key], "must be at least 1")
-        start = _date(str(values["start"]), key="data.dataset.start").astype("datetime64[s]")
-        dates = start + np.arange(values["num_dates"]) * np.timedelta64(values["frequency_s"], "s")
-        frequency = timedelta(seconds=values["frequency_s"])
-        return cls(shape, list(values["variables"]), dates, frequency, int(start.astype(np.int64)))
+            if getattr(settings, key) < 1:
+                raise ConfigError(f"data.dataset.{key}", getattr(settings, key), "must be at least 1")
+        # In YAML a bare year is a number.
+        start = _date(str(settings.start), key="data.dataset.start").astype("datetime64[s]")
+        dates = start + np.arange(settings.num_dates) * np.timedelta64(settings.frequency_s, "s")
+        frequency = timedelta(seconds=settings.frequency_s)
+        # The epoch is kept apart from the dates: a split must give the same weather as the whole.
+        return cls(shape, list(settings.variables), dates, frequency, int(start.astype(np.int64)))
 
     def between(self, split: SplitConfig, *, name: str) -> SyntheticFields:
-        """Return the block from ``split.start`` to ``split.end``, both inclusive to their own precision."""
+        """Return the dates from ``split.start`` to ``split.end``, both inclusive to their own precision.
+
+        Raises
+        ------
+        ConfigError
+            A date is malformed, or there are no dates between the two.
+        """
         keep = np.ones(len(self.dates), dtype=bool)
         if split.start is not None:
             keep &= self.dates >= _date(split.start, key=f"data.{name}.start")
         if split.end is not None:
-            keep &= self.dates < _date(split.end, key=f"data.{name}.end") + 1  # the end of that day, month or year
+            # One unit of the given precision: 2000-01 + 1 is 2000-02, so all of January is included.
+            keep &= self.dates < _date(split.end, key=f"data.{name}.end") + 1
         if not keep.any():
-            raise empty_block(split, name=name, dates=self.dates)
+            raise empty_split(split, name=name, dates=self.dates)
         return replace(self, dates=self.dates[keep])
 
     def __len__(self) -> int:
@@ -90,17 +110,17 @@ class SyntheticFields:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(time, variable, ensemble, grid)."""
+        """Shape (time, variable, ensemble, grid)."""
         return (len(self.dates), len(self.variables), 1, math.prod(self.field_shape))
 
     @property
     def latitudes(self) -> np.ndarray:
-        """float64, shape (grid,), degrees, north first."""
+        """Latitudes in degrees, north first, float64, shape (grid,)."""
         return np.repeat(np.linspace(90.0, -90.0, self.field_shape[0]), self.field_shape[1])
 
     @property
     def longitudes(self) -> np.ndarray:
-        """float64, shape (grid,), degrees east."""
+        """Longitudes in degrees east, float64, shape (grid,)."""
         return np.tile(np.arange(self.field_shape[1]) * 360.0 / self.field_shape[1], self.field_shape[0])
 
     @property
@@ -153,14 +173,15 @@ class _Waves:
 
 
 def _waves(variable: int) -> _Waves:
-    random = np.random.RandomState(variable)  # its stream never changes between versions of numpy
+    # The legacy generator, because its stream is frozen: newer ones may change between versions of numpy.
+    random = np.random.RandomState(variable)
     return _Waves(
         offset=100.0 * (variable + 1),
         amplitude=random.uniform(2.0, 8.0, NUM_WAVES),
         zonal=np.arange(1, NUM_WAVES + 1),
         meridional=random.randint(0, 4, NUM_WAVES),
         phase=random.uniform(0, 2 * np.pi, NUM_WAVES),
-        # Eastward, once around its own wavelength in 2 to 8 days.
+        # Eastward by one wavelength in 2 to 8 days, like weather systems.
         frequency_hz=1 / (86400 * random.uniform(2.0, 8.0, NUM_WAVES)),
     )
 

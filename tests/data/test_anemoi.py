@@ -16,17 +16,17 @@ from .conftest import SAMPLE, raw_sample
 # The sample
 
 
-def test_blocks_of_the_sample_are_apart_and_whole(era5):
-    blocks = {name: open_split(era5, name, rollout=1) for name in ("train", "validation", "test")}
-    days = {name: np.unique(block.dates_s // 86400).tolist() for name, block in blocks.items()}
+def test_splits_of_the_sample_are_apart_and_whole(era5):
+    splits = {name: open_split(era5, name, rollout=1) for name in ("train", "validation", "test")}
+    days = {name: np.unique(part.dates_s // 86400).tolist() for name, part in splits.items()}
     first = 20423  # 2025-12-01
     assert days == {
         "train": list(range(first, first + 21)),
         "validation": list(range(first + 21, first + 25)),
         "test": list(range(first + 25, first + 31)),
     }
-    assert {name: len(block) for name, block in blocks.items()} == {"train": 82, "validation": 14, "test": 22}
-    assert all(block.num_dropped == 0 for block in blocks.values())
+    assert {name: len(part) for name, part in splits.items()} == {"train": 82, "validation": 14, "test": 22}
+    assert all(part.num_dropped == 0 for part in splits.values())
 
 
 def test_sample_names_no_machine():

@@ -47,7 +47,7 @@ def test_no_sample_spans_a_gap(era5):
     assert torch.isfinite(train[38].fields).all()
 
 
-def test_block_without_two_consecutive_states_is_refused():
+def test_split_without_two_consecutive_states_is_refused():
     with pytest.raises(ConfigError, match="has 20 states and no 3 consecutive ones"):
         noise(set_missing_dates=list(range(0, 20, 2)))
 
@@ -55,7 +55,7 @@ def test_block_without_two_consecutive_states_is_refused():
 # Statistics
 
 
-def test_statistics_are_of_the_training_block(era5):
+def test_statistics_are_of_the_training_split(era5):
     spec = open_split(era5, "test", rollout=1).spec()
     data = raw_sample()["data"][:84, :, 0].astype(np.float64)
     np.testing.assert_allclose(spec.mean, data.mean((0, 2)), rtol=1e-6, atol=1e-7)

@@ -21,11 +21,11 @@ def test_any_slice_gives_the_same_states():
     np.testing.assert_array_equal(fields(field_shape=[5, 8], num_dates=5)[3:5], whole[3:5])
 
 
-def test_a_block_is_part_of_the_whole():
+def test_a_split_is_part_of_the_whole():
     waves = fields(num_dates=40)
-    block = waves.between(SplitConfig("2000-01-03", "2000-01-05"), name="test")
-    assert len(block) == 12 and block.dates[-1] == np.datetime64("2000-01-05T18:00:00")
-    np.testing.assert_array_equal(block[:2], waves[8:10])
+    part = waves.between(SplitConfig("2000-01-03", "2000-01-05"), name="test")
+    assert len(part) == 12 and part.dates[-1] == np.datetime64("2000-01-05T18:00:00")
+    np.testing.assert_array_equal(part[:2], waves[8:10])
 
 
 def test_weather_does_not_depend_on_resolution():
@@ -50,7 +50,7 @@ def test_waves_move_and_vanish_at_the_poles():
     np.testing.assert_allclose(states[:, :, 0].std(-1), 0, atol=1e-4)
 
 
-def test_shipped_configuration_has_three_blocks():
+def test_shipped_configuration_has_three_splits():
     data = load("synthetic")
     sizes = {name: len(open_split(data, name, rollout=4)) for name in ("train", "validation", "test")}
     assert sizes["train"] > 800 and min(sizes.values()) > 40 and sum(sizes.values()) == 1024 - 3 * 5

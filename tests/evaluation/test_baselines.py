@@ -19,7 +19,7 @@ def era5() -> tuple[WeatherDataset, Baselines]:
     return train, Baselines.fit(train)
 
 
-def test_climatology_is_the_mean_of_the_training_block(era5):
+def test_climatology_is_the_mean_of_the_training_split(era5):
     train, baselines = era5
     states = np.stack([train[i].fields[1, 0, :, MSL].numpy() for i in range(len(train))]).astype(np.float64)
     np.testing.assert_allclose(baselines.climatology[0, :, 0], states.mean(0), rtol=1e-6)

@@ -56,7 +56,7 @@ def test_scores_equal_a_plain_computation(scores):
         assert score.acc == pytest.approx(np.mean(correlations), rel=1e-5)
 
 
-def test_baselines_on_the_test_block_are_as_known():
+def test_baselines_on_the_test_split_are_as_known():
     """Persistence 258 Pa and tide + damped tendency 171 Pa at 6 hours are known from an independent computation."""
     known = by_key(validator(leads=(1,), batch_size=8).run(noisy_persistence))
     assert known["persistence", 21600].rmse == pytest.approx(258, abs=1)
@@ -123,7 +123,7 @@ def test_baselines_are_computed_once(monkeypatch):
     assert num_calls == len(calls) == 3 * check.num_calls
 
 
-def test_max_samples_are_spread_over_block_and_day():
+def test_max_samples_are_spread_over_split_and_day():
     check = validator(max_samples=8)
     assert check.samples.tolist() == [0, 3, 6, 9, 12, 15, 18]
     hours = {int(check.dataset[i].dates) // 3600 % 24 for i in check.samples}

@@ -23,7 +23,7 @@ def test_restarts_are_the_steps_that_attempts_went_on_from(finished_run):
     assert restarts(read_events(finished_run.events_file)) == [50]
 
 
-def test_the_table_is_that_of_the_test_block_in_units_a_reader_knows(finished_run):
+def test_the_table_is_that_of_the_test_split_in_units_a_reader_knows(finished_run):
     found = skill(read_events(finished_run.events_file))
     assert (found.split, found.step, found.num_won, found.num_compared) == ("test", 100, 2, 2)
     (table,) = found.tables

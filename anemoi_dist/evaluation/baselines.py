@@ -1,4 +1,4 @@
-"""Forecasts that need no training, which a model has to beat: persistence, climatology, tide and damped tendency."""
+"""Baselines that a model has to beat: persistence, climatology, tide with damped tendency."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ BASELINES = (PERSISTENCE, CLIMATOLOGY, TIDE_TENDENCY)
 
 @dataclass(frozen=True)
 class Baselines:
-    """What the training block says without a model.
+    """Baseline forecasts fitted to the training split.
 
-    ``tide_tendency`` is, from the last state on: the mean change at that time of day and place (the tide), plus the
-    last change's departure from it, damped by a factor per variable at every step.
+    ``tide_tendency`` adds to the last state, at every step, the mean change at that time of day and place (the tide)
+    and the last change's departure from it, which a factor per variable damps from step to step.
 
     Attributes
     ----------
     spec : DataSpec
         Variables and grid.
     climatology : torch.Tensor
-        float32, shape (ensemble, grid, prognostic): mean over the training block, physical units.
+        float32, shape (ensemble, grid, prognostic): mean over the training split, physical units.
     tide : torch.Tensor
-        float32, shape (time of day, ensemble, grid, prognostic): mean change over one step that starts then.
+        float32, shape (time of day, ensemble, grid, prognostic): mean change over the step that starts then.
     damping : torch.Tensor
-        float32, shape (prognostic,): share of the last change's departure that returns in the next, from -1 to 1.
+        float32, shape (prognostic,): fraction of a departure that persists in the next step, from -1 to 1.
     """
 
     spec: DataSpec
@@ -53,23 +53,24 @@ class Baselines:
         max_samples: int | None = 256,
         world: World | None = None,
     ) -> Baselines:
-        """Fit to the training block. Collective: each rank reads its share, all get the same.
+        """Fit to the training split. Collective: each rank reads its share, all get the same result.
 
         Parameters
         ----------
         train : WeatherDataset
-            The training block.
+            The training split.
         max_samples : int or None
-            Samples read at most over all ranks, evenly spaced over the block and over the times of day; None: all.
+            Samples read at most over all ranks, evenly spaced over the split and over the times of day; None: all.
         world : World, optional
-            This rank's place: each rank reads its share. None: all are read here.
+            The ranks that share the samples. None: all are read here.
         """
         spec = train.spec()
         sums = _Sums.empty(train, spec)
         picked = evenly_spaced(len(train), at_most=max_samples, frequency_s=spec.frequency_s)
         for index in share(picked, world):
-            beat()
+            beat()  # reading 256 samples may take longer than the watchdog's timeout
             sums.add(train[int(index)], spec)
+        # Sums, not means: ranks may have read different numbers of samples.
         for total in (sums.state, sums.now, sums.before, sums.product, sums.square, sums.count):
             all_reduce(total, world=world)
         return sums.baselines(spec)
@@ -82,7 +83,7 @@ class Baselines:
         name : str
             One of :data:`BASELINES`.
         batch : Batch
-            On the CPU; only its input states are read.
+            On the CPU; only its input states are read, never the truth behind them.
 
         Returns
         -------
@@ -101,6 +102,7 @@ class Baselines:
 
     def _tide_tendency(self, inputs: Tensor, dates: Tensor, *, rollout: int) -> Tensor:
         state, step_s = inputs[:, -1], self.spec.frequency_s
+        # From a single input state no change is known: the tide alone remains.
         departure = torch.zeros_like(state)
         if inputs.shape[1] > 1:
             departure = state - inputs[:, -2] - self.tide[time_of_day(dates - step_s, frequency_s=step_s)]
@@ -147,6 +149,7 @@ class _Sums:
         )
 
     def add(self, sample: Batch, spec: DataSpec) -> None:
+        # float64: sums of squares of 100 000 Pa over hundreds of samples leave float32 no digits for the changes.
         states = sample.fields[..., spec.prognostic_indices].double()
         last = spec.multistep_input - 1
         now = states[last + 1] - states[last]
@@ -164,37 +167,43 @@ class _Sums:
         return torch.einsum("...egv,g->...v", values, self.weights) / values.shape[-3]
 
     def baselines(self, spec: DataSpec) -> Baselines:
+        # A short split may lack some times of day.
         count = self.count.clamp(min=1)
         each = count.reshape(-1, 1, 1, 1)
-        # Least squares of `now` on `before`, both as departures from their mean at that time of day and place.
+        # Least squares of `now` on `before`, both as departures from their mean at that time of day and place. Sums of
+        # products less products of sums need one pass over the data.
         product = self.product - self._mean(self.now * self.before / each).sum(0)
         square = self.square - self._mean(self.before.square() / each).sum(0)
+        # Relative to the uncentred sum: for a variable without departures the difference is rounding alone.
         damping = torch.where(square > 1e-9 * self.square, product / square, torch.zeros_like(square))
         return Baselines(
             spec=spec,
             climatology=(self.state / self.count.sum()).float(),
             tide=(self.now / each).float(),
+            # Beyond 1 departures would grow from step to step.
             damping=damping.clamp(-1, 1).float(),
         )
 
 
 def latitude_weights(latitudes: np.ndarray) -> Tensor:
     """Return cos(latitude) scaled to a sum of 1, float64, shape (grid,)."""
-    weights = np.cos(np.deg2rad(latitudes)).clip(min=0)
+    weights = np.cos(np.deg2rad(latitudes)).clip(min=0)  # rounding must not give a pole row a negative area
     return torch.from_numpy(weights / weights.sum())
 
 
 def time_of_day(dates: Tensor, *, frequency_s: int) -> Tensor:
-    """Return which of the day's distinct state times each date has, for dates in seconds since 1970."""
+    """Return the index of each date's time of day, for dates in seconds since 1970-01-01 UTC."""
     return dates.remainder(DAY_S).div(DAY_S // times_of_day(frequency_s), rounding_mode="floor")
 
 
 def share(samples: np.ndarray, world: World | None) -> np.ndarray:
-    """Return every n-th of ``samples``, from this rank's number on."""
+    """Return every n-th of ``samples``, starting with this rank's number."""
+    # Interleaved, so that every rank reads all seasons and has at most one sample more than another.
     return samples if world is None else samples[world.rank :: world.world_size]
 
 
 def all_reduce(total: Tensor, *, world: World | None) -> None:
     """Add a CPU tensor over all ranks, in place; alone, do nothing."""
     if world is not None:
+        # The control group is on the CPU: float64 sums need no copy to a GPU.
         dist.all_reduce(total, group=world.control_group)

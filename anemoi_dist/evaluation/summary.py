@@ -1,4 +1,4 @@
-"""Scores of forecasts: one each, all in a table, and reduced to one number for the retention of checkpoints."""
+"""Scores of forecasts: records, a table, metrics by name, and a summary for the retention of checkpoints."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Score:
-    """How good one forecast of one variable is after one lead time.
+    """RMSE and ACC of one forecast of one variable at one lead time.
 
     Attributes
     ----------
     forecast : str
         ``model`` or the name of a baseline.
     variable : str
-        What is forecast.
+        Name of the variable.
     lead_s : int
         Seconds from the last input state.
     rmse : float
-        Root of the squared error's mean over area, ensemble and samples, in the variable's unit.
+        Root mean squared error over area, ensemble and samples, in the variable's unit.
     acc : float or None
-        Mean over samples of the correlation of forecast and true anomaly, both from the training block's climatology
+        Mean over samples of the correlation of forecast and true anomaly, both from the training split's climatology
         and weighted by area. None where there is no anomaly to correlate, as for the climatology itself.
     """
 
@@ -40,16 +40,17 @@ class Score:
 
 def format_table(scores: Sequence[Score]) -> str:
     """Return a plain-text table: a row for each variable and lead time, RMSE and ACC of all forecasts side by side."""
+    # In order of appearance: the model first, as the validator returns it.
     names = list(dict.fromkeys(score.forecast for score in scores))
     rows: dict[tuple[str, int], dict[str, Score]] = {}
     for score in scores:
         rows.setdefault((score.variable, score.lead_s), {})[score.forecast] = score
     width = max(8, *(len(variable) for variable, _ in rows))
     columns = [max(7, len(name)) for name in names]
-    block = sum(columns) + 2 * len(columns)
+    group_width = sum(columns) + 2 * len(columns)
     header = "".join(f"  {name:>{size}}" for name, size in zip(names, columns, strict=True))
     lines = [
-        f"{'':{width}}  {'':>6} {'  RMSE':{block}} {'  ACC':{block}}".rstrip(),
+        f"{'':{width}}  {'':>6} {'  RMSE':{group_width}} {'  ACC':{group_width}}".rstrip(),
         f"{'variable':{width}}  {'lead':>6} {header} {header}",
     ]
     for (variable, lead_s), row in rows.items():
@@ -81,6 +82,7 @@ def summarise(scores: Sequence[Score]) -> dict[str, float]:
     """
     model = [score for score in scores if score.forecast == "model"]
     persistence = {(s.variable, s.lead_s): s.rmse for s in scores if s.forecast == "persistence"}
+    # A persistence without error (a constant variable) cannot be compared with.
     ratios = [s.rmse / persistence[s.variable, s.lead_s] for s in model if persistence.get((s.variable, s.lead_s))]
     correlations = [score.acc for score in model if score.acc is not None]
     summary = {}
@@ -88,4 +90,5 @@ def summarise(scores: Sequence[Score]) -> dict[str, float]:
         summary["rmse"] = sum(ratios) / len(ratios)
     if correlations:
         summary["acc"] = sum(correlations) / len(correlations)
+    # NaN compares as neither better nor worse: retention could keep a diverged checkpoint as its best.
     return {name: value for name, value in summary.items() if math.isfinite(value)}

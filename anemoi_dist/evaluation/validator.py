@@ -1,4 +1,4 @@
-"""Scores of a forecast beside those of the baselines: latitude-weighted RMSE and anomaly correlation."""
+"""Validation: latitude-weighted RMSE and anomaly correlation of the model and of the baselines."""
 
 from __future__ import annotations
 
@@ -26,22 +26,27 @@ Predict = Callable[[Batch, int], Tensor]
 
 
 class Validator:
-    """Scores forecasts of one block, on all ranks together.
+    """Scores forecasts of one split, on all ranks together.
 
     Parameters
     ----------
     dataset : WeatherDataset
-        The block, opened with a rollout of at least the longest lead.
+        The split, opened with a rollout of at least the longest lead.
     baselines : Baselines
-        Fitted to the training block.
+        Fitted to the training split.
     lead_steps : Sequence[int]
         Forecast steps to score, 1 is the first.
     max_samples : int or None
-        Samples scored at most, evenly spaced over the block and over the times of day; None: all.
+        Samples scored at most, evenly spaced over the split and over the times of day; None: all.
     batch_size : int
         Samples in one call of ``predict``.
     world : World, optional
-        This rank's place: each rank scores its share of the samples. None: all are scored here.
+        The ranks that share the samples. None: all are scored here.
+
+    Raises
+    ------
+    ConfigError
+        A lead time exceeds the dataset's rollout.
     """
 
     def __init__(
@@ -68,7 +73,8 @@ class Validator:
 
     @property
     def num_calls(self) -> int:
-        """How often every rank calls ``predict`` in one run."""
+        """Number of calls of ``predict`` on every rank in one run."""
+        # Rounded up: calls are collective, so a rank without samples left calls it too.
         num_ranks = self._world.world_size if self._world else 1
         return math.ceil(math.ceil(len(self.samples) / num_ranks) / self.batch_size)
 
@@ -84,7 +90,7 @@ class Validator:
         # Last axis: squared error, anomaly correlation, samples with an anomaly.
         sums = torch.zeros(len(names), self.rollout, len(self.spec.prognostic), 3, dtype=torch.float64)
         for call in range(self.num_calls):
-            beat()
+            beat()  # one call is a forecast of many steps; the watchdog must see progress between calls
             batch, counts = self._batch(call)
             truth = batch.fields[:, self.spec.multistep_input :][:, : self.rollout, ..., self.spec.prognostic_indices]
             for row, name in enumerate(names):
@@ -93,9 +99,11 @@ class Validator:
                 else:
                     forecast = self.baselines.forecast(name, batch, rollout=self.rollout)
                 sums[row] += torch.einsum("bkvs,b->kvs", self._terms(forecast, truth), counts)
+        # One reduction of sums: means of means would weight the ranks' shares wrongly.
         all_reduce(sums, world=self._world)
         scores = [score for name, row in zip(names, sums, strict=True) for score in self._scores(name, row)]
         num_model = len(self.lead_steps) * len(self.spec.prognostic)
+        # Baselines do not change during training.
         if self._baseline_scores is None:
             self._baseline_scores = scores[num_model:]
         return scores[:num_model] + self._baseline_scores
@@ -110,6 +118,7 @@ class Validator:
             shape (lead, latitude, longitude) on a regular grid and (lead, grid) on others; ``lead_s``, ``latitudes``,
             ``longitudes`` of each point or of each row and column, ``date`` (Unix seconds) and ``variable``.
         """
+        # Every rank forecasts the same sample: with sharded parameters the forward pass is collective.
         batch = collate([self.dataset[len(self.dataset) // 2]])
         leads = [lead - 1 for lead in self.lead_steps]
         shape = (len(leads), *self.spec.field_shape)
@@ -134,7 +143,7 @@ class Validator:
         }
 
     def _batch(self, call: int) -> tuple[Batch, Tensor]:
-        """Return this rank's batch and, per sample, 1 or the 0 of a repeat that only keeps ranks in step."""
+        """Return this rank's batch and a weight per sample: 1, or 0 for padding that only keeps ranks in step."""
         mine = share(self.samples, self._world)[call * self.batch_size :][: self.batch_size]
         padding = self.batch_size - len(mine)
         indices = [*mine, *[self.samples[0]] * padding]
@@ -142,7 +151,8 @@ class Validator:
         return collate([self.dataset[int(index)] for index in indices]), counts
 
     def _terms(self, forecast: Tensor, truth: Tensor) -> Tensor:
-        """Return what is summed over samples, shape (batch, rollout, prognostic, 3)."""
+        """Return squared error, correlation and its count of each sample, shape (batch, rollout, prognostic, 3)."""
+        # float64: the error of a pressure forecast is a thousandth of the pressure, its square a millionth.
         forecast, truth = forecast.double(), truth.double()
         climatology = self.baselines.climatology.double()
 
@@ -151,6 +161,7 @@ class Validator:
 
         anomaly, true_anomaly = forecast - climatology, truth - climatology
         norm = (mean(anomaly.square()) * mean(true_anomaly.square())).sqrt()
+        # Without an anomaly there is no correlation: such samples are not counted.
         correlation = torch.where(norm > 0, mean(anomaly * true_anomaly) / norm, torch.zeros_like(norm))
         return torch.stack((mean((forecast - truth).square()), correlation, (norm > 0).double()), -1)
 
@@ -171,5 +182,6 @@ def save_forecast_maps(path: Path, *, maps: dict[str, np.ndarray]) -> None:
     np.savez_compressed(buffer, **maps)  # type: ignore[arg-type]
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed, so that a report made meanwhile reads the old file or the new one.
     temporary.write_bytes(buffer.getvalue())
     temporary.replace(path)

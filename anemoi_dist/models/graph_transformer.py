@@ -1,4 +1,4 @@
-"""anemoi-models' encoder-processor-decoder on a graph of anemoi-graphs, from their own configuration.
+"""Encoder-processor-decoder of anemoi-models on a graph of anemoi-graphs, from their own configuration.
 
 Needs the extra ``anemoi``; nothing of it is imported before a model is built.
 """
@@ -15,7 +15,7 @@ from anemoi_dist.config.targets import nested_targets, resolve_target
 from anemoi_dist.data.batch import DataSpec
 from anemoi_dist.errors import ConfigError
 
-#: What the nested ``_target_`` entries of a graph or a model may name.
+#: Packages that nested ``_target_`` entries of a graph or a model may name: a configuration must not run other code.
 ALLOWED_TARGETS = ("anemoi.models", "anemoi.graphs", "torch.nn")
 
 
@@ -33,7 +33,7 @@ class NoSkip(nn.Module):
 
 
 class AnemoiModel(nn.Module):
-    """A model of anemoi-models between our batches and our normalised tendency.
+    """A model of anemoi-models that forecasts the normalised tendency.
 
     Parameters
     ----------

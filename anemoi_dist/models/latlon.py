@@ -1,7 +1,7 @@
 """A compact convolutional model for global latitude-longitude grids.
 
-It sees the sphere as it is: periodic in longitude, and beyond a pole the rows of the other side, half-way round. Its
-last layer starts at zero, so that an untrained model forecasts persistence.
+Padding follows the sphere: periodic in longitude, and beyond a pole the rows of the other side, half-way round. The
+last layer is initialized to zero, so that an untrained model forecasts persistence.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class SphericalPad(nn.Module):
         rows = field.shape[-2]
         first = field.narrow(-2, self.first_skip, size)
         last = field.narrow(-2, rows - self.last_skip - size, size)
-        # Half-way round the globe lies the row that one reaches by walking on over the pole.
+        # Crossing the pole leads to the meridian half-way round the globe, with rows in reverse order.
         beyond = [torch.cat((row[..., half:], row[..., :half]), -1).flip(-2) for row in (first, last)]
         tall = torch.cat((beyond[0], field, beyond[1]), -2)
         return torch.cat((tall[..., -size:], tall, tall[..., :size]), -1)
 
 
 class ResidualBlock(nn.Module):
-    """A dilated 3 x 3 convolution, a GELU and a 1 x 1 convolution, added to what came in."""
+    """A dilated 3 x 3 convolution, a GELU and a 1 x 1 convolution, added to the input."""
 
     def __init__(self, channels: int, *, dilation: int, pole_rows: tuple[bool, bool]) -> None:
         super().__init__()
@@ -95,11 +95,11 @@ class LatLonCNN(nn.Module):
         _check_sizes(self.shape, hidden_channels, dilations, patch_size)
         # A patch needs whole rows of patches; the rows that fill the last one come from beyond the pole.
         self.fill = -self.shape[0] % patch_size
-        # A row of patches holds the pole row and its neighbours: mirrored whole.
+        # A row of patches holds the pole row and its neighbours, so it is mirrored as a whole.
         pole_rows = self.pole_rows if patch_size == 1 else (False, False)
         num_out = len(data.prognostic)
         num_in = data.multistep_input * len(data.variables) + trainable_channels
-        # Latitude first: engines that shard by rows cut along the first dimension, and one channel would not cut.
+        # Latitude first: engines that shard by rows split the first dimension, and a single channel cannot be split.
         self.place = nn.Parameter(torch.zeros(*self.shape, trainable_channels)) if trainable_channels else None
         self.pad = SphericalPad(1 + self.fill, pole_rows=self.pole_rows)
         self.encode = nn.Conv2d(num_in, hidden_channels, patch_size + 2, stride=patch_size)
@@ -107,6 +107,7 @@ class LatLonCNN(nn.Module):
             *(ResidualBlock(hidden_channels, dilation=int(d), pole_rows=pole_rows) for d in dilations)
         )
         self.decode = nn.Conv2d(hidden_channels, num_out * patch_size**2, 1)
+        # Zero tendency, that is persistence: the first loss is about 1 instead of noise.
         nn.init.zeros_(self.decode.weight)
         assert self.decode.bias is not None
         nn.init.zeros_(self.decode.bias)
@@ -126,6 +127,7 @@ class LatLonCNN(nn.Module):
         """
         batch, _, ensemble = x.shape[:3]
         rows, columns = self.shape
+        # Ensemble members are independent samples, input times are channels.
         field = x.permute(0, 2, 1, 4, 3).reshape(batch * ensemble, -1, rows, columns)
         if self.place is not None:
             field = torch.cat((field, self.place.permute(2, 0, 1).expand(len(field), -1, -1, -1)), 1)

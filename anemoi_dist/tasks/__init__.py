@@ -1,4 +1,4 @@
-"""What is trained: one object behind one Protocol."""
+"""Tasks: each is one object behind one Protocol, and defines what is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seam between what is trained and what trains it.
+"""Interface between a task (data, model, loss, scores) and the training loop.
 
 A task knows its data, model, loss, optimizer, scores and files. Engines, trainer and checkpoints know none of these:
 they move parameters, gradients and states of a :class:`TaskModule`, and pass batches through it without looking inside.
@@ -19,10 +19,10 @@ from anemoi_dist.distributed.world import World
 
 
 class Batch(Protocol):
-    """One micro-batch: only the task looks inside."""
+    """One micro-batch; its content is known to the task alone."""
 
     def to(self, device: torch.device) -> Self:
-        """Copy to ``device``, without waiting where the batch is pinned."""
+        """Copy to ``device``; asynchronously if the batch is pinned."""
 
 
 class Samples(Protocol):
@@ -48,12 +48,13 @@ class TaskModule(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
+        # Set by the engine: bf16 weights need bf16 input, while statistics and loss stay in float32.
         self.compute_dtype = torch.float32
         self.autocast_dtype: torch.dtype | None = None
 
     @abstractmethod
     def forward(self, batch: Any, **evaluation: Any) -> Tensor:
-        """Return the loss of a batch, a float32 scalar; with ``evaluation``, whatever the task's scores ask for."""
+        """Return the loss of a batch, a float32 scalar; with ``evaluation``, the output that the task scores."""
 
     @abstractmethod
     def configure_optimizers(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class Evaluation:
 
 
 class Task(Protocol):
-    """What is trained."""
+    """Data, model, loss and scores of one training."""
 
     def samples(self, split: str) -> Samples:
         """Return the samples of ``train``, ``validation`` or ``test``."""
@@ -102,7 +103,7 @@ class Task(Protocol):
         """Join samples into one :class:`Batch`; called in the data workers."""
 
     def warnings(self) -> list[str]:
-        """Return what the user should know of data and settings before the first step."""
+        """Return warnings about data and settings, to be shown before the first step."""
 
     def create_module(self, *, world_size: int) -> TaskModule:
         """Build model and loss, the same on every rank that was seeded alike.
@@ -120,7 +121,7 @@ class Task(Protocol):
         """Write what the report shows of a trained model into ``directory``. Collective; rank 0 writes."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what must be remembered beside tensors, as JSON."""
+        """Return the state beside tensors that checkpoints carry, as JSON."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore the result of :meth:`state_dict`."""

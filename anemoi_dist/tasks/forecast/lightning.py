@@ -33,6 +33,7 @@ def as_lightning(module: BaseGraphModule) -> LightningModule:
     lightning.LightningModule
         With ``training_step`` and ``validation_step`` over :class:`~anemoi_dist.data.batch.Batch`.
     """
+    # Imported here: Lightning is optional and takes seconds.
     from lightning import LightningModule
 
     class LightningBaseGraphModule(LightningModule):
@@ -58,6 +59,7 @@ def as_lightning(module: BaseGraphModule) -> LightningModule:
 
         def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
             """Set the rate of the next update; timm's schedulers do nothing in a plain ``step()``."""
+            # A function of the step alone, so that a resumed run has the rate of an uninterrupted one.
             set_num_updates(scheduler, self.trainer.global_step)
 
         def _loss(self, batch: Batch) -> Tensor:

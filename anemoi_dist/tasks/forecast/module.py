@@ -1,6 +1,6 @@
-"""The training module: a model, its normalisation, its rollout, its loss, and its optimizer and learning rate.
+"""Training module: model, normalisation, rollout, loss, optimizer and learning rate.
 
-Plain PyTorch: engines wrap it, Lightning may drive it (``lightning_module.py``), and neither is imported here.
+Plain PyTorch: engines wrap it, Lightning may drive it (``lightning.py``), and neither is imported here.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Float32Constants(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.dtype != torch.float32:
-                # From the original: a round trip through the narrow type would have lost the digits.
+                # From the original: the narrow type has lost the digits already.
                 original = before[name]
                 assert original is not None
                 self._buffers[name] = original.to(buffer.device)
@@ -84,6 +84,7 @@ class BaseGraphModule(TaskModule):
         self.allowed_targets = tuple(config.security.allowed_targets)
         self.model = build_model(config.model, spec, self.allowed_targets)
         self.constants = _constants(spec)
+        # Not persistent: it follows from the dataset and belongs to no checkpoint.
         self._prognostic: Tensor
         self.register_buffer("_prognostic", torch.tensor(spec.prognostic_indices), persistent=False)
 
@@ -128,12 +129,15 @@ class BaseGraphModule(TaskModule):
                 f"rollout={rollout}: must be at least 1 and needs {num_needed} states (input and forcings), "
                 f"the batch has {batch.fields.shape[1]}"
             )
+        # The whole window at once; the truth of the last step is never needed as input.
         states = self.normalise(batch.fields[:, :num_needed])
         window, forecasts = states[:, :num_input], []
         for step in range(rollout):
+            # The model forecasts the change: a zero output is persistence, so that training starts at a sane loss.
             tendency = self._tendency(window)
             last = window[:, -1].index_select(-1, self._prognostic)
             forecasts.append(last + tendency * self.constants.tendency_scale)
+            # True forcings (sun, date) of the next state; its prognostic variables come from the forecast.
             if step + 1 < rollout:
                 given = states[:, num_input + step]
                 window = torch.cat((window[:, 1:], self._state(forecasts[-1], given).unsqueeze(1)), 1)
@@ -145,7 +149,7 @@ class BaseGraphModule(TaskModule):
         Parameters
         ----------
         prediction : torch.Tensor
-            What :meth:`forecast` returned.
+            Result of :meth:`forecast`.
         batch : Batch
             The same batch, with the true states of all forecast steps.
 
@@ -156,6 +160,7 @@ class BaseGraphModule(TaskModule):
         """
         first = self.spec.multistep_input
         truth = self.normalise(batch.fields[:, first : first + prediction.shape[1]]).index_select(-1, self._prognostic)
+        # float32 under any precision: bf16 would lose a small tendency in the difference of two states.
         error = (prediction.float() - truth) / self.constants.tendency_scale
         return (error.square() * self.constants.area_weight).mean()
 
@@ -187,6 +192,7 @@ class BaseGraphModule(TaskModule):
 
     def _create_optimizer_from_config(self, opt_cfg: Tree) -> Optimizer:
         """Build the optimizer that ``opt_cfg._target_`` names, over the parameters that take a gradient."""
+        # Frozen parameters get no optimizer states.
         params = [parameter for parameter in self.parameters() if parameter.requires_grad]
         training = self.config.training
         return create_optimizer(
@@ -234,7 +240,7 @@ def build_model(node: Tree, spec: DataSpec, allowed: Iterable[str] = ()) -> nn.M
     """
     target = node["_target_"]
     build, arguments = split_node(node, key="model", allowed=allowed, base=nn.Module)
-    if not target.startswith("anemoi_dist."):  # ours look at their own
+    if not target.startswith("anemoi_dist."):  # our own models check their nested targets
         for key, nested in nested_targets(arguments, key="model"):
             resolve_target(nested, key=key, allowed=allowed)
     takes_data = "data" in inspect.signature(build).parameters
@@ -250,7 +256,7 @@ def build_model(node: Tree, spec: DataSpec, allowed: Iterable[str] = ()) -> nn.M
 
 
 def _constants(spec: DataSpec) -> Float32Constants:
-    """Return what forward and loss multiply with.
+    """Return the constants of forward pass and loss.
 
     ``area_weight`` is the cosine of latitude with mean 1, shape (grid, 1); ``tendency_scale`` turns a normalised
     tendency into a change of the normalised state, shape (prognostic variable,).
@@ -269,7 +275,7 @@ def _constants(spec: DataSpec) -> Float32Constants:
 
 
 def _positive(spec: DataSpec, values: np.ndarray, used: Iterable[int], name: str) -> np.ndarray:
-    """Return ``values`` after checking those that are divided by."""
+    """Return ``values`` after checking that those at ``used`` are positive divisors."""
     for index in used:
         if not 0 < values[index] < np.inf:
             raise ConfigError(

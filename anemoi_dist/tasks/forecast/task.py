@@ -1,4 +1,4 @@
-"""The forecast: windows of states, a model of the tendency, scores beside baselines."""
+"""Forecast task: windows of states, a model of the tendency, scores beside those of baselines."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from anemoi_dist.evaluation.validator import Validator, save_forecast_maps
 from anemoi_dist.tasks.base import Evaluate, Evaluation
 from anemoi_dist.tasks.forecast.module import BaseGraphModule
 
-#: Splits that are scored.
+#: Splits that are scored, opened with the rollout of the longest lead time.
 _SCORED = ("validation", "test")
 
 
 class ForecastTask:
-    """The task that the package brings with it; see :class:`anemoi_dist.tasks.base.Task`.
+    """Weather forecasting, the built-in task; see :class:`anemoi_dist.tasks.base.Task`.
 
     Parameters
     ----------
@@ -41,6 +41,7 @@ class ForecastTask:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        # At once: a wrong path must fail before model and engine are built.
         self._train = open_split(config.data, "train", rollout=config.training.rollout)
         self._validators: dict[str, Validator] = {}
 
@@ -101,13 +102,15 @@ class ForecastTask:
                 baselines=self._baselines(world),
                 lead_steps=self._config.validation.lead_steps,
                 max_samples=self._config.validation.max_samples,
+                # A size that is known to fit into memory, since training uses it with gradients.
                 batch_size=plan.micro_size,
                 world=world,
             )
         return self._validators[split]
 
     def _baselines(self, world: World) -> Baselines:
-        """Fit once: every validator compares with the same baselines."""
+        """Return the baselines, fitted once: all validators compare with the same."""
+        # Fitting is collective; ranks validate the same splits in the same order.
         fitted = next(iter(self._validators.values()), None)
         return fitted.baselines if fitted else Baselines.fit(self._train, world=world)
 

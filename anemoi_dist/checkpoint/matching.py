@@ -183,6 +183,7 @@ def match(
             near = _nearest(fqn, info, tensors, wanted) if is_searched else ""
             (report.changed if found in tensors else report.only_model).append(f"  {fqn}: {text}{near}")
     known = {fqn for fqn, _ in wanted}
+    # The other way round too: a part of the checkpoint that nobody takes is more often a renamed module than waste.
     unused = sorted({fqn for fqn, _ in tensors if fqn not in known})
     for fqn in unused:
         if fqn not in allowed:

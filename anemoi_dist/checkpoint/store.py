@@ -72,6 +72,7 @@ class Store(Protocol):
 def make_durable(stream: BinaryIO) -> None:
     """Flush a stream to the disk; an object store's is durable once it is closed."""
     stream.flush()
+    # A rename may reach the disk before the data does: after a power cut a committed checkpoint would hold zeros.
     try:
         descriptor = stream.fileno()
     except (AttributeError, io.UnsupportedOperation):

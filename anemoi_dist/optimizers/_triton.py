@@ -35,8 +35,9 @@ def _rounded(x, bits):
 
 
 @triton.jit
-def _random_words(offsets, step, ranges_ptr, num_ranges, block: tl.constexpr):
+def _random_words(offsets, numbers_ptr, ranges_ptr, num_ranges, block: tl.constexpr):
     # rounding.random_words, first and second, for the elements of this program.
+    step = tl.load(numbers_ptr + 9).to(tl.uint32) + (tl.load(numbers_ptr + 10).to(tl.uint32) << 16)
     mixed = _mix(step)
     begin = tl.program_id(0).to(tl.int64) * block
     index = 0
@@ -82,10 +83,7 @@ def ademamix_kernel(
     is_rounded: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Update ``block`` elements.
-
-    ``numbers_ptr``: the fields of UpdateScalars, in their order; ``ranges_ptr``: rounding.range_table.
-    """
+    """Update ``block`` elements. ``numbers_ptr``: UpdateScalars in order; ``ranges_ptr``: rounding.range_table."""
     offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block).to(tl.int64)
     mask = offsets < numel
     lr = tl.load(numbers_ptr)
@@ -104,13 +102,12 @@ def ademamix_kernel(
     square = _lerp(tl.load(square_ptr + offsets, mask=mask, other=0.0).to(tl.float32), g * g, weight_sq)
     first = g
     if has_fast:
-        weight_fast = tl.load(numbers_ptr + 3)
-        first = _lerp(tl.load(fast_ptr + offsets, mask=mask, other=0.0).to(tl.float32), g, weight_fast)
+        fast = tl.load(fast_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        first = _lerp(fast, g, tl.load(numbers_ptr + 3))
 
     kept_fast, kept_slow, kept_square = first, slow, square
     if is_rounded:
-        step = tl.load(numbers_ptr + 9).to(tl.uint32) + (tl.load(numbers_ptr + 10).to(tl.uint32) << 16)
-        words, others = _random_words(offsets, step, ranges_ptr, num_ranges, block)
+        words, others = _random_words(offsets, numbers_ptr, ranges_ptr, num_ranges, block)
         if fast_ptr.dtype.element_ty == tl.bfloat16:
             kept_fast = _rounded(first, words & 0xFFFF)
         if square_ptr.dtype.element_ty == tl.bfloat16:

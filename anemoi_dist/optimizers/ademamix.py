@@ -199,7 +199,7 @@ class AdEMAMix(Optimizer):
             elif is_narrow and p.dtype == torch.float64:
                 rule, fix = "has its EMA states in float64, not in bfloat16", "state_dtype=fp32"
             if rule:
-                del self.param_groups[-1]
+                del self.param_groups[-1]  # as if the call had not been made: the optimizer goes on without the group
                 raise ConfigError("params", str(p.dtype), rule, fix=fix)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -358,10 +358,11 @@ class AdEMAMix(Optimizer):
         torch._foreach_add_(
             [step for *_, step in updates], torch.ones((), dtype=torch.float64)
         )  # a number would become a tensor for each
-        # Parameters that had no gradient in some step are at another one than the rest.
+        # By step: parameters that had no gradient at some point have done fewer updates, and their bias corrections and
+        # warm-ups differ from the others'.
         buckets: dict[tuple[Any, ...], list[ParamTensors]] = defaultdict(list)
         for name, param, step in updates:
-            # The kernel in C takes all types at once.
+            # The kernel in C takes all types at once; torch's grouped operations take one device and one type.
             kind = () if name == "c" else (param.p.device, param.p.dtype, param.nu.dtype)
             buckets[step.item(), name, *kind].append(param)
         for (step, name, *_), bucket in buckets.items():
@@ -452,7 +453,7 @@ def _hide_ema_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[s
         else state
         for key, state in state_dict["state"].items()
     }
-    # They belong to this machine, not to the one that saved. Groups that don't fit are torch's to refuse.
+    # These options belong to this machine, not to the one that saved. Groups that don't fit are torch's to refuse.
     own = [{name: group[name] for name in ("implementation", "state_dtype")} for group in optimizer.param_groups]
     own += [{}] * (len(state_dict["param_groups"]) - len(own))
     groups = [{**group, **kept} for group, kept in zip(state_dict["param_groups"], own, strict=False)]

@@ -71,6 +71,7 @@ class Capabilities:
 
     def finish_copies(self, p: Tensor) -> None:
         """Bring the copy of ``p``, if it has one, up to date after a step."""
+        # fp32 working parameters are the masters themselves, and have no copy.
         if p in self._copies:
             self._copies[p].copy_(p)
 
@@ -114,6 +115,8 @@ class _FusedCapabilities(Capabilities):
         self._fused.grad_scale = factor.reciprocal()  # type: ignore[attr-defined]  # absent where nothing is scaled
 
     def reset_scale(self) -> None:
+        # Removed, not set to 1: the update then leaves out the multiplication. Twice is no error: at ZeRO 3 nothing
+        # says whether DeepSpeed got as far as scaling before it skipped the step.
         vars(self._fused).pop("grad_scale", None)
 
 

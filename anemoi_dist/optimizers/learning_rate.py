@@ -96,6 +96,8 @@ def create_scheduler(
     check_arguments(target, arguments, key=KEY, injected={"optimizer": "training.optimizer"})
     _check_lengths(arguments, max_steps=max_steps)
     scheduler = call(target, key=KEY, arguments={"optimizer": optimizer, **arguments})
+    # torch's schedulers compute a rate from the one before. Without a copy of the beginning, a run that loads an
+    # earlier step than it stands at could not get back to that step's rate.
     if not hasattr(scheduler, "step_update"):
         options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
         _beginnings[scheduler] = (copy.deepcopy(scheduler.state_dict()), copy.deepcopy(options))

@@ -28,6 +28,8 @@ def squared_norms(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     torch.Tensor
         1-D float64, on their device: a number for each, which does not depend on the others.
     """
+    # Each tensor goes the same way whatever the others are: its square must not depend on what it is batched with, or
+    # the norm would have other bits with `engine.overlap`, which squares tensors one by one.
     in_c = [index for index, gradient in enumerate(gradients) if native.can_square(gradient)]
     if len(in_c) == len(gradients):
         return native.squared_norms(gradients)

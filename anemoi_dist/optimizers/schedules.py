@@ -72,6 +72,7 @@ def beta_between(fraction: Number, *, beta1: float, beta3: float, form: str) -> 
 
 def half_life(beta: float, *, form: str) -> float:
     """Return the number of steps after which an exponential moving average has forgotten half."""
+    # A beta of 0 forgets at once; its logarithm would be minus infinity.
     base = beta + (_APPLE_OFFSET if form == "apple" else 0.0)
     return 0.0 if base == 0.0 else math.log(0.5) / math.log(base)
 

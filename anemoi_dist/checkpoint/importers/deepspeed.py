@@ -136,6 +136,8 @@ def _check_whole(done: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]])
 
 def _frozen_stage12(model: Mapping[str, Any]) -> Iterator[Shard]:
     trained = {name for group in model["param_shapes"] for name in group}
+    # The state dictionary holds everything under the names that the module has: what is neither trained, a buffer nor a
+    # second name of a tied weight is a frozen parameter.
     known = trained | {*model["buffer_names"], *model.get("shared_params", {})}
     for name, tensor in model["module"].items():
         if name not in known:

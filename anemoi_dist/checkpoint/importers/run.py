@@ -164,11 +164,13 @@ def _widened(shard: Shard) -> Shard:
 
 def _named(shards: list[Shard], rename: Mapping[str, str]) -> list[Shard]:
     """Take away a ``module.`` before every name, which wrappers put there, then rename."""
+    # Only if every name has it: a model may have a submodule of that name, beside others.
     wrapped = all(shard.fqn.startswith("module.") for shard in shards)
     plain = {shard.fqn: shard.fqn.removeprefix("module.") if wrapped else shard.fqn for shard in shards}
     for old in rename:
         if old and not any(is_below(name, (old,)) for name in plain.values()):
             raise ConfigError("--rename", old, "is the name of nothing in the source", valid=_near(old, plain.values()))
+    # Two tensors under one name would become one with overlapping ranges, which the manifest refuses much later.
     taken: dict[str, str] = {}
     for name in plain.values():
         new = renamed(name, rename)

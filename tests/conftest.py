@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
+from support.hydra_cache import use_hydra_cache
 from support.minislurm import MiniSlurm, missing_programs
 from support.ranks import RankPool
 from support.recorded import fill
@@ -22,6 +23,7 @@ from anemoi_dist.run.directory import RunDirectory
 # How long an example takes says something about what else the machine does.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+use_hydra_cache()
 
 #: Tests with one of these fixtures run in one worker of pytest-xdist: there is one cluster, and one pool of each size.
 #: The groups are started first, in this order: the others fill what time the workers have beside and after them.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from support.hydra_cache import use_hydra_cache
 
 from anemoi_dist.config.compose import compose
 from anemoi_dist.config.overrides import available_groups
@@ -19,11 +18,6 @@ from anemoi_dist.config.tree import find, leaves
 from anemoi_dist.errors import ConfigError
 
 GROUPS = available_groups()
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    use_hydra_cache(monkeypatch)
 
 
 def write(path: Path, text: str) -> Path:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.hydra_cache import use_hydra_cache
 from support.many_runs import read_state, write_state
 
 from anemoi_dist.config.compose import compose
@@ -26,7 +25,6 @@ from anemoi_dist.run.records import AttemptRecord, RunState
 @pytest.fixture(autouse=True)
 def _in_an_empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    use_hydra_cache(monkeypatch)
 
 
 # Names and files

@@ -1,4 +1,7 @@
-"""A model that does not come back from one of its calls, as ``HANG=<how>:<rank>:<call>`` in the environment says."""
+"""A model that does not come back from one of its calls, as ``HANG=<how>:<rank>:<call>`` in the environment says.
+
+``PAUSE_S=<seconds>`` is for tests that want to hit a run in the middle.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from anemoi_dist.models.latlon import LatLonCNN
 from anemoi_dist.telemetry.heartbeat import beat
 
 #: What ``slow`` takes, in all, and from one sign of life to the next.
-SLOW_S, PIECE_S = 20.0, 0.5
+SLOW_S, PIECE_S = 10.0, 0.5
 
 
 class HangingModel(LatLonCNN):
@@ -25,7 +28,9 @@ class HangingModel(LatLonCNN):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.num_calls += 1
-        how, rank, call = os.environ["HANG"].split(":")
+        if self.training:
+            time.sleep(float(os.environ.get("PAUSE_S", "0")))
+        how, rank, call = os.environ.get("HANG", "never:0:0").split(":")
         if self.num_calls == int(call) and os.environ["RANK"] == rank:
             hang(how)
         return super().forward(x)

@@ -1,4 +1,4 @@
-"""The product as a user meets it: real torchrun, real ranks, real data, and a ``kill -9`` in the middle."""
+"""The product as a user meets it: real torchrun, real ranks, and a ``kill -9`` in the middle."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,9 +29,17 @@ from anemoi_dist.run.events import read_events
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run that nothing happens to: by hand, with a torchrun on each of two pretended nodes."""
     root = tmp_path_factory.mktemp("undisturbed")
-    code, output = finish(start(command(root, "a")))
-    assert code == 0, output
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    job = ["-m", "anemoi_dist.train", *SMALL, f"run.root={root}", "run.id=a"]
+    agents = [start([*torchrun, *job], OMP_NUM_THREADS="1", LOGLEVEL="ERROR") for _ in range(2)]
+    results = [finish(agent) for agent in agents]
+    assert [code for code, _ in results] == [0, 0], results
     return root / "a"
 
 
@@ -45,8 +54,7 @@ def test_the_run_tells_what_it_did(undisturbed: Path) -> None:
     for kind in ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"):
         assert sizes[0][kind] == sizes[1][kind] and abs(2 * sizes[0][kind] - 4 * begin["num_parameters"]) <= 64
     assert [(e["split"], e["step"]) for e in by_name["validation"]] == [
-        ("validation", 10),
-        ("validation", 20),
+        ("validation", 30),
         ("validation", NUM_STEPS),
         ("test", NUM_STEPS),
     ]
@@ -58,76 +66,75 @@ def test_the_run_tells_what_it_did(undisturbed: Path) -> None:
     assert state["state"] == "finished" and state["attempts"][0]["exit_code"] == 0
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_run_goes_on_bit_for_bit(undisturbed: Path, tmp_path: Path, victim: int) -> None:
-    step = random.randint(6, NUM_STEPS - 4)
+def left_of(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Return those that do not end by themselves."""
+    _, left = psutil.wait_procs(processes, timeout=60)
+    return [each for each in left if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_run_that_is_killed_and_stopped_goes_on_bit_for_bit(undisturbed: Path, tmp_path: Path) -> None:
+    """A rank is killed, then the launcher is asked to stop; the same command continues each time."""
+    run, step, victim = tmp_path / "b", random.randint(6, 15), random.randrange(2)
     process = start(command(tmp_path, "b"))
-    wait_for_step(tmp_path / "b", step, process)
-    wait_for_checkpoint(tmp_path / "b", process)
-    ranks = ranks_of(process, tmp_path / "b")
+    wait_for_step(run, step, process)
+    wait_for_checkpoint(run, process)
+    ranks = ranks_of(process, run)
     assert len(ranks) == 2
     ranks[victim].send_signal(signal.SIGKILL)
     code, output = finish(process)
     assert code == 70, output
-    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), "a rank is left"
+    assert not left_of(ranks), "a rank is left"
 
-    code, output = finish(start(command(tmp_path, "b")))
-    assert code == 0, output
-    assert "resumes at step" in output, f"killed at step {step}"
-    assert_equal_bit_for_bit(undisturbed, tmp_path / "b")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", ["launcher", "agent", "rank 0", "rank 1", "data worker"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_is_left_whoever_gets_which_signal(
-    undisturbed: Path, tmp_path: Path, victim: str, number: signal.Signals
-) -> None:
-    process = start(command(tmp_path, "n"))
-    wait_for_step(tmp_path / "n", 7, process)
-    launcher = psutil.Process(process.pid)
-    everybody = [launcher, *launcher.children(recursive=True)]
-    first, second = ranks_of(process, tmp_path / "n")
-    agent = first.parent()
-    workers = [each for each in first.children(recursive=True) if "resource_tracker" not in " ".join(each.cmdline())]
-    victims = {"launcher": launcher, "agent": agent, "rank 0": first, "rank 1": second, "data worker": workers[-1]}
-    victims[victim].send_signal(number)
-    code, output = finish(process)
-    _, left = psutil.wait_procs(everybody, timeout=30)
-    assert not [each for each in left if each.is_running() and each.status() != psutil.STATUS_ZOMBIE], output
-    expected = {70} if number == signal.SIGKILL else {75, 0}
-    assert code in expected | ({-9} if victim == "launcher" else set()), output
-    code, output = finish(start(command(tmp_path, "n")))
-    assert code == 0, output
-    assert_equal_bit_for_bit(undisturbed, tmp_path / "n")
-
-
-def test_sigterm_saves_and_the_same_command_goes_on(undisturbed: Path, tmp_path: Path) -> None:
-    process = start(command(tmp_path, "c"))
-    wait_for_step(tmp_path / "c", 7, process)
+    process = start(command(tmp_path, "b"))
+    wait_for_step(run, 1, process, starts=2)
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
     assert code == 75, output
-    state = json.loads((tmp_path / "c" / "run.json").read_text())
+    assert "resumes at step" in output, f"rank {victim} was killed at step {step}"
+    state = json.loads((run / "run.json").read_text())
     assert state["state"] == "preempted" and state["attempts"][-1]["exit_code"] == 75
-    code, output = finish(start(command(tmp_path, "c")))
+
+    code, output = finish(start(command(tmp_path, "b")))
     assert code == 0, output
-    assert_equal_bit_for_bit(undisturbed, tmp_path / "c")
-    code, output = finish(start(command(tmp_path, "c")))
+    assert_equal_bit_for_bit(undisturbed, run)
+    code, output = finish(start(command(tmp_path, "b")))
     assert code == 0 and "is finished" in output
 
 
-def test_two_torchrun_agents_do_the_same(undisturbed: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
-    job = ["-m", "anemoi_dist.train", *SMALL, f"run.root={tmp_path}", "run.id=d"]
-    agents = [start([*torchrun, *job], OMP_NUM_THREADS="1", LOGLEVEL="ERROR") for _ in range(2)]
-    results = [finish(agent) for agent in agents]
-    assert [code for code, _ in results] == [0, 0], results
-    assert_equal_bit_for_bit(undisturbed, tmp_path / "d")
+def processes_of(process: subprocess.Popen[str], run: Path) -> dict[str, psutil.Process]:
+    first, second = ranks_of(process, run)
+    workers = [each for each in first.children(recursive=True) if "resource_tracker" not in " ".join(each.cmdline())]
+    launcher, agent = psutil.Process(process.pid), first.parent()
+    assert agent is not None
+    return {"launcher": launcher, "agent": agent, "rank 0": first, "rank 1": second, "data worker": workers[-1]}
+
+
+@pytest.mark.slow
+def test_nothing_is_left_whoever_gets_which_signal(undisturbed: Path, tmp_path: Path) -> None:
+    """One run meets them all, one start after the other, and ends like the undisturbed one."""
+    run = tmp_path / "n"
+    strikes = (
+        ("launcher", signal.SIGKILL),
+        ("agent", signal.SIGKILL),
+        ("data worker", signal.SIGKILL),
+        ("rank 0", signal.SIGTERM),
+        ("agent", signal.SIGTERM),
+        ("data worker", signal.SIGTERM),
+        ("launcher", signal.SIGINT),
+        ("rank 1", signal.SIGINT),
+    )
+    for start_number, (victim, number) in enumerate(strikes, 1):
+        process = start(command(tmp_path, "n"))
+        wait_for_step(run, 1, process, starts=start_number)
+        everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        processes_of(process, run)[victim].send_signal(number)
+        code, output = finish(process)
+        assert not left_of(everybody), output
+        expected = {70} if number == signal.SIGKILL else {75, 0}
+        assert code in expected | ({-9} if victim == "launcher" else set()), (victim, number, output)
+    code, output = finish(start(command(tmp_path, "n")))
+    assert code == 0, output
+    assert_equal_bit_for_bit(undisturbed, run)
 
 
 def test_a_wrong_key_costs_no_process_group(tmp_path: Path) -> None:
@@ -138,13 +145,17 @@ def test_a_wrong_key_costs_no_process_group(tmp_path: Path) -> None:
 
 
 def test_divergence_ends_with_5_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    """On the sample of ERA5."""
     more = [
+        "data=era5_sample",
         "training.lr.rate=1e30",
         "training.max_skipped=2",
         "training.clip_grad_norm=null",
         "checkpoint.interval_steps=1",
+        "launcher.ranks=1",
     ]
-    code, output = finish(start(command(tmp_path, "e", *more)))
+    small = [override for override in SMALL if not override.startswith("data")]
+    code, output = finish(start(command(tmp_path, "e", *more, small=small)))
     assert code == 5, output
     assert "not finite" in output
     events = read_events(tmp_path / "e" / "events.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import subprocess
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from support.minislurm import MiniSlurm
 
 from anemoi_dist.config.compose import compose
-from anemoi_dist.config.schema import Config
+from anemoi_dist.config.launcher_checks import check_launcher
+from anemoi_dist.config.schema import Config, LauncherConfig
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.launch.launchers import slurm
 from anemoi_dist.launch.launchers.base import Machine
@@ -118,58 +120,68 @@ def test_ranks_on_each_node() -> None:
 class Spoilt:
     """A place for hostile text: where it goes, and what a script made of it must be worth."""
 
-    def __init__(self, config: Config, seed: int, spoiled: Path) -> None:
-        rng = random.Random(seed)
+    def __init__(self, launcher: LauncherConfig, rng: random.Random, spoiled: Path) -> None:
         parts = [rng.choice(HOSTILE).replace("{spoiled}", str(spoiled)) for _ in range(rng.choice((1, 1, 2)))]
         self.text = "".join(parts).replace("{{", "{").replace("}}", "}")
         self.place = rng.choice(("path", "argument", "partition", "account", "option", "name", "module", "interface"))
         self.run, self.arguments = RunDirectory(Path("/runs/first")), ("--", "true")
-        launcher = config.launcher.slurm
         if self.place == "path":
             self.run = RunDirectory(Path(f"/runs/{self.text}/first"))
         elif self.place == "argument":
             self.arguments = ("--", "echo", self.text)
         elif self.place in ("partition", "account"):
-            setattr(launcher, self.place, self.text)
+            setattr(launcher.slurm, self.place, self.text)
         elif self.place == "option":
-            launcher.options = {"comment": self.text}
+            launcher.slurm.options = {"comment": self.text}
         elif self.place == "name":
-            launcher.options = {self.text: "x"}
+            launcher.slurm.options = {self.text: "x"}
         elif self.place == "module":
-            launcher.modules = [self.text]
+            launcher.slurm.modules = [self.text]
         else:
-            launcher.interface = self.text
+            launcher.slurm.interface = self.text
+
+
+#: Reads each script, then runs it, in one shell; `module` would be the cluster's own.
+RUN_ALL = """
+module() { :; }
+for script in "$1"/*.sh; do
+    bash -n "$script" 2> "$script.errors" || echo "$script" >> "$1/unreadable"
+    ( set --; source "$script" ) > "$script.words" 2> /dev/null
+    [ ! -e "$2" ] || { echo "$script" >> "$1/spoiling"; rm -rf "$2"; }
+done
+"""
 
 
 def test_hostile_values_are_refused_or_harmless(tmp_path: Path) -> None:
     """200 of them: one ConfigError, or a script that bash can read and that hands every word on as it was."""
-    from anemoi_dist.config.launcher_checks import check_launcher
-
-    spoiled, seen = tmp_path / "spoiled", {"refused": 0, "harmless": 0}
+    spoiled, folder, refused = tmp_path / "spoiled", tmp_path / "scripts", 0
+    folder.mkdir()
     # It stands for the interpreter: prints what it got.
     show = tmp_path / "show"
     show.write_text('#!/bin/bash\nprintf "%s\\0" "$@"\n')
     show.chmod(0o755)
+    plain, harmless = configured(), {}
     for seed in range(200):
-        config = configured()
-        spoilt = Spoilt(config, seed, spoiled)
+        config = copy.deepcopy(plain)
+        spoilt = Spoilt(config.launcher, random.Random(seed), spoiled)
         try:
             check_launcher(config.launcher)
             script = slurm.render(config, spoilt.run, python=str(show), arguments=spoilt.arguments)
         except ConfigError:
-            seen["refused"] += 1
+            refused += 1
             continue
-        checked = subprocess.run(["bash", "-n"], input=script.encode(), capture_output=True, check=False)
-        assert checked.returncode == 0, (seed, spoilt.place, spoilt.text, checked.stderr)
-        # `module` would be the cluster's own.
-        done = subprocess.run(["bash", "-c", f"module() {{ :; }}\n{script}"], capture_output=True, check=False)
-        words = [word.decode() for word in done.stdout.split(b"\0")[:-1]]
-        assert words == ["-m", "anemoi_dist.launch.job", str(spoilt.run.path), *spoilt.arguments], (seed, spoilt.text)
-        assert not spoiled.exists(), (seed, spoilt.place, spoilt.text)
         lines = [line for line in script.splitlines() if line.startswith("#SBATCH")]
         assert len(lines) == len(slurm.options(config, spoilt.run)), "every option is one line"
-        seen["harmless"] += 1
-    assert seen["refused"] > 30 and seen["harmless"] > 60, seen
+        (folder / f"{seed:03}.sh").write_text(script)
+        harmless[seed] = spoilt
+    subprocess.run(["bash", "-c", RUN_ALL, "_", str(folder), str(spoiled)], check=True, stdin=subprocess.DEVNULL)
+    for name in ("unreadable", "spoiling"):
+        assert not (folder / name).exists(), (folder / name).read_text()
+    for seed, spoilt in harmless.items():
+        words = [word.decode() for word in (folder / f"{seed:03}.sh.words").read_bytes().split(b"\0")[:-1]]
+        expected = ["-m", "anemoi_dist.launch.job", str(spoilt.run.path), *spoilt.arguments]
+        assert words == expected, (seed, spoilt.place, spoilt.text)
+    assert refused > 30 and len(harmless) > 60, (refused, len(harmless))
 
 
 def test_slurm_reads_what_was_written(cluster: MiniSlurm, tmp_path: Path) -> None:
@@ -177,10 +189,11 @@ def test_slurm_reads_what_was_written(cluster: MiniSlurm, tmp_path: Path) -> Non
     texts = [t.replace("{spoiled}", "x").replace("{{", "{").replace("}}", "}") for t in HOSTILE]
     texts = [t for t in texts if t.strip() and t.isprintable() and len(t) < 100]
     assert len(texts) > 20
+    plain, jobs = configured(), {}
+    run = RunDirectory(tmp_path / "it's 50% #1" / "first")
     for text in texts:
-        config = configured()
+        config = copy.deepcopy(plain)
         config.launcher.slurm.options = {"comment": text, "hold": True}
-        run = RunDirectory(tmp_path / "it's 50% #1" / "first")
         done = subprocess.run(
             slurm.SBATCH,
             input=rendered(config, run),
@@ -190,10 +203,12 @@ def test_slurm_reads_what_was_written(cluster: MiniSlurm, tmp_path: Path) -> Non
             check=False,
         )
         assert done.returncode == 0, (text, done.stderr)
-        shown = cluster.run("scontrol", "show", "job", done.stdout.strip())
-        assert f"   Comment={text} \n" in shown, (text, shown)
+        jobs[done.stdout.strip()] = text
+    described = cluster.run("scontrol", "show", "job").split("\n\n")
+    shown = {description.partition("JobId=")[2].partition(" ")[0]: description for description in described}
+    for job_id, text in jobs.items():
+        assert f"   Comment={text} \n" in shown[job_id], (text, shown[job_id])
         # SLURM shows the pattern with its %%; what it writes to is tested where jobs run.
-        assert f"StdOut={str(run.path).replace('%', '%%')}/logs/slurm-{done.stdout.strip()}.log" in shown.replace(
-            "50%/", "50%%/"
-        ).replace("50% ", "50%% "), shown
+        log = f"StdOut={str(run.path).replace('%', '%%')}/logs/slurm-{job_id}.log"
+        assert log in shown[job_id].replace("50%/", "50%%/").replace("50% ", "50%% "), shown[job_id]
     cluster.cancel_all()

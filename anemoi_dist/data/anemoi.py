@@ -150,6 +150,7 @@ def _resolve_samples(dataset: Any) -> Any:
 
 def _explain(resolved: Any, dataset: Any, options: dict[str, Any], error: Exception) -> ConfigError:
     """Return the error that names what is at fault: the dataset, or one of its options."""
+    # The first line alone: the reason stands inside another message.
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if not options:
         fix = "give the path of a .zarr directory that exists, or a name that anemoi-datasets knows"

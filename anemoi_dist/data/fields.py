@@ -93,6 +93,7 @@ def window_starts(dates_s: np.ndarray, missing: Collection[int], *, window: int,
         Seconds between two consecutive states.
     """
     count = max(0, len(dates_s) - window + 1)
+    # A missing date is in the calendar without data, a gap is skipped by the calendar; a window may hold neither.
     absent = np.zeros(len(dates_s), dtype=np.int64)
     absent[sorted(missing)] = 1
     gap = (np.diff(dates_s) != frequency_s).astype(np.int64)

@@ -38,6 +38,7 @@ class GlobalSampleOrder:
         """Return the sample at ``global_index``, counted from 0 through all epochs."""
         if global_index < 0:
             raise IndexError(f"global_index={global_index}: must not be negative")
+        # Batches ignore the ends of epochs: none is short, and no sample is dropped.
         epoch, position = divmod(global_index, self.num_samples)
         return int(self._permutation(epoch)[position])
 

@@ -53,6 +53,7 @@ class AnemoiModel(nn.Module):
     def __init__(self, data: DataSpec, *, graph: Mapping[str, Any], network: Mapping[str, Any]) -> None:
         super().__init__()
         _require_extra()
+        # All targets are checked before anything is built: building imports and runs what they name.
         for key, target in nested_targets({"graph": graph, "network": network}, key="model"):
             resolve_target(target, key=key, allowed=ALLOWED_TARGETS)
         if "residual" in network:
@@ -92,6 +93,7 @@ def _require_extra() -> None:
 
 def _build_graph(data: DataSpec, graph: Mapping[str, Any]) -> Any:
     """Return the ``HeteroData`` of the dataset's own nodes and whatever ``graph`` adds to them."""
+    # Imported here: the extra is optional, and loads torch-geometric.
     from anemoi.graphs.create import GraphCreator
     from anemoi.graphs.nodes import LatLonNodes
     from anemoi.utils.config import DotDict
@@ -113,6 +115,7 @@ def _build_network(data: DataSpec, graph: Any, network: Mapping[str, Any]) -> nn
 
     roles = OmegaConf.create({"forcing": list(data.forcing), "diagnostic": [], "target": []})
     indices = IndexCollection(roles, {name: i for i, name in enumerate(data.variables)})
+    # Statistics are passed because the interface asks for them; normalisation is the training module's.
     config = {
         "model": {**network, "residual": {"_target_": f"{__name__}.{NoSkip.__name__}"}},
         "training": {"multistep_input": data.multistep_input, "multistep_output": 1},

@@ -49,6 +49,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, *, dilation: int, pole_rows: tuple[bool, bool]) -> None:
         super().__init__()
+        # As wide as the convolution reaches, so that the size of the field stays.
         self.pad = SphericalPad(dilation, pole_rows=pole_rows)
         self.spread = nn.Conv2d(channels, channels, 3, dilation=dilation)
         self.mix = nn.Conv2d(channels, channels, 1)
@@ -149,6 +150,7 @@ def _global_grid(data: DataSpec) -> tuple[tuple[int, int], tuple[bool, bool]]:
     rows, steps = latitudes[:, 0], np.diff(longitudes[0]) % 360
     if np.ptp(latitudes, axis=1).max() > 1e-3 or np.ptp(longitudes, axis=0).max() > 1e-3 or np.ptp(steps) > 1e-3:
         raise ConfigError("model", "LatLonCNN", "needs rows of equal latitude, evenly spaced in longitude", fix=fix)
+    # A grid of cell centres ends half a row before the pole, one of corners on it.
     row_step = np.abs(np.diff(rows)).max()
     to_pole = 90 - np.abs(rows[[0, -1]])
     if abs(steps.mean() * shape[1] - 360) > 1e-2 or to_pole.max() > row_step or rows[0] * rows[-1] >= 0:
@@ -163,6 +165,7 @@ def _check_sizes(shape: tuple[int, int], hidden_channels: int, dilations: Sequen
         raise ConfigError(
             "model.patch_size", patch_size, f"must divide half of the {shape[1]} longitudes", fix="model.patch_size=1"
         )
+    # Padding copies rows and columns of the field itself: it cannot be wider than the field.
     limit = min(shape) // patch_size - 1
     if not dilations or min(dilations) < 1 or max(dilations) > limit:
         raise ConfigError(

@@ -38,7 +38,7 @@ MARKERS = ("o", "s", "^", "D", "v")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (2, 1)))
 
 RC: dict[Any, Any] = {
-    # Text stays text: it can be searched, takes the font of the page, and is a tenth of the size of outlines.
+    # Text stays text: it can be searched, and takes the font of the page.
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 8,
@@ -347,7 +347,7 @@ def _plain_degrees(longitudes: np.ndarray, latitudes: np.ndarray) -> tuple[np.nd
 
 def _edges(centres: np.ndarray, limit: float) -> np.ndarray:
     middle = (centres[1:] + centres[:-1]) / 2
-    # Clipped, because cells of a pole row would reach beyond the pole, where the projection is undefined.
+    # Clipped, because cells of a pole row would reach beyond the pole.
     ends = (centres[0] - (middle[0] - centres[0]), centres[-1] + (centres[-1] - middle[-1]))
     return np.clip(np.concatenate(([ends[0]], middle, [ends[1]])), -limit, limit)
 

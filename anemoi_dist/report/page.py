@@ -147,6 +147,7 @@ def write_report(run: RunDirectory) -> Path:
 
 
 def _no_events(run: RunDirectory) -> ConfigError:
+    # Runs that have events, because the others have no report either.
     root = run.path.parent
     existing = sorted(path.parent.name for path in root.glob("*/events.jsonl"))
     rule = "has no events yet; it has not started" if run.path.is_dir() else f"is no run below {root}"
@@ -213,6 +214,7 @@ def facts(events: Sequence[Event], config: Any) -> list[tuple[str, str]]:
 
 
 def _latest_start(events: Sequence[Event]) -> Event:
+    # The latest: a resumed run may have another engine or number of ranks.
     starts = [event for event in events if event["event"] == "start"]
     return starts[-1] if starts else {}
 

@@ -219,6 +219,7 @@ def skill(events: Sequence[Event]) -> Skill | None:
     """
     validations = latest_by_step(events, "validation", split="validation")
     tests = latest_by_step(events, "validation", split="test")
+    # The test split is scored once, at the end: until then the validation split is the best there is.
     scored = list((tests or validations).values())
     if not scored:
         return None

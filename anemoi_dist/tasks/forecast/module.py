@@ -213,6 +213,7 @@ class BaseGraphModule(TaskModule):
 
     def _tendency(self, window: Tensor) -> Tensor:
         """Run the model in the precision that the engine chose; float32 in, float32 out."""
+        # The model alone: normalisation and loss stay outside of autocast, in float32.
         with torch.autocast(window.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             return self.model(window.to(self.compute_dtype)).float()
 

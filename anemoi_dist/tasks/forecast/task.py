@@ -78,6 +78,7 @@ class ForecastTask:
 
     def export(self, directory: Path, *, evaluate: Evaluate, world: World) -> None:
         """Write ``forecast.npz``, the maps of one forecast of the test split. Collective; rank 0 writes."""
+        # On every rank, also those that write nothing: the forward pass is collective.
         maps = self._validator("test", world).forecast_maps(_predict(evaluate, world.device))
         if world.is_main:
             save_forecast_maps(directory / "forecast.npz", maps=maps)

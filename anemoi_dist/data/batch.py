@@ -78,8 +78,3 @@ class DataSpec:
     def prognostic_indices(self) -> list[int]:
         """Positions of the prognostic variables along the variable axis."""
         return [i for i, name in enumerate(self.variables) if name not in self.forcing]
-
-    @property
-    def forcing_indices(self) -> list[int]:
-        """Positions of the forcing variables along the variable axis."""
-        return [i for i, name in enumerate(self.variables) if name in self.forcing]

@@ -86,11 +86,8 @@ def create_scheduler(
     )
     parameters = inspect.signature(target).parameters
     _refuse_unsteady(target, given, parameters, name=node["_target_"])
-    injected = {
-        name: value
-        for name, value in _injections(lr, optimizer, given, max_steps=max_steps).items()
-        if name in parameters
-    }
+    offered = _injections(lr, optimizer, given, max_steps=max_steps)
+    injected = {name: value for name, value in offered.items() if name in parameters}
     _warn_of_unused(lr, used=injected, name=node["_target_"])
     arguments = {**injected, **given}
     check_arguments(target, arguments, key=KEY, injected={"optimizer": "training.optimizer"})

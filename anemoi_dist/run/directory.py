@@ -63,7 +63,8 @@ class RunDirectory:
         return cls(Path(root).expanduser().absolute() / check_run_id(run_id))
 
     @property
-    def run_id(self) -> str:  # noqa: D102
+    def run_id(self) -> str:
+        """Name of the run, and of its directory."""
         return self.path.name
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import io
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -58,7 +59,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     write = writer.write_rank
 
     def gated(*args: Any, **kwargs: Any) -> str:
-        assert event.wait(30)
+        assert event.wait(600)
         return write(*args, **kwargs)
 
     monkeypatch.setattr(saver_module, "write_rank", gated)
@@ -75,7 +76,7 @@ def test_training_goes_on_while_the_values_of_that_step_are_written(tmp_path: Pa
         assert boundary(saver).written == 0 and not outcomes
     assert select(LocalStore(tmp_path), world=SingleRank()).checkpoint is None
     gate.set()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while not outcomes and time.monotonic() < deadline:
         boundary(saver)
         time.sleep(0.001)
@@ -168,7 +169,7 @@ def fail_on(world: World, folder: Path, rank: int, number: int, on_error: str, p
 
     setattr(module, name, broken)
     try:
-        for step in range(1, 400):
+        for step in itertools.count(1):
             saver.advance(word.exchange(saver.word(stop=0, save_due=False)))
             seen.append(len(outcomes))
             if saver._flight is None and len(outcomes) == saver._number and saver._number < 3:

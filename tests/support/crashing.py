@@ -31,7 +31,7 @@ CALLS = ("write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renam
 CALLS += ("mkdir", "mkdirat", "unlink", "unlinkat", "rmdir")
 FAULTS = {"SIGKILL": "signal=KILL", "ENOSPC": "error=ENOSPC", "EIO": "error=EIO"}
 OLD, NEW = 10, 20
-TIMEOUT_S = 60
+TIMEOUT_S = 600
 SAVED, FAILED = 0, 3
 
 

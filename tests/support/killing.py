@@ -41,7 +41,7 @@ from support import reshard, toy
 
 MAX_STEPS, INTERVAL = 12, 2
 ATTEMPTS = 5
-TIMEOUT_S = 120
+TIMEOUT_S = 900
 
 
 class Silence:

@@ -8,7 +8,7 @@ import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ import torch.distributed as dist
 
 from anemoi_dist.distributed.world import World
 
-TIMEOUT_S = 120
+TIMEOUT_S = 900
+#: How long the others are waited for where one has raised: they may be waiting for it.
+GRACE_S = 10
 #: Imported once, by the process that all ranks are forked from.
 PRELOADED = (
     "deepspeed",
@@ -54,17 +56,22 @@ class RankPool:
         """Call ``function(world, *args)`` on every rank and return the results in rank order."""
         for pipe in self._pipes:
             pipe.send((function, args))
-        results, failures = [], []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(TIMEOUT_S):
-                self.kill()
-                raise RankError(f"rank {rank} gave no answer in {TIMEOUT_S} s")
-            ok, value = pipe.recv()
-            (results if ok else failures).append(value)
-        if failures:
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        silent = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while silent and (ready := wait(list(silent), GRACE_S if failures else TIMEOUT_S)):
+            for pipe in ready:
+                rank = silent.pop(pipe)
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    ok, value = False, f"--- rank {rank} has died ---"
+                (results if ok else failures)[rank] = value
+        if failures or silent:
             self.kill()  # the ranks may be out of step now
-            raise RankError("\n".join(failures))
-        return results
+            missing = [f"--- rank {rank} gave no answer ---" for rank in silent.values()]
+            raise RankError("\n".join([*failures.values(), *missing]))
+        return [results[rank] for rank in range(self.num_ranks)]
 
     @property
     def is_alive(self) -> bool:

@@ -54,32 +54,43 @@ def test_the_file_says_who_is_where(run: RunDirectory, beating: Heartbeat) -> No
     assert beating.phase == "end"
 
 
-def test_a_training_thread_that_is_stuck_goes_silent(run: RunDirectory, beating: Heartbeat) -> None:
+def test_a_training_thread_that_is_stuck_goes_silent(
+    run: RunDirectory, beating: Heartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heartbeat.beat("validation")
     wait_for(lambda: read_heartbeat(run.heartbeat_file(1)).phase == "validation")
-    first = run.heartbeat_file(1).read_text()
-    helper = threading.Thread(target=lambda: [heartbeat.beat("step") or time.sleep(0.01) for _ in range(20)])
+    first, last = run.heartbeat_file(1).read_text(), beating._last
+    helper = threading.Thread(target=lambda: [heartbeat.beat("step") for _ in range(20)])
     helper.start()
-    helper.join()  # ten intervals, and another thread's word
-    assert run.heartbeat_file(1).read_text() == first
-    assert beating.silent_s() > 0.15
+    helper.join()
+    rounds, wait = threading.Semaphore(0), beating._closed.wait
+    monkeypatch.setattr(beating._closed, "wait", lambda seconds: rounds.release() or wait(seconds))
+    for _ in range(3):
+        assert rounds.acquire(timeout=60)
+    assert run.heartbeat_file(1).read_text() == first, "another thread's word does not count"
+    assert beating._last == last
 
 
-def test_who_waits_for_a_thread_lives_by_its_progress(beating: Heartbeat) -> None:
+def test_who_waits_for_a_thread_lives_by_its_progress(beating: Heartbeat, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
     def work() -> str:
-        for _ in range(30):
-            time.sleep(0.05)
-            heartbeat.beat()
+        heartbeat.beat()
+        begun.set()
+        assert may_end.wait(60)
         return ""
 
-    job = Worker().submit(work)
-    time.sleep(0.2)
-    assert beating.silent_s() >= 0.2
+    job, last = Worker().submit(work), beating._last
+    assert begun.wait(60) and beating._last == last, "nobody has waited for it yet"
+    wait = job._done.wait
+    monkeypatch.setattr(job._done, "wait", lambda _: wait(0.01))
+    follow = beating.follow
+    monkeypatch.setattr(beating, "follow", lambda: [follow(), may_end.set()])
     job.wait()
-    assert beating.silent_s() < 0.2
-    stuck = Worker().submit(lambda: time.sleep(1.3) or "")
-    stuck.wait()
-    assert beating.silent_s() > 1.2
+    followed = beating._last
+    assert followed > last
+    Worker().submit(lambda: "").wait()
+    assert beating._last == followed, "no progress, no sign of life"
 
 
 def test_phases_nest(beating: Heartbeat) -> None:
@@ -99,11 +110,15 @@ def test_a_sign_of_life_touches_no_file(run: RunDirectory, monkeypatch: pytest.M
     assert made.step == 99 and sorted(run.heartbeats_dir.iterdir()) == before
 
 
-def test_a_file_that_cannot_be_written_is_no_reason_to_end(run: RunDirectory, beating: Heartbeat) -> None:
+def test_a_file_that_cannot_be_written_is_no_reason_to_end(
+    run: RunDirectory, beating: Heartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run.heartbeat_file(1).unlink()
     run.heartbeats_dir.rename(run.path / "gone")
     heartbeat.beat()
-    time.sleep(0.1)
+    tried, write = threading.Event(), beating.write
+    monkeypatch.setattr(beating, "write", lambda: [tried.set(), write()])
+    assert tried.wait(60)
     (run.path / "gone").rename(run.heartbeats_dir)
     heartbeat.beat()
     wait_for(lambda: run.heartbeat_file(1).exists())

@@ -30,10 +30,14 @@ use_hydra_cache()
 SHARED = {"cluster": "slurm", "ranks": "ranks"}
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook too
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not hasattr(config, "workerinput"):
-        return
+@pytest.hookimpl(wrapper=True)  # before pytest-xdist, which reads the groups in the same hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    if hasattr(config, "workerinput"):
+        group_and_sort(items)
+    return (yield)
+
+
+def group_and_sort(items: list[pytest.Item]) -> None:
     groups = {item: group_of(item) for item in items}
     for item, group in groups.items():
         if group:

@@ -41,7 +41,7 @@ def test_after_a_fault_at_any_call_there_is_the_old_or_the_new_checkpoint(tmp_pa
 
 @pytest.mark.slow
 def test_ranks_killed_at_random_leave_what_was_saved_and_other_ranks_go_on(tmp_path: Path) -> None:
-    outcome = run_script("support.killing", tmp_path, 0, 12)
+    outcome = run_script("support.killing", tmp_path, 0, 24)
     print(outcome)
     assert outcome["problems"] == []
-    assert outcome["seeds"] == outcome["done"] == 12 and outcome["killed"] >= 12
+    assert outcome["seeds"] == outcome["done"] == 24 and outcome["killed"] >= 24

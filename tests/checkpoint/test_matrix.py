@@ -68,8 +68,11 @@ def written(ranks, tmp_path_factory: pytest.TempPathFactory) -> Written:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("engine", toy.ENGINES)
 def test_all_that_was_written_loads(ranks, written: Written, engine: str, size: int) -> None:
-    by_rank = ranks(size).run(read, engine, [folder for folder, _ in written.values()])
-    for index, (writer, (_, expected)) in enumerate(written.items()):
+    # Every second: each engine reads what every engine wrote on every size, and does so on two sizes of its own.
+    first = (list(toy.ENGINES).index(engine) + size) % 2
+    chosen = dict(pair for index, pair in enumerate(written.items()) if (index // len(SIZES) + index) % 2 == first)
+    by_rank = ranks(size).run(read, engine, [folder for folder, _ in chosen.values()])
+    for index, (writer, (_, expected)) in enumerate(chosen.items()):
         actual = toy.whole_tensors([loaded[index] for loaded in by_rank])
         assert actual.keys() == expected.keys(), writer
         for key, value in expected.items():

@@ -165,7 +165,7 @@ def test_who_decides_is_the_first_whose_watchdog_lives(run: RunDirectory) -> Non
     heartbeat = Heartbeat(run, rank=1, world_size=3, attempt=1, interval_s=0.05)
     dog = Watchdog(heartbeat, run=run, attempt=1, rank=1, world_size=3, timeout_s=10.0)
     first = Heartbeat(run, rank=0, world_size=3, attempt=1)
-    first.write(stalled=True, watchdog_time=time.time())
+    first.write(stalled=True, watchdog_time=time.time() + 600.0)
     assert not dog._is_judge()
     first.write(stalled=True, watchdog_time=time.time() - 30.0)
     assert dog._is_judge()

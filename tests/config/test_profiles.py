@@ -5,17 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.hydra_cache import use_hydra_cache
 
 from anemoi_dist.config.compose import Composed, compose
 from anemoi_dist.config.launcher_checks import format_time_limit, parse_time_limit
 from anemoi_dist.config.profiles import profile_names, read_profile
 from anemoi_dist.errors import ConfigError
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_hydra_cache(monkeypatch)
 
 
 def slurm(*overrides: str, **more: Path) -> Composed:

@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import torch.distributed as dist
 
+#: There is one such server in a process, and one list of what it imports.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["support.preloaded"])
 #: Only broken ranks take as long.
@@ -46,7 +48,7 @@ def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, output: 
 
     As under a launcher the others are killed some time after one has failed.
     """
-    _start_server()
+    context = start_server()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {
         "WORLD_SIZE": str(num_ranks),
@@ -60,7 +62,7 @@ def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, output: 
     ranks = []
     for rank in range(num_ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **place}
-        process = _CONTEXT.Process(target=_run_module, args=(module, [*arguments], own, str(output)))
+        process = context.Process(target=_run_module, args=(module, [*arguments], own, str(output)))
         process.start()
         ranks.append(process)
     deadline, failed_at = time.monotonic() + TIMEOUT_S, None
@@ -77,13 +79,15 @@ def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, output: 
     return Ended([process.exitcode or 0 for process in ranks], output.read_text(), len(left))
 
 
-def _start_server() -> None:
+def start_server() -> ForkServerContext:
+    """Start what ranks are forked from, where it does not run yet; return what starts processes by it."""
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server passes over what it cannot import
     multiprocessing.forkserver.ensure_running()
     del os.environ["PYTHONPATH"]
     if path is not None:
         os.environ["PYTHONPATH"] = path
+    return _CONTEXT
 
 
 def _run_module(module: str, arguments: Sequence[str], environ: Mapping[str, str], output: str) -> None:

@@ -1,9 +1,11 @@
 """Imported by the process that ranks are forked from (``support/forked.py``): what they would import one by one."""
 
 import torch
+import torch._inductor.compile_fx  # DeepSpeed's first engine imports it
 import torch.distributed.fsdp
 
 import anemoi_dist.data.loader
+import anemoi_dist.engines.fsdp2
 import anemoi_dist.evaluation.validator
 import anemoi_dist.models.latlon
 import anemoi_dist.preflight.ranks

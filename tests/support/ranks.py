@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
@@ -15,19 +14,11 @@ import torch
 import torch.distributed as dist
 
 from anemoi_dist.distributed.world import World
+from support.forked import start_server
 
 TIMEOUT_S = 900
 #: How long the others are waited for where one has raised: they may be waiting for it.
 GRACE_S = 10
-#: Imported once, by the process that all ranks are forked from.
-PRELOADED = (
-    "deepspeed",
-    "torch._inductor.compile_fx",  # DeepSpeed's first engine imports it
-    "torch.distributed.fsdp",
-    "anemoi_dist.engines.zero",
-    "anemoi_dist.engines.fsdp2",
-    "anemoi_dist.tasks.forecast.module",
-)
 
 
 class RankError(AssertionError):
@@ -40,8 +31,7 @@ class RankPool:
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
+        context = start_server()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(num_ranks):
@@ -64,7 +54,7 @@ class RankPool:
                 rank = silent.pop(pipe)
                 try:
                     ok, value = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     ok, value = False, f"--- rank {rank} has died ---"
                 (results if ok else failures)[rank] = value
         if failures or silent:

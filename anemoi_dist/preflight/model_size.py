@@ -11,12 +11,15 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.config.schema import Config
 from anemoi_dist.engines.memory_estimate import ModelSize, Parameter
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode, print_message
+
+if TYPE_CHECKING:
+    from anemoi_dist.tasks.base import Task, TaskModule
 
 
 def main() -> int:
@@ -55,9 +58,9 @@ def measure(config: Config) -> ModelSize:
     config : Config
         Its ``data`` determines the fields of the model.
     """
-    from anemoi_dist.data.anemoi import open_split
+    from anemoi_dist.tasks import create_task
 
-    module = _build(config, open_split(config.data, "train", rollout=config.training.rollout).spec())
+    module = _build(create_task(config))
     _check_optimizer(module)
     own = {
         name: sum(parameter.numel() for parameter in layer.parameters(recurse=False))
@@ -76,21 +79,19 @@ def _is_about_here(error: ConfigError) -> bool:
     return isinstance(cause, ImportError) or (error.key == "data.dataset" and cause is not None)
 
 
-def _build(config: Config, spec: Any) -> Any:
+def _build(task: Task) -> TaskModule:
     import torch
-
-    from anemoi_dist.tasks.forecast.module import BaseGraphModule
 
     try:
         with torch.device("meta"):
-            return BaseGraphModule(config, spec=spec)
+            return task.create_module(world_size=1)
     except AnemoiDistError:
         raise
     except Exception:  # a model that looks at values while it is built (a graph, a mesh) cannot do without them
-        return BaseGraphModule(config, spec=spec)
+        return task.create_module(world_size=1)
 
 
-def _check_optimizer(module: Any) -> None:
+def _check_optimizer(module: TaskModule) -> None:
     """Refuse arguments of the optimizer or the scheduler that every rank would refuse."""
     try:
         module.configure_optimizers()

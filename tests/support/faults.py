@@ -19,7 +19,7 @@ from pathlib import Path
 
 from anemoi_dist.run.events import read_events
 from support.minislurm import MiniSlurm, wait_until
-from support.runs import SMALL
+from support.runs import ENVIRONMENT, SMALL
 
 #: Long enough to be hit in the middle, on an idle machine too.
 STEPS, INTERVAL = 40, 5
@@ -28,12 +28,13 @@ TWO_BY_TWO = [
     "launcher.nodes=2",
     "launcher.profile=minislurm",
     *SMALL,
+    "data.num_workers=0",
     f"training.max_steps={STEPS}",
     f"checkpoint.interval_steps={INTERVAL}",
     "launcher.backoff_s=0.2",
 ]
 #: For what SLURM needs half a minute to notice: as long again on an idle machine.
-LONG = ("training.max_steps=1500", "checkpoint.interval_steps=50", "validation.interval_steps=750")
+LONG = ("training.max_steps=500", "checkpoint.interval_steps=50", "validation.interval_steps=250")
 _OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
 
 
@@ -77,7 +78,7 @@ class SlurmRun:
         names = self.cluster.run("scontrol", "show", "hostnames", listed).split()
         return [int(name.removeprefix("node")) for name in names]
 
-    def wait_for_step(self, step: int, *, after: float = 0.0, timeout_s: float = 150) -> float:
+    def wait_for_step(self, step: int, *, after: float = 0.0, timeout_s: float = 600) -> float:
         """Wait for a step that was taken after a time; return when."""
         found: list[float] = []
 
@@ -89,7 +90,7 @@ class SlurmRun:
         assert wait_until(reached, timeout_s=timeout_s, every_s=0.02), f"no step {step}\n{self.log}"
         return found[0]
 
-    def wait_until_over(self, *, timeout_s: float = 240) -> str:
+    def wait_until_over(self, *, timeout_s: float = 900) -> str:
         """Wait until the job will not run again; return its state."""
         seen = ""
 
@@ -135,11 +136,11 @@ def anemoi_dist(cluster: MiniSlurm, *arguments: str, **environment: str) -> subp
     """Run the program against a cluster."""
     return subprocess.run(
         [sys.executable, "-m", "anemoi_dist.launch.cli", *arguments],
-        env={**cluster.environment, "OMP_NUM_THREADS": "1", **environment},
+        env={**cluster.environment, "OMP_NUM_THREADS": "1", **ENVIRONMENT, **environment},
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -188,7 +189,7 @@ def _requeue(run: SlurmRun) -> None:
 
 def _kill(module: str, **variables: str) -> Callable[[SlurmRun], None]:
     def kill(run: SlurmRun) -> None:
-        (victim,) = run.processes(module, **variables)
+        victim = run.processes(module, **variables)[-1]
         os.kill(victim, signal.SIGKILL)
 
     return kill
@@ -229,10 +230,10 @@ FAULTS = {
     "time limit, by the clock": Fault(_end_time, overrides=LONG),
     "preemption": Fault(_preempt, overrides=("launcher.slurm.partition=low",)),
     "scontrol requeue": Fault(_requeue),
-    "kill -9 of a rank": Fault(_kill("anemoi_dist.train", RANK="3")),
+    "kill -9 of a rank": Fault(_kill("anemoi_dist.train", SLURM_NODEID="1")),
     "kill -9 of rank 0": Fault(_kill("anemoi_dist.train", RANK="0")),
     "kill -9 of a rank that srun started": Fault(
-        _kill("anemoi_dist.train", SLURM_PROCID="3"), overrides=("launcher.ranks_by=srun",)
+        _kill("anemoi_dist.train", SLURM_NODEID="1"), overrides=("launcher.ranks_by=srun",)
     ),
     "kill -9 of a torchrun agent": Fault(_kill("anemoi_dist.launch.job.agent", SLURM_NODEID="1")),
     "kill -9 of the first node's slurmd": Fault(_kill_slurmd(0), _start_slurmds, LONG),
@@ -273,7 +274,7 @@ def play(cluster: MiniSlurm, root: Path, name: str, *overrides: str) -> Outcome:
     try:
         if fault.interrupts:
             first_start = run.events("start")[0]
-            begun = wait_until(lambda: len(run.events("start")) > 1, timeout_s=150, every_s=0.05)
+            begun = wait_until(lambda: len(run.events("start")) > 1, timeout_s=600, every_s=0.05)
             assert begun, f"no second start after {first_start}\n{run.log}"
             second = float(run.events("start")[1]["time"])
             seconds = run.wait_for_step(1, after=second) - struck

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 import re
 import subprocess
@@ -264,25 +262,6 @@ def test_the_default_model_is_measured_without_memory(monkeypatch):
     found = measured.measure(compose(["run.id=x"]).config)
     assert {parameter.device.type for parameter in built[0].parameters()} == {"meta"}
     assert found.num_parameters == 99_393
-
-
-@pytest.fixture
-def measured_here(monkeypatch):
-    """The process that measures is this one: it has imported torch already."""
-
-    def run(command, *, input, env, timeout, **more):
-        assert command == [sys.executable, "-m", "anemoi_dist.preflight.model_size"] and timeout > 0
-        answer, errors = io.StringIO(), io.StringIO()
-        answer.close = lambda: None
-        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
-        monkeypatch.setattr(measured.os, "dup", lambda number: number)
-        monkeypatch.setattr(measured.os, "dup2", lambda number, other: other)
-        monkeypatch.setattr(measured.os, "fdopen", lambda number, mode: answer)
-        with contextlib.redirect_stderr(errors):
-            code = measured.main()
-        return subprocess.CompletedProcess(command, code, answer.getvalue(), errors.getvalue())
-
-    monkeypatch.setattr(model_size.subprocess, "run", run)
 
 
 def test_why_a_size_is_unknown(tmp_path, monkeypatch):

@@ -146,6 +146,7 @@ def test_a_stop_that_nobody_answered_is_forgotten(recorded: Path, tmp_path: Path
     assert not stop.exists()
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_model_that_no_rank_could_build_takes_no_place_in_the_queue(
     recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_model_that_no_rank_could_build_takes_no_place_in_the_queue(
     assert (recorded / "script").exists()
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_model_that_only_this_machine_cannot_build_is_submitted(
     recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

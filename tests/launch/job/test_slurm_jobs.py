@@ -17,6 +17,8 @@ from anemoi_dist.run.events import read_events
 
 #: One rank on each of two nodes: what a machine that tests something else at the same time can bear.
 TWO_BY_ONE = [*TWO_BY_TWO, "launcher.ranks=1"]
+#: Faults that other tests inflict, or that come to the same as another: `python -m support.faults` has them too.
+SEEN = ("time limit", "scontrol requeue", "kill -9 of a rank")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, boo
         def __missing__(self, key: tuple[int, bool]) -> Path:
             ranks, long = key
             overrides = [o for o in [*TWO_BY_TWO, *(LONG if long else ())] if not o.startswith("launcher")]
-            code, output = finish(start(command(root, f"r{ranks}-{long}", *overrides, f"launcher.ranks={ranks}")))
+            code, output = finish(start(command(root, f"r{ranks}-{long}", f"launcher.ranks={ranks}", small=overrides)))
             assert code == 0, output
             self[key] = root / f"r{ranks}-{long}"
             return self[key]
@@ -70,7 +72,7 @@ def outcomes() -> Iterator[list[tuple[str, Outcome]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [name for name in FAULTS if name not in SEEN])
 def test_a_run_gets_through(
     cluster: MiniSlurm,
     undisturbed: dict[tuple[int, bool], Path],
@@ -79,7 +81,7 @@ def test_a_run_gets_through(
     name: str,
 ) -> None:
     fault = FAULTS[name]
-    outcome = play(cluster, tmp_path, name, *TWO_BY_TWO)
+    outcome = play(cluster, tmp_path, name, *TWO_BY_ONE)
     run = outcome.run
     outcomes.append((name, outcome))
     assert outcome.state == "COMPLETED", run.log
@@ -88,37 +90,37 @@ def test_a_run_gets_through(
     assert run.steps_repeated() <= (50 if long else INTERVAL)
     assert not run.left_running()
     assert len(run.events("start")) == 1 + fault.interrupts, "nothing started that need not"
-    assert_equal_bit_for_bit(undisturbed[4, long], run.directory)
+    assert_equal_bit_for_bit(undisturbed[2, long], run.directory)
 
 
 @pytest.mark.slow
 def test_a_cancelled_run_says_so_and_can_be_resumed(
     cluster: MiniSlurm, undisturbed: dict[tuple[int, bool], Path], tmp_path: Path
 ) -> None:
-    run = SlurmRun(cluster, tmp_path, "cancelled", *TWO_BY_TWO)
+    run = SlurmRun(cluster, tmp_path, "cancelled", *TWO_BY_ONE)
     run.wait_for_step(12)
     cluster.run("scancel", str(run.job_id))
     assert run.wait_until_over() == "CANCELLED"
-    assert wait_until(lambda: run.launches("cancel"), timeout_s=15), run.log
+    assert wait_until(lambda: run.launches("cancel"), timeout_s=300), run.log
     assert not run.launches("requeue") and not run.left_running()
     assert "run cancelled: cancelled" in run.log
-    again = SlurmRun(cluster, tmp_path, "cancelled", *TWO_BY_TWO)
+    again = SlurmRun(cluster, tmp_path, "cancelled", *TWO_BY_ONE)
     assert again.wait_until_over() == "COMPLETED", again.log
     assert again.steps_repeated() <= INTERVAL
-    assert_equal_bit_for_bit(undisturbed[4, False], run.directory)
+    assert_equal_bit_for_bit(undisturbed[2, False], run.directory)
 
 
 @pytest.mark.slow
 def test_a_cancel_during_the_wait_before_a_restart_is_for_good(cluster: MiniSlurm, tmp_path: Path) -> None:
-    run = SlurmRun(cluster, tmp_path, "waiting", *TWO_BY_TWO, "launcher.backoff_s=30", "checkpoint.interval_steps=5")
+    run = SlurmRun(cluster, tmp_path, "waiting", *TWO_BY_ONE, "launcher.backoff_s=30", "checkpoint.interval_steps=5")
     run.wait_for_step(8)
-    assert wait_until(lambda: run.events("checkpoint"), timeout_s=30), run.log
+    assert wait_until(lambda: run.events("checkpoint"), timeout_s=300), run.log
     os.kill(run.processes("anemoi_dist.train", RANK="1")[0], signal.SIGKILL)
-    assert wait_until(lambda: run.launches("restart"), timeout_s=60), run.log
+    assert wait_until(lambda: run.launches("restart"), timeout_s=300), run.log
     answer = anemoi_dist(cluster, "cancel", str(run.directory))
     assert answer.returncode == 0, answer.stderr
     assert run.wait_until_over() == "CANCELLED"
-    assert wait_until(lambda: run.launches("end"), timeout_s=30), run.log
+    assert wait_until(lambda: run.launches("end"), timeout_s=300), run.log
     assert not run.launches("requeue") and len(run.launches("launch")) == 1
 
 
@@ -154,9 +156,9 @@ def test_any_command_has_the_same_life(cluster: MiniSlurm, tmp_path: Path) -> No
         str(counter),
         "a b$",
     )
-    assert wait_until(lambda: "life 1 of a b$ with this" in run.log, timeout_s=30), run.log
+    assert wait_until(lambda: "life 1 of a b$ with this" in run.log, timeout_s=300), run.log
     cluster.run("scancel", "--signal=USR1", "--batch", str(run.job_id))
-    assert run.wait_until_over(timeout_s=60) == "COMPLETED", run.log
+    assert run.wait_until_over(timeout_s=300) == "COMPLETED", run.log
     assert "saving" in run.log and "life 2 of a b$" in run.log
     assert [e["code"] for e in run.launches("end")] == [75, 0]
     assert run.launches("submit")[0]["command"][-1] == "a b$"
@@ -170,12 +172,12 @@ def test_a_command_on_all_nodes_by_srun_and_one_that_fails(cluster: MiniSlurm, t
     run = command_run(cluster, tmp_path, "all", "launcher.nodes=2", "--srun", "--", "bash", "-c", show)
     failing = command_run(cluster, tmp_path, "failing", "--", "bash", "-c", "exit 9")
     absent = command_run(cluster, tmp_path, "absent", "--", "no-such-program")
-    assert run.wait_until_over(timeout_s=60) == "COMPLETED", run.log
+    assert run.wait_until_over(timeout_s=300) == "COMPLETED", run.log
     said = [line for line in run.log.splitlines() if line.startswith("rank ")]
     assert sorted(line.split(" on ")[0] for line in said) == [f"rank {n} of 4" for n in range(4)]
     assert len({line.split(" on ")[1] for line in said}) == 2
     for other, code in ((failing, "returned 9"), (absent, "returned 127")):
-        assert other.wait_until_over(timeout_s=60) == "FAILED"
+        assert other.wait_until_over(timeout_s=300) == "FAILED"
         assert code in other.log and not other.launches("requeue")
         assert state_of(other)["state"] == "failed"
         (ended,) = other.launches("end")
@@ -211,12 +213,12 @@ def test_a_run_is_queued_once_and_waits_for_another(cluster: MiniSlurm, tmp_path
     then = command_run(cluster, tmp_path, "then", "--after", "first", "--", "true")
     assert cluster.job_field(then.job_id, "Dependency").startswith(f"afterok:{first.job_id}")
     gate.touch()
-    assert then.wait_until_over(timeout_s=60) == "COMPLETED", then.log
+    assert then.wait_until_over(timeout_s=300) == "COMPLETED", then.log
     ended = first.launches("end")[0]["time"]
     assert then.launches("launch")[0]["time"] > ended
     assert then.launches("submit")[0]["after"] == "first"
     failed = command_run(cluster, tmp_path, "fails", "--", "false")
-    assert failed.wait_until_over(timeout_s=60) == "FAILED"
+    assert failed.wait_until_over(timeout_s=300) == "FAILED"
     base = ["submit", "--no-check", "launcher=slurm", f"run.root={tmp_path}", "run.id=never"]
     answer = anemoi_dist(cluster, *base, "--after", "fails", "--", "true")
     assert answer.returncode == 3 and "--after-any" in answer.stderr, answer.stderr

@@ -28,11 +28,6 @@ def main() -> int:
     if rank == 0:
         record(run, {"started": time.time(), "world_size": int(os.environ["WORLD_SIZE"])}, new=True)
     (run.path / f"ready-{rank}").touch()
-    if how.startswith("code"):
-        code = int(how.split("-")[1])
-        if rank == 0:
-            record(run, {"exit_code": code})
-        return code
     if how == "killed":
         if rank == 1:
             await_record(run)
@@ -57,7 +52,7 @@ def main() -> int:
         record(run, {"exit_code": 70, "failure": failure})
         return 70
     if how == "ignores":
-        time.sleep(60)
+        time.sleep(3600)
         return 0
     code = wait(stopped, then=75 if how == "saves" else 1)
     if rank == 0 and how == "saves":
@@ -72,7 +67,7 @@ def await_record(run: RunDirectory) -> None:
 
 
 def wait(stopped: list[int], *, then: int) -> int:
-    for _ in range(600):
+    for _ in range(6000):
         if stopped:
             return then
         time.sleep(0.05)

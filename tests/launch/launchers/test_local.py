@@ -135,7 +135,7 @@ sys.exit(code)
     )
 
 
-def ended(process: subprocess.Popen[str], *, within_s: float = 90) -> tuple[int, str]:
+def ended(process: subprocess.Popen[str], *, within_s: float = 300) -> tuple[int, str]:
     try:
         _, errors = process.communicate(timeout=within_s)
     finally:
@@ -144,7 +144,7 @@ def ended(process: subprocess.Popen[str], *, within_s: float = 90) -> tuple[int,
 
 
 def ready(run: RunDirectory, process: subprocess.Popen[str]) -> None:
-    for _ in range(1800):
+    for _ in range(6000):
         if all((run.path / f"ready-{rank}").exists() for rank in range(2)):
             return
         assert process.poll() is None, process.communicate()
@@ -164,7 +164,7 @@ def alive(marker: str) -> list[int]:
 
 
 def gone(run: RunDirectory) -> None:
-    for _ in range(400):
+    for _ in range(2400):
         if not (left := alive(str(run.path))):
             return
         time.sleep(0.05)
@@ -173,10 +173,10 @@ def gone(run: RunDirectory) -> None:
     raise AssertionError(f"still running: {left}")
 
 
-@pytest.mark.parametrize(("how", "code"), [("code-0", 0), ("code-75", 75), ("unrecorded-3", 3)])
-def test_the_exit_code_is_the_runs(run, how, code):
-    found, errors = ended(start(run, how))
-    assert (found, "Traceback" in errors) == (code, False), errors
+def test_the_exit_code_is_the_ranks_where_none_is_recorded(run):
+    """One that is recorded is returned below: 0 after a restart, 75 after a request to stop."""
+    found, errors = ended(start(run, "unrecorded-3"))
+    assert (found, "Traceback" in errors) == (3, False), errors
     assert "torch/distributed" not in errors
 
 
@@ -229,7 +229,7 @@ def test_a_second_request_kills(run):
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    code, errors = ended(process, within_s=20)
+    code, errors = ended(process)
     assert code == 130, errors
     assert "killed; what was saved last is intact" in errors
     gone(run)

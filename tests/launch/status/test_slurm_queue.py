@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 import pytest
 from hypothesis import given
@@ -68,7 +67,7 @@ def test_a_job_that_squeue_has_forgotten_is_looked_up(slurm):
     assert "--jobs=2,3_1,5,6,7" in slurm.asked()[1]
 
 
-@pytest.mark.parametrize("sacct", [{"errors": "Slurm accounting storage is disabled", "code": 1}, {"sleep_s": 20}])
+@pytest.mark.parametrize("sacct", [{"errors": "Slurm accounting storage is disabled", "code": 1}, {"sleep_s": 3600}])
 def test_without_accounting_a_purged_job_is_gone(slurm, sacct):
     slurm.answer("squeue", errors="slurm_load_jobs error: Invalid job id specified", code=1)
     slurm.answer("sacct", **sacct)
@@ -76,11 +75,9 @@ def test_without_accounting_a_purged_job_is_gone(slurm, sacct):
 
 
 def test_a_silent_slurmctld_is_said_and_not_waited_for(slurm):
-    slurm.answer("squeue", sleep_s=20)
-    began = time.monotonic()
+    slurm.answer("squeue", sleep_s=3600)
     with pytest.raises(QueueError, match="slurmctld does not answer"):
         SlurmQueue(timeout_s=0.3).views(["12"])
-    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         group_and_sort(items)
     return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_warning_recorded(warning_message: warnings.WarningMessage) -> None:
+    # pytest-xdist imports the module of a warning where it collects results; Lightning's cannot always be imported.
+    if warning_message.category.__module__ != "builtins":
+        warning_message.message = UserWarning(str(warning_message.message))
+        warning_message.category = UserWarning
 
 
 def group_and_sort(items: list[pytest.Item]) -> None:

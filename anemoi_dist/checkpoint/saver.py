@@ -63,7 +63,7 @@ class _Phase(Enum):
 
 
 @dataclass
-class _Flight:
+class _PendingSave:
     """The save that is under way."""
 
     number: int
@@ -119,7 +119,7 @@ class Saver:
         self._policy = Policy(config.keep_last, config.keep_every, config.keep_best)
         self._worker = Worker()
         self._staging: Staging | None = None
-        self._flight: _Flight | None = None
+        self._pending: _PendingSave | None = None
         self._number = 0
 
     def prepare(self, shards: Iterable[Shard]) -> None:
@@ -148,7 +148,7 @@ class Saver:
             This save, or the one that was under way, has failed and ``checkpoint.on_error`` is ``stop``.
         """
         begun = time.monotonic()
-        if self._flight is not None and self._config.when_busy == "skip":
+        if self._pending is not None and self._config.when_busy == "skip":
             self.report(Outcome(step, skipped=True))
             return
         self.wait()
@@ -162,17 +162,17 @@ class Saver:
             return
         cancel = threading.Event()
         job = self._write(folder, save_id, shards, cancel)
-        self._flight = _Flight(
+        self._pending = _PendingSave(
             self._number, step, save_id, folder, trainer, samples_seen, cancel, job, _Phase.WRITING, begun
         )
         if self._staging is None:
             self.wait()
         else:
-            self._flight.stalled_s = time.monotonic() - begun
+            self._pending.stalled_s = time.monotonic() - begun
 
     def word(self, *, stop: int, save_due: bool) -> Word:
         """Return what this rank has to tell the others; asks nobody and waits for nothing."""
-        flight = self._flight
+        flight = self._pending
         # `written` says up to which save this rank has nothing left to write. The ranks take the minimum of it and the
         # maximum of the others, so that one number each is enough for any number of ranks.
         if flight is None or not flight.job.is_done:
@@ -191,14 +191,14 @@ class Saver:
         CheckpointError
             The save has failed and ``checkpoint.on_error`` is ``stop``.
         """
-        if self._flight is None:
+        if self._pending is None:
             return
-        failed = agreed.failed >= self._flight.number
-        if self._flight.phase is _Phase.WRITING and (failed or agreed.written >= self._flight.number):
+        failed = agreed.failed >= self._pending.number
+        if self._pending.phase is _Phase.WRITING and (failed or agreed.written >= self._pending.number):
             if failed:
-                self._flight.cancel.set()  # before waiting: the other ranks need not finish gigabytes for nothing
+                self._pending.cancel.set()  # before waiting: the other ranks need not finish gigabytes for nothing
             self._gather()
-        elif self._flight.phase is _Phase.COMMITTING and (failed or agreed.committed >= self._flight.number):
+        elif self._pending.phase is _Phase.COMMITTING and (failed or agreed.committed >= self._pending.number):
             self._finish()
 
     def wait(self) -> None:
@@ -209,12 +209,12 @@ class Saver:
         CheckpointError
             It has failed and ``checkpoint.on_error`` is ``stop``.
         """
-        if self._flight is None:
+        if self._pending is None:
             return
-        self._flight.waiting_since = time.monotonic()
-        if self._flight.phase is _Phase.WRITING:
+        self._pending.waiting_since = time.monotonic()
+        if self._pending.phase is _Phase.WRITING:
             self._gather()
-        if self._flight is not None:
+        if self._pending is not None:
             self._finish()
 
     # In the thread
@@ -238,7 +238,7 @@ class Saver:
             )
         )
 
-    def _commit(self, flight: _Flight, reports: list[str]) -> str:
+    def _commit(self, flight: _PendingSave, reports: list[str]) -> str:
         name = commit(
             self._store,
             flight.folder,
@@ -262,7 +262,7 @@ class Saver:
 
     def _gather(self) -> None:
         """Learn how writing went everywhere, then give up or have rank 0 commit."""
-        flight = self._flight
+        flight = self._pending
         assert flight is not None, "a save is under way"
         flight.job.wait()
         # Rank 0 decides for all. If each rank judged by its own error, some would go on to commit while others gave up,
@@ -279,7 +279,7 @@ class Saver:
 
     def _finish(self) -> None:
         """Learn from rank 0 how the commit went."""
-        flight = self._flight
+        flight = self._pending
         assert flight is not None, "a save is under way"
         error = None
         if self._world.is_main:
@@ -293,15 +293,15 @@ class Saver:
         self._conclude(Outcome(flight.step, **known), flight)
 
     def _give_up(self, error: str) -> None:
-        flight = self._flight
+        flight = self._pending
         assert flight is not None, "a save is under way"
         if self._world.is_main:  # every rank's thread has ended by now: nobody writes into what is removed
             self._store.discard(flight.folder)
         text = f"step {flight.step} was not saved: {error}; older checkpoints are intact"
         self._conclude(Outcome(flight.step, error=text), flight)
 
-    def _conclude(self, outcome: Outcome, flight: _Flight | None = None) -> None:
-        self._flight = None  # first: `report` may raise, and the next save must not wait for this one
+    def _conclude(self, outcome: Outcome, flight: _PendingSave | None = None) -> None:
+        self._pending = None  # first: `report` may raise, and the next save must not wait for this one
         if flight is not None:
             now = time.monotonic()
             waited_s = 0.0 if flight.waiting_since is None else now - flight.waiting_since

@@ -25,10 +25,10 @@ from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import MemoryReport, StepReport
 from anemoi_dist.errors import CheckpointError, ConfigError
 from anemoi_dist.optimizers.ademamix import conversions, schedule_values
+from anemoi_dist.optimizers.ademamix_schedules import late_start
 from anemoi_dist.optimizers.capabilities import Capabilities, capabilities
 from anemoi_dist.optimizers.learning_rate import set_num_updates
 from anemoi_dist.optimizers.rounding import ElementRange
-from anemoi_dist.optimizers.schedules import late_start
 from anemoi_dist.tasks.base import Batch, TaskModule
 from anemoi_dist.telemetry.heartbeat import beat
 

@@ -112,7 +112,7 @@ class AdEMAMix(Optimizer):
     schedule_start : int
         The step from which the warm-ups count.
     beta3_form : str
-        ``apple`` or ``paper``; see :func:`anemoi_dist.optimizers.schedules.beta3_at`.
+        ``apple`` or ``paper``; see :func:`anemoi_dist.optimizers.ademamix_schedules.beta3_at`.
     foreach : bool | None
         ``True`` is ``implementation="foreach"``, ``False`` is ``"eager"``; None: as ``implementation`` says.
     maximize : bool

@@ -12,7 +12,7 @@ from anemoi_dist.config.instantiate import call, check_arguments, split_node
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.ademamix import AdEMAMix
-from anemoi_dist.optimizers.schedules import unfinished_warmups
+from anemoi_dist.optimizers.ademamix_schedules import unfinished_warmups
 
 KEY = "training.optimizer"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anemoi_dist.config.optimizer_states import checked_state_dtype, narrow_states
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.optimizers import implementations, schedules
+from anemoi_dist.optimizers import ademamix_schedules, implementations
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,8 +31,10 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, valid in (("foreach", (None, True, False)), ("maximize", (True, False)), ("capturable", (True, False))):
         if not any(options[name] is value for value in valid):
             raise ConfigError(name, options[name], "must be true or false", valid=[str(x) for x in valid])
-    if options["beta3_form"] not in schedules.BETA3_FORMS:
-        raise ConfigError("beta3_form", options["beta3_form"], "is not a valid name", valid=schedules.BETA3_FORMS)
+    if options["beta3_form"] not in ademamix_schedules.BETA3_FORMS:
+        raise ConfigError(
+            "beta3_form", options["beta3_form"], "is not a valid name", valid=ademamix_schedules.BETA3_FORMS
+        )
     if options["beta3_form"] == "apple" and options["beta3_warmup"] and max(betas[0], betas[2]) + 1e-8 >= 1.0:
         raise ConfigError(
             "betas", betas, "Apple's warm-up adds 1e-8 to a beta, which takes this one to 1", fix="beta3_form='paper'"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 import torch
 from torch import Tensor
 
-from anemoi_dist.optimizers import rounding, schedules
+from anemoi_dist.optimizers import ademamix_schedules, rounding
 
 
 class ParamGroup(TypedDict):
@@ -257,7 +257,7 @@ def _device_columns(group: ParamGroup, steps: Tensor) -> dict[str, Tensor]:
         fraction = since_start / group["beta3_warmup"]
         # Outside of the warm-up the formula is not needed, and at 0 it may divide by zero: any value inside will do.
         inside = torch.where((fraction > 0) & (fraction < 1), fraction, 0.5)
-        between = schedules.beta_between(inside, beta1=beta1, beta3=beta3, form=group["beta3_form"])
+        between = ademamix_schedules.beta_between(inside, beta1=beta1, beta3=beta3, form=group["beta3_form"])
         slow = torch.where(fraction >= 1, slow, torch.where(fraction <= 0, beta1, between))
     return {
         "weight_slow": 1.0 - slow,
@@ -274,8 +274,8 @@ def scheduled_values(group: ParamGroup, step: float) -> dict[str, float]:
     beta1, _, beta3 = group["betas"]
     since_start = step - group["schedule_start"]
     return {
-        "alpha": schedules.alpha_at(since_start, alpha=group["alpha"], warmup=group["alpha_warmup"]),
-        "beta3": schedules.beta3_at(
+        "alpha": ademamix_schedules.alpha_at(since_start, alpha=group["alpha"], warmup=group["alpha_warmup"]),
+        "beta3": ademamix_schedules.beta3_at(
             since_start, beta1=beta1, beta3=beta3, warmup=group["beta3_warmup"], form=group["beta3_form"]
         ),
     }

@@ -98,7 +98,7 @@ def record_hang(run: RunDirectory, attempt: int, hang: Hang) -> None:
     log.close()
 
 
-def record_unsaid_hang(run: RunDirectory) -> None:
+def record_unreported_hang(run: RunDirectory) -> None:
     """Record the hang of the last attempt if none of its ranks could: one rank alone, ended by its dead man's switch.
 
     To be called by the process that started the ranks, after one of them ended with code 6.
@@ -251,14 +251,14 @@ class Watchdog:
         return None if failure is None else failure.hang
 
     def _where(self) -> str:
-        return place_of(sys._current_frames().get(self._watched))
+        return format_stack(sys._current_frames().get(self._watched))
 
     def _say(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._log.write(f"{stamp} watchdog: rank {self._rank}: {text}\n")
 
 
-def place_of(frame: FrameType | None, *, depth: int = 4) -> str:
+def format_stack(frame: FrameType | None, *, depth: int = 4) -> str:
     """Return the innermost calls of a stack, the innermost first: ``model.py:12 in forward < module.py:40 in loss``."""
     calls: list[str] = []
     while frame is not None and len(calls) < depth:

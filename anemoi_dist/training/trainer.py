@@ -35,15 +35,15 @@ class SaveClock:
 
     def restart(self) -> None:
         """Count from now."""
-        self._since, self._has_rung = self._clock(), False
+        self._since, self._fired = self._clock(), False
 
     def is_due(self) -> bool:
         """Whether the interval has passed; True only once until the next restart."""
         # Once: ranks agree on it a step later, and a second report meanwhile would save twice.
-        if self._interval_s is None or self._has_rung:
+        if self._interval_s is None or self._fired:
             return False
-        self._has_rung = self._clock() - self._since >= self._interval_s
-        return self._has_rung
+        self._fired = self._clock() - self._since >= self._interval_s
+        return self._fired
 
 
 class Trainer:

@@ -28,7 +28,7 @@ from anemoi_dist.run.prepare import prepare_run
 from ..launchers import slurm
 from ..launchers.machine import detect_machine
 from ..launchers.model_size import check_models
-from ..launchers.sbatch import check_syntax, require_sbatch, sbatch
+from ..launchers.submission import check_syntax, require_sbatch, sbatch
 from ..status import journal
 from ..status.inspection import refuse_queued
 from ..status.slurm_queue import SlurmQueue

@@ -17,7 +17,7 @@ from anemoi_dist.errors import AnemoiDistError, ExitCode, print_error, print_mes
 from anemoi_dist.process.parent_death import PARENT_PID, die_with_parent, parent_in_environment
 from anemoi_dist.run.attempt import record_killed
 from anemoi_dist.run.directory import RunDirectory
-from anemoi_dist.telemetry.watchdog import record_unsaid_hang
+from anemoi_dist.telemetry.watchdog import record_unreported_hang
 
 #: Signals that ask a process to leave, torchrun's own among them. Any other that ends a rank is a kill or a crash.
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -50,7 +50,7 @@ def main() -> int:
     except ChildFailedError as error:
         rank, failure = _cause(error)
         if run and failure.exitcode == ExitCode.HANG:
-            record_unsaid_hang(run)
+            record_unreported_hang(run)
         if run and failure.exitcode < 0 and -failure.exitcode not in _ASKING:
             number = signal.Signals(-failure.exitcode)
             record_killed(run, rank=rank, pid=failure.pid, number=number, attempts_before=attempts_before)

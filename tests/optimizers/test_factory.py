@@ -98,7 +98,7 @@ def test_unknown_argument_lists_the_valid_ones_with_defaults():
     [
         {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1},
         {"_target_": "torch.optim.adamw.adamw"},
-        {"_target_": "anemoi_dist.optimizers.schedules.half_life", "beta": 0.9, "form": "paper"},
+        {"_target_": "anemoi_dist.optimizers.ademamix_schedules.half_life", "beta": 0.9, "form": "paper"},
         {"_target_": "torch.optim.AdamW", "betas": [2.0, 0.9]},
         {"_target_": "torch.nn.Linear"},
         {"betas": [0.9, 0.95]},

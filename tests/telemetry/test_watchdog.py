@@ -19,7 +19,7 @@ from anemoi_dist.run.events import read_events
 from anemoi_dist.run.records import Hang, Process
 from anemoi_dist.telemetry import watchdog
 from anemoi_dist.telemetry.heartbeat import Heartbeat, HeartbeatRecord
-from anemoi_dist.telemetry.watchdog import Watchdog, find_hang, record_unsaid_hang
+from anemoi_dist.telemetry.watchdog import Watchdog, find_hang, record_unreported_hang
 
 
 def beat(rank: int, *, time: float, collectives: int = 5, **more: Any) -> HeartbeatRecord:
@@ -179,11 +179,11 @@ def test_who_decides_is_the_first_whose_watchdog_lives(run: RunDirectory) -> Non
 
 
 def test_who_started_a_lone_rank_records_its_hang(run: RunDirectory) -> None:
-    record_unsaid_hang(run)  # nothing was begun
+    record_unreported_hang(run)  # nothing was begun
     assert run.read_state().attempts == []
     attempt = Attempt(run, world_size=1, max_steps=1)
     Heartbeat(run, rank=0, world_size=1, attempt=1).write(time=time.time() + 1.0)  # the file is rounded to 1 ms
-    record_unsaid_hang(run)
+    record_unreported_hang(run)
     assert read_state(run)["attempts"][-1]["exit_code"] == ExitCode.HANG
     assert attempt.end(ExitCode.INTERNAL) == ExitCode.HANG
     assert len(read_events(run.events_file)) == 1

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anemoi_dist.optimizers.schedules import alpha_at, beta3_at, unfinished_warmups
+from anemoi_dist.optimizers.ademamix_schedules import alpha_at, beta3_at, unfinished_warmups
 
 WARMUPS = st.integers(1, 100_000)
 FORMS = st.sampled_from(["apple", "paper"])

@@ -127,8 +127,8 @@ def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
                 run_preflight(world, run.path.parent)
             train(config, run=run, world=world, attempt=number)
             code = ExitCode.FINISHED
-            # Inside: a rank that hangs while it leaves is a hang too. After a failure nobody leaves in order, because
-            # destroying a process group waits for ranks that may be gone.
+            # Inside: a rank that hangs while it leaves is a hang too. After a failure there is no orderly shutdown:
+            # destroying a process group would wait for ranks that may be gone.
             world.leave()
     except AnemoiDistError as error:
         print_error(error)

@@ -35,7 +35,7 @@ suppress_warnings = ["ref.python"]
 
 
 class ConfigurationKeys(SphinxDirective):
-    """``.. configuration-keys::``, the table of all keys: defaults and comments stand in the schema alone."""
+    """``.. configuration-keys::``, the table of all keys: defaults and comments are in the schema alone."""
 
     def run(self) -> list[nodes.Node]:
         """Return a table for each section of the configuration."""

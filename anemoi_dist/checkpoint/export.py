@@ -59,7 +59,7 @@ def export(
 
 @contextmanager
 def _replacing(out: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``out`` that takes its name when everything is written and durable."""
+    """Open a temporary file next to ``out`` that takes its name when everything is written and durable."""
     # Beside it, so that the rename stays within one file system; random, for two exports may run at once.
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -99,7 +99,7 @@ class Origin:
 
 
 class TrainerState(TypedDict, total=False):
-    """``trainer.json``: what the trainer needs to go on, beside the tensors.
+    """``trainer.json``: what the trainer needs to resume, in addition to the tensors.
 
     ``progress`` holds the trainer's counters, ``scores`` the metrics of this step's validation, where there was one,
     ``task`` what the task remembers.

@@ -61,7 +61,7 @@ class MatchedSource:
     ) -> None:
         self._source, self._names, self.missing, self.unused = source, names, missing, unused
         self._state_notes: list[str] = []
-        # Kept: an engine asks for them at every shard, and a checkpoint makes them anew.
+        # Kept: an engine asks for them at every shard, and a checkpoint builds them on each call.
         available = source.tensors()
         self._tensors = {ours: available[theirs] for ours, theirs in names.items()}
 
@@ -77,7 +77,7 @@ class MatchedSource:
         """
         saved = {kind for _, kind in self._names} - _KINDS.keys()
         renames = {old: new for old, new in rename.items() if old != new and old in saved and new in known}
-        # With any other state the checkpoint is of a third optimizer, whose exp_avg_sq may mean something else.
+        # With any other state the checkpoint comes from an unknown optimizer, whose exp_avg_sq may mean something else.
         if not saved <= rename.keys():
             renames = {}
         dropped = sorted(saved - {*known} - renames.keys())
@@ -86,7 +86,7 @@ class MatchedSource:
         }
         available = self._source.tensors()
         self._tensors = {ours: available[theirs] for ours, theirs in self._names.items()}
-        self._state_notes += [f"{old} of the checkpoint goes on as {new}" for old, new in renames.items()]
+        self._state_notes += [f"{old} of the checkpoint continues as {new}" for old, new in renames.items()]
         if dropped:
             self._state_notes.append(f"the optimizer has no {', '.join(dropped)}: not taken from the checkpoint")
 
@@ -183,7 +183,7 @@ def match(
             near = _nearest(fqn, info, tensors, wanted) if is_searched else ""
             (report.changed if found in tensors else report.only_model).append(f"  {fqn}: {text}{near}")
     known = {fqn for fqn, _ in wanted}
-    # The other way round too: a part of the checkpoint that nobody takes is more often a renamed module than waste.
+    # The other way round too: an unused tensor is more likely a renamed module than a leftover.
     unused = sorted({fqn for fqn, _ in tensors if fqn not in known})
     for fqn in unused:
         if fqn not in allowed:
@@ -191,7 +191,7 @@ def match(
             report.only_checkpoint.append(f"  {fqn}: {_KINDS.get(kind, kind)}{_describe(tensors.get((fqn, kind)))}")
     report.raise_if_any()
     left_out = set(missing)
-    # A state goes with its parameter: one of a parameter that starts anew would drag it back to the old weights.
+    # A state goes with its parameter: one of a newly initialised parameter would drag it back to the old weights.
     fits = {key for key in wanted if key[0] not in left_out}
     kept = {key: names[_weight_key(*key, tensors)] for key in fits}
     kept |= {key: names[key] for key in names if key[1] not in _KINDS and (key[0], "param") in fits}

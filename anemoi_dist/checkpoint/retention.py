@@ -1,4 +1,4 @@
-"""Retention: the newest checkpoints stay, every n-th step, the best. Broken ones count for nothing."""
+"""Retention: keep the newest, every n-th and the best checkpoint; ignore broken ones."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def prune(store: Store, policy: Policy, *, broken: Collection[int] = ()) -> list
     policy : Policy
         What to keep.
     broken : Collection[int], optional
-        Steps that failed verification when the run went on: they neither count nor go.
+        Steps that failed verification when the run resumed: neither counted nor deleted.
 
     Returns
     -------

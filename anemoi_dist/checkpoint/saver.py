@@ -1,4 +1,4 @@
-"""Asynchronous saving: a step stops for a copy, a thread writes, the control word says when to commit."""
+"""Asynchronous saving: training pauses only for a copy; a thread writes, the control word says when to commit."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ class Saver:
         return Word(stop=stop, save_due=save_due, written=self._number, committed=committed)
 
     def advance(self, agreed: Word) -> None:
-        """Do what the ranks have agreed on: commit, give up, or go on.
+        """Do what the ranks have agreed on: commit, give up, or continue.
 
         Raises
         ------

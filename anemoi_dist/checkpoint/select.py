@@ -63,13 +63,13 @@ def select(store: Store, *, world: Ranks, strict: bool = False) -> Selection:
         if strict:
             raise CheckpointError(
                 f"checkpoint {store.path(step).name} is damaged: {problem}\n"
-                "  fix: checkpoint.strict=false goes on from the newest one that is whole"
+                "  fix: checkpoint.strict=false continues from the newest one that is whole"
             )
     if steps:
         listed = "\n".join(f"  {store.path(step).name}: {why}" for step, why in selection.passed_over.items())
         raise CheckpointError(
             f"none of this run's {len(steps)} checkpoints is whole:\n{listed}\n"
-            "  fix: restore one, or take another run.id to start anew"
+            "  fix: restore one, or take another run.id to start from step 0"
         )
     return selection
 

@@ -1,4 +1,4 @@
-"""Staging of a checkpoint in host memory, so that training goes on while it is written."""
+"""Staging of a checkpoint in host memory, so that training continues while it is written."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Staging:
         if size_bytes <= self.size_bytes:
             return
         self._unpin()
-        # The old buffer goes before the new one comes: a host that fits one copy of the state may not fit two.
+        # Free the old buffer before allocating the new one: a host that fits one copy of the state may not fit two.
         self._buffer = torch.empty(0, dtype=torch.uint8)
         try:
             # Filled: Linux hands out pages when they are touched, and an untouched buffer would meet the out-of-memory

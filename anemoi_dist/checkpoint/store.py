@@ -1,4 +1,4 @@
-"""Stores of committed checkpoints. A valid manifest makes a checkpoint, and nothing else does."""
+"""Stores of committed checkpoints. A directory is a checkpoint only if its manifest is valid."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Store(Protocol):
         """Return the folder that :meth:`begin` has made. On any rank."""
 
     def commit(self, folder: Folder, manifest: Manifest) -> Folder:
-        """Make a save whose files are durable the checkpoint of its step, in one indivisible act."""
+        """Make a save whose files are durable the checkpoint of its step, atomically."""
 
     def discard(self, folder: Folder) -> None:
         """Remove a save that failed."""

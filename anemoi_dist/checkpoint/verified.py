@@ -145,7 +145,7 @@ class SavedCheckpoint:
                 self._open(file).read_into(offset_bytes + (low - first) * item, part)
 
     def trainer(self) -> TrainerState:
-        """Return the trainer's own state, which is saved beside the tensors."""
+        """Return the trainer's own state, which is saved with the tensors."""
         data = bytearray(self.manifest.files[TRAINER_FILE].size_bytes)
         self._open(TRAINER_FILE).read_into(0, memoryview(data))
         return json.loads(data)

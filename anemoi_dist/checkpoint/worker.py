@@ -1,4 +1,4 @@
-"""A background thread that does one job after the other, and whose death is noticed."""
+"""A background thread that runs jobs one at a time and reports if it dies."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def commit(
     origin : Origin
         For the manifest.
     trainer : TrainerState
-        What else the trainer needs to go on.
+        What else the trainer needs to resume.
 
     Returns
     -------

@@ -89,7 +89,7 @@ def compose(overrides: Sequence[str], *, config_file: Path | None = None, config
     builder = _Builder(config_dir)
     builder.choose(parsed.choices)
     over = {} if config_file is None else builder.read_overlay(config_file, chosen=parsed.choices, groups=groups)
-    # A profile describes a cluster, so the user's file and keys lie over it although they name it.
+    # A profile describes a cluster, so the user's file and keys override it although they name it.
     builder.profile(over, parsed.edits)
     if config_file is not None:
         builder.overlay(over, config_file)
@@ -290,7 +290,7 @@ def _read_overlay(file: Path, groups: dict[str, tuple[str, ...]]) -> tuple[Tree,
         )
     if "optimizer" in over:
         if find(over, "training.optimizer")[0]:
-            raise ConfigError("optimizer", over["optimizer"], f"stands in {file} twice", fix="keep training.optimizer")
+            raise ConfigError("optimizer", over["optimizer"], f"is in {file} twice", fix="keep training.optimizer")
         place(over, "training.optimizer", over.pop("optimizer"))
         messages.append("optimizer became training.optimizer")
     for name, value in over.items():

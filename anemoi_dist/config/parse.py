@@ -117,13 +117,13 @@ def unknown_key(
     value : Any
         What it was to be set to.
     known : Iterable[str], optional
-        Keys that exist beside the schema's.
+        Keys that exist besides the schema's.
     others : Sequence[str], optional
         Further unknown keys, listed in the same message.
     origin : str, optional
         Where it was read.
     hint : str, optional
-        Another way to mend it.
+        Another way to correct it.
     """
     keys = [*schema_keys(), *known]
     rule = "is not a configuration key" + (f" (in {origin})" if origin else "")

@@ -159,7 +159,7 @@ class CheckpointConfig:
     interval_minutes: float | None = positive(None, fix="null: by steps alone")
     #: Newest checkpoints to keep; null: all.
     keep_last: int | None = bounded(3, minimum=1)
-    #: Keep for good the checkpoints whose step is a multiple of this.
+    #: Never delete the checkpoints whose step is a multiple of this.
     keep_every: int | None = bounded(None, minimum=1)
     #: Keep the best checkpoint by ``rmse`` or ``acc`` on the validation split; null: none.
     keep_best: str | None = one_of(None, valid=SAVE_METRICS)

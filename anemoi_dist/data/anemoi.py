@@ -39,7 +39,7 @@ def open_split(data: DataConfig, split: str, *, rollout: int) -> WeatherDataset:
     """
     if split not in SPLITS:
         raise ConfigError("split", split, "is not a split of the dataset", valid=SPLITS)
-    # The training split beside the one asked for: statistics must come from the same dates for all of them.
+    # The training split with the one asked for: statistics must come from the same dates for all of them.
     train: Fields
     fields: Fields
     if data.kind == "anemoi":

@@ -59,7 +59,7 @@ class Fsdp2Engine(ShardedEngine):
     def _forward(self, batch: Batch, **evaluation: Any) -> torch.Tensor:
         result = self.module(batch, **evaluation)
         if not torch.is_grad_enabled():
-            # The root stays gathered for a backward pass that does not come.
+            # The root would stay gathered: no backward pass follows.
             cast(FSDPModule, self.module).reshard()
         return result
 
@@ -68,7 +68,7 @@ class Fsdp2Engine(ShardedEngine):
         loss.backward()  # reduced and scattered each time: whole gradients would undo what sharding saves
 
     def _square(self, parameter: torch.Tensor) -> None:
-        """Take the norm of a gradient that has just been reduced, while the backward pass goes on."""
+        """Take the norm of a gradient that has just been reduced, while the backward pass continues."""
         if self._is_last:
             assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
             self._squares[parameter] = squared_norms([local(parameter.grad)])
@@ -104,7 +104,7 @@ class Fsdp2Engine(ShardedEngine):
         step_only(self.optimizer, self._rest)
 
     def _drop_gathered(self) -> None:
-        """Wait for what is being gathered, which a forward pass may have done, and keep the shards alone."""
+        """Wait for what is being gathered, unless a forward pass already has; keep only the shards."""
         for module, handle in self._under_way.items():
             handle.wait()
             module.reshard()

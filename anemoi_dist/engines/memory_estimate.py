@@ -243,7 +243,7 @@ def _zero12(config: Config, parameters: Sequence[Parameter], world_size: int, ra
 
 
 def _zero3(config: Config, parameters: Sequence[Parameter], world_size: int, rank: int) -> _Held:
-    """Stage 3: an equal shard of every parameter; small parameters stay gathered beside it."""
+    """Stage 3: an equal shard of every parameter; small parameters also stay gathered."""
     working = _working(config.training)
     threshold = _zero_option(config.engine, "stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD)
     shards = {flag: sum(_ceil(p.numel, world_size) for p in parameters if p.trained == flag) for flag in (True, False)}

@@ -88,7 +88,7 @@ class ShardedEngine(ABC):
     optimizer: torch.optim.Optimizer
     capabilities: Capabilities
     #: torch's optimizers that cannot be right here: LBFGS calls the model again from inside its step, SparseAdam wants
-    #: sparse gradients, and Adafactor's factored states are neither of the parameter's shape nor element-wise.
+    #: sparse gradients, and Adafactor's factored states are neither parameter-shaped nor element-wise.
     refused_optimizers: tuple[str, ...] = ("LBFGS", "SparseAdam", "Adafactor")
 
     def __init__(self, module: TaskModule, *, config: Config, world: World) -> None:
@@ -322,7 +322,7 @@ class ShardedEngine(ABC):
             yield kind, value
 
     def _notes_on_states(self, source: ShardSource, num_updates: int) -> list[str]:
-        """Return notes on states that start at zero though others go on, or that change their type."""
+        """Return notes on states that start at zero while others are restored, or that change their type."""
         saved: dict[str, set[torch.dtype]] = {}
         for (_, kind), info in source.tensors().items():
             if kind not in ("param", "buffer"):

@@ -29,7 +29,7 @@ from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.norm import squared_norms
 from anemoi_dist.tasks.base import Batch
 
-#: With ``engine.overlap``: the most buckets that a partition is stepped in, and the fewest elements of one. More
+#: With ``engine.overlap``: maximum buckets per partition, minimum elements per bucket. More
 #: buckets begin to communicate earlier; smaller ones cost more in launches and latency than they hide.
 NUM_BUCKETS = 8
 BUCKET_NUMEL = 1 << 20
@@ -176,7 +176,7 @@ class Zero12Engine(_PartitionedEngine):
 
     def _zero_options(self) -> Tree:
         # The same bytes on the wire with fewer copies: DeepSpeed's reduce_scatter is an all-reduce of a copy. Its
-        # default bucket of 5e8 elements is allocated anew in every backward pass, whatever the model's size.
+        # default bucket of 5e8 elements is allocated again in every backward pass, whatever the model's size.
         return {"reduce_scatter": False, "reduce_bucket_size": REDUCE_BUCKET}
 
     def _install_hooks(self) -> None:
@@ -413,7 +413,7 @@ class Zero3Engine(_PartitionedEngine):
 
     def _after_load(self) -> None:
         zero = self._zero
-        if persistent := zero.persistent_parameters:  # gathered copies of small parameters: drop, then gather anew
+        if persistent := zero.persistent_parameters:  # gathered copies of small parameters: drop, then gather again
             persistent[0].partition(persistent)
         for group in range(len(zero.fp16_groups)):
             self._rewrite(group)
@@ -422,7 +422,7 @@ class Zero3Engine(_PartitionedEngine):
     def _working_bytes(self) -> tuple[int, int]:
         parameters = self._parameters()
         working = sum(parameter.ds_tensor.nbytes for parameter in parameters)
-        # Small parameters stay gathered between steps (stage3_param_persistence_threshold), beside their shard.
+        # Small parameters stay gathered between steps (stage3_param_persistence_threshold), in addition to their shard.
         working += sum(parameter.data.nbytes for parameter in parameters if parameter.ds_persist)
         flat = zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_partitioned_groups_flat, strict=True)
         return working, sum(master.nbytes for master, low in flat if master.data_ptr() != low.data_ptr())

@@ -21,7 +21,7 @@ class GradientPartitions:
     is_last : Callable[[], bool]
         Whether the gradients that arrive are those of the step's last micro-batch.
     eager : bool
-        Take the squared norm of each slice when its gradient is complete, while the backward pass goes on.
+        Take the squared norm of each slice when its gradient is complete, while the backward pass continues.
     """
 
     def __init__(self, slices: Sequence[torch.Tensor], *, is_last: Callable[[], bool], eager: bool) -> None:

@@ -1,1 +1,1 @@
-"""Scores of the forecast on the validation and test splits, beside baselines."""
+"""Scores of the forecast and of baselines on the validation and test splits."""

@@ -34,7 +34,7 @@ class Score:
     acc: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the score as it stands in a ``validation`` event."""
+        """Return the score as a ``validation`` event holds it."""
         return asdict(self)
 
 

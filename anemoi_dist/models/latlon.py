@@ -73,7 +73,7 @@ class LatLonCNN(nn.Module):
     patch_size : int
         Side of the square of grid cells that is one position inside the model; 1 works at full resolution.
     trainable_channels : int
-        Learned constant fields beside the input, for what the data does not tell of a place (coasts, mountains).
+        Learned constant fields added to the input, for what the data does not tell of a place (coasts, mountains).
 
     Raises
     ------

@@ -102,7 +102,7 @@ class AdEMAMix(Optimizer):
     betas : Iterable[float]
         Decay of the fast EMA, of the squared gradient and of the slow EMA, each in [0, 1).
     alpha : float
-        Weight of the slow EMA beside the fast one; the paper uses 4 to 10, with warm-ups.
+        Weight of the slow EMA relative to the fast one; the paper uses 4 to 10, with warm-ups.
     beta3_warmup, alpha_warmup : int | None
         Steps over which ``beta3`` rises from ``beta1`` and ``alpha`` from 0; None: no warm-up.
     eps : float
@@ -199,7 +199,7 @@ class AdEMAMix(Optimizer):
             elif is_narrow and p.dtype == torch.float64:
                 rule, fix = "has its EMA states in float64, not in bfloat16", "state_dtype=fp32"
             if rule:
-                del self.param_groups[-1]  # as if the call had not been made: the optimizer goes on without the group
+                del self.param_groups[-1]  # as if the call had not been made: the optimizer continues without the group
                 raise ConfigError("params", str(p.dtype), rule, fix=fix)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -411,7 +411,7 @@ def conversions(saved: Mapping[str, set[torch.dtype]], kept: Mapping[str, set[to
         if saved[name] != kept[name] and torch.bfloat16 in saved[name] | kept[name]:
             was, now = (", ".join(sorted(str(x).removeprefix("torch.") for x in y[name])) for y in (saved, kept))
             rounded = ", rounded to nearest once" if torch.bfloat16 in kept[name] else ""
-            notes.append(f"{name} was saved in {was} and goes on in {now}{rounded} (state_dtype)")
+            notes.append(f"{name} was saved in {was} and continues in {now}{rounded} (state_dtype)")
     return notes
 
 

@@ -90,7 +90,7 @@ def late_start(group: Mapping[str, Any], *, num_updates: int) -> str:
     if not (group.get("alpha_warmup") or group.get("beta3_warmup")) or group.get("schedule_start"):
         return ""
     return (
-        f"; this goes on at step {num_updates}, but the warm-ups of alpha and beta3 count from step 0: set "
+        f"; this continues at step {num_updates}, but the warm-ups of alpha and beta3 count from step 0: set "
         f"++training.optimizer.schedule_start={num_updates}"
     )
 

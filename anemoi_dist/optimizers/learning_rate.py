@@ -1,7 +1,7 @@
 """From ``training.scheduler`` and ``training.lr`` to a scheduler, and the rate of any update.
 
 The rate is a function of (configuration, number of updates done). No scheduler state is ever saved: a state
-dictionary would bring back the old length and rates of a run that goes on with new ones.
+dictionary would bring back the old length and rates of a run that continues with new ones.
 """
 
 from __future__ import annotations

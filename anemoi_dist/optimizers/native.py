@@ -45,7 +45,7 @@ def library() -> Any:
                 loaded = ctypes.CDLL(str(path))
                 if loaded.ademamix_version() != VERSION:
                     continue
-            # Whatever is wrong with it, training goes on without the kernel, more slowly.
+            # Whatever is wrong with it, training continues without the kernel, more slowly.
             except (OSError, AttributeError):  # built for another machine or long ago; the OpenMP runtime is missing
                 continue
             pointer = ctypes.c_void_p

@@ -5,7 +5,7 @@ than half a unit in the last place is lost at every step, and the EMA state stan
 that is the part cut off, it moves as it should on average.
 
 The random bits come from no generator: they are a hash of (seed, parameter, element, step, EMA state). So they don't
-depend on how a parameter is cut over ranks or on which implementation rounds, and a run that is resumed goes on with
+depend on how a parameter is cut over ranks or on which implementation rounds, and a run that is resumed continues with
 those of its step. The hash is murmur3's finaliser (Austin Appleby, public domain) on the element's number, with two
 32-bit keys from the rest. One word of 32 bits serves two EMA states: 16 bits are what rounding to bfloat16 cuts off.
 """

@@ -93,7 +93,7 @@ class TimeSpent:
 def write_report(run: RunDirectory) -> Path:
     """Write ``report/index.html`` of a run, finished or not, and return its path.
 
-    The page needs no other file and no network. A sentence stands in for anything that the run has not produced yet.
+    The page needs no other file and no network. A sentence replaces anything that the run has not produced yet.
 
     Raises
     ------

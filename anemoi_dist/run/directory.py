@@ -182,7 +182,7 @@ class RunDirectory:
             return RunState()
         except (ValueError, TypeError, KeyError) as error:
             raise PreflightError(
-                f"{self.state_file} is damaged ({error!r}); move it away: the run goes on from its checkpoints"
+                f"{self.state_file} is damaged ({error!r}); move it away: the run continues from its checkpoints"
             ) from error
         state = from_json(RunState, content)
         for number, attempt in enumerate(state.attempts, start=1):

@@ -80,7 +80,7 @@ class Holder:
         return process_started(self.pid) == self.started is not None
 
     def is_earlier_life_of(self, other: Holder) -> bool:
-        """Whether ``other`` is the same SLURM job, requeued after SLURM took this start of it for dead."""
+        """Whether ``other`` is the same SLURM job, requeued after SLURM wrongly considered this start dead."""
         return self.job_id is not None and self.job_id == other.job_id and self.life < other.life
 
     def __str__(self) -> str:
@@ -193,8 +193,8 @@ def _now(directory: Path) -> float:
 def hold_launch(run: RunDirectory, *, say: Callable[[str], None] = lambda text: None) -> Hold:
     """Become the owner of a run: nobody else starts ranks in it until the hold is released or this process ends.
 
-    An earlier start of the same SLURM job may still run on a node that SLURM took for dead; it is asked to stop and
-    waited for.
+    An earlier start of the same SLURM job may still run on a node that SLURM wrongly considered dead; it is asked to
+    stop and waited for.
 
     Raises
     ------

@@ -78,7 +78,7 @@ class Evaluation:
     Attributes
     ----------
     scores : Sequence[Mapping[str, object]]
-        One record a score, as it stands in a ``validation`` event.
+        One record a score, as a ``validation`` event holds it.
     table : str
         The same for a reader.
     metrics : Mapping[str, float]
@@ -121,7 +121,7 @@ class Task(Protocol):
         """Write what the report shows of a trained model into ``directory``. Collective; rank 0 writes."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state beside tensors that checkpoints carry, as JSON."""
+        """Return the state other than tensors that checkpoints carry, as JSON."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the result of :meth:`state_dict`."""

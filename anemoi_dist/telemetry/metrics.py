@@ -1,4 +1,4 @@
-"""Metrics back ends: curves for other tools, beside the event log."""
+"""Metrics back ends: curves for other tools, in addition to the event log."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def open_progress(*, total_steps: int, first_step: int, interval_steps: int, str
 
 
 class TeeProgress(Progress):
-    """Two displays at once: the terminal, and plain lines in the log beside it."""
+    """Two displays at once: the terminal, and plain lines in its log."""
 
     def __init__(self, screen: Progress, log: Progress) -> None:
         self._displays = (screen, log)

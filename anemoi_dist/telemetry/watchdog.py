@@ -185,7 +185,7 @@ class Watchdog:
             self._is_stalled, self._no_judge_since = False, 0.0
             # At once: as long as the file says stalled, the rank that decides counts this one as hanging.
             self._heartbeat.write()
-            self._say("it goes on: the run had not hung (watchdog.timeout_s is short for it)")
+            self._say("it continues: the run had not hung (watchdog.timeout_s is short for it)")
 
     def _stall(self) -> None:
         """Log the stacks of this rank once, and end the process if the run hangs."""

@@ -72,7 +72,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
             if selection.checkpoint is not None:
                 _resume(trainer, selection.checkpoint)
             _announce(trainer, run=run, attempt=attempt, selection=selection, plan=plan, origin=origin)
-            # Last: its workers read ahead from the step that the trainer goes on with.
+            # Last: its workers read ahead from the step that the trainer continues with.
             loader = _start_loader(trainer, plan)
         trainer.fit(loader)
         with recorder.phase("validation"):

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("RUN", options.run, f"has nothing to cancel: it is {status.described}")
     else:
         _cancel_process(run, facts)
-    print(f"what was saved last is intact; `anemoi-dist resume {status.run_id}` goes on from it")
+    print(f"what was saved last is intact; `anemoi-dist resume {status.run_id}` continues from it")
     return ExitCode.FINISHED
 
 
@@ -78,7 +78,7 @@ def _end(facts: Facts, pid: int) -> str | None:
     except (OSError, ValueError, OverflowError):
         return None
     try:
-        # The handle names one process for good, so the check that it is the launcher cannot be outdated.
+        # The handle always names the same process, so the check that it is the launcher cannot be outdated.
         if not launcher_alive(facts.launch):
             return None
         for name, number in _SIGNALS.items():

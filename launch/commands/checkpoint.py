@@ -184,7 +184,7 @@ def _verify_one(folder: Folder) -> bool:
 
 def _diff(options: argparse.Namespace) -> int:
     a, b = _open(options.a, options.root, None), _open(options.b, options.root, None)
-    # Which checkpoints these are: RUN alone names the newest, and that changes while the run goes on.
+    # Which checkpoints these are: RUN alone names the newest, and that changes while the run trains on.
     for letter, checkpoint in (("A", a), ("B", b)):
         manifest = checkpoint.manifest
         ranks = f"{manifest.engine} on {manifest.world_size} ranks"

@@ -67,7 +67,7 @@ def run_doctor(config: Config, *, nodes: bool, as_json: bool) -> int:
         if not as_json:
             print(f"starting ranks that check each other, which takes up to {NODES_TIMEOUT_S:g} s", flush=True)
         found = check_ranks(run, config, needed_bytes=needed_bytes)
-        # The ranks compare the clocks of nodes: that check stands beside the one of files.
+        # The ranks compare the clocks of nodes: that check comes next to the one of files.
         repeated = {finding.check for finding in found} - {"clock"}
         findings = [finding for finding in findings if finding.check not in repeated] + found
     print(json.dumps([finding.as_dict() for finding in findings]) if as_json else format_findings(findings))

@@ -16,7 +16,7 @@ from anemoi_dist.run.directory import RunDirectory
 from ..status.inspection import inspect_run
 from .arguments import locate_run
 
-#: Seconds between two readings of a log, and between two questions whether the run goes on, which SLURM may answer.
+#: Seconds between two readings of a log, and between two questions whether the run continues, which SLURM may answer.
 _READ_S, _STATE_S = 0.5, 5.0
 _CHUNK_BYTES = 1 << 20
 

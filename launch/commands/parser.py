@@ -123,7 +123,7 @@ def _add_train_and_plan(commands: Commands) -> None:
     train.add_argument(
         "--strict",
         action="store_true",
-        help="refuse a damaged newest checkpoint instead of going on from the one before it",
+        help="refuse a damaged newest checkpoint instead of continuing from the one before it",
     )
     train.set_defaults(first_line="composing the configuration")
     plan = _add(commands, "plan", "show what would be started, and the memory of a rank", composes=True)
@@ -156,13 +156,13 @@ def _add_watching(commands: Commands) -> None:
     _add_run(logs)
     logs.add_argument("--rank", type=int, help="default: 0")
     logs.add_argument("--attempt", type=int, help="counted from 1 (default: the newest)")
-    logs.add_argument("--follow", action="store_true", help="go on printing, also what later attempts print")
+    logs.add_argument("--follow", action="store_true", help="keep printing, also what later attempts print")
 
 
 def _add_ending(commands: Commands) -> None:
     _add_run(_add(commands, "stop", "ask a run to save and stop"))
     _add_run(_add(commands, "cancel", "end a run now, whether it has saved or not"))
-    resume = _add(commands, "resume", "let a run go on, with other settings where some are given")
+    resume = _add(commands, "resume", "resume a run, optionally with changed settings")
     _add_run(resume)
     resume.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")
     _add_overrides(resume)
@@ -195,7 +195,7 @@ def _add_checkpoint_actions(checkpoint: argparse.ArgumentParser) -> None:
     export.add_argument("--with-optimizer", action="store_true", help="the optimizer's states too")
     export.add_argument("--dtype", choices=("F32", "BF16", "F16"), help="type of the parameters (default: as saved)")
     export.add_argument("--force", action="store_true", help="replace an existing file")
-    _add_import(_add_action(actions, "import", "make another program's checkpoint one that train goes on from"))
+    _add_import(_add_action(actions, "import", "convert another program's checkpoint to one that train resumes from"))
 
 
 def _add_action(actions: Commands, name: str, summary: str) -> argparse.ArgumentParser:
@@ -220,6 +220,6 @@ def _add_import(action: argparse.ArgumentParser) -> None:
         "--rename", action="append", default=[], metavar="OLD=NEW", help="a name or prefix; may be given several times"
     )
     action.add_argument("--weights-only", action="store_true", help="leave the optimizer's states")
-    action.add_argument("--keep-adamw", action="store_true", help="go on with AdamW, not AdEMAMix")
+    action.add_argument("--keep-adamw", action="store_true", help="continue with AdamW, not AdEMAMix")
     # Off by default: unpickling a file from somebody else runs whatever code is in it.
     action.add_argument("--trust-pickle", action="store_true", help="run whatever code SOURCE holds; refused otherwise")

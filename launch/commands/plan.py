@@ -302,5 +302,5 @@ def _sweep_lines(config: Config, sizes: Sizes, rows: Sequence[Row]) -> Iterator[
     if problem := next((row.batch_problem for row in rows if row.batch_problem), ""):
         yield f"* the batch cannot be cut over so many: {problem}"
     one, many = (format_bytes(row.memory["zero3_offload"].host) for row in (rows[0], rows[-1]))
-    yield f"zero3_offload: beside it {one} of host memory for 1 rank, {many} for each of {rows[-1].world_size}"
+    yield f"zero3_offload: in addition {one} of host memory for 1 rank, {many} for each of {rows[-1].world_size}"
     yield from _notes(config, sizes)

@@ -1,4 +1,4 @@
-"""``anemoi-dist resume``: let a run go on, with other settings where some are given. No torch."""
+"""``anemoi-dist resume``: resume a run, optionally with changed settings. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .arguments import compose_arguments, locate_run
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train or submit again with the frozen configuration, which lies over the defaults as a file of the user."""
+    """Train or submit again with the frozen configuration, which overrides the defaults as a file of the user."""
     run = locate_run(options.run, options.root)
     status = inspect_run(run)
     if status.is_active:
@@ -30,10 +30,10 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(
             "RUN",
             options.run,
-            "is a command, and has no settings to go on with",
+            "is a command, and has no settings to resume with",
             fix=f"anemoi-dist submit launcher=slurm run.id={run.run_id} ... -- COMMAND again",
         )
-    # A copy of the settings under another id would begin anew, without the checkpoints of this run.
+    # A copy of the settings under another id would begin at step 0, without the checkpoints of this run.
     for text in options.overrides:
         if _names(text, "run", "run.id", "run.root"):
             raise ConfigError("resume", text, "cannot name another run", fix="anemoi-dist train run.id=... for that")
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         print("composing the configuration", flush=True)
     with tempfile.TemporaryDirectory(prefix="anemoi-dist-") as folder:
         file, kind = _frozen(run, options.overrides, Path(folder))
-        # Composed as the first time, with the frozen configuration laid over the defaults.
+        # Composed as the first time, with the frozen configuration over the defaults.
         overrides = submit.with_queue(options.overrides) if kind == "slurm" else options.overrides
         config = compose_arguments(overrides, config_file=file).config
     if kind == "slurm":
@@ -67,9 +67,9 @@ def _names(override: str, *keys: str) -> bool:
 
 
 def _frozen(run: RunDirectory, overrides: list[str], folder: Path) -> tuple[Path, str]:
-    """Return the frozen configuration as a file, less the groups that the user chooses anew, and ``launcher.kind``.
+    """Return the frozen configuration as a file, less the groups that the user chooses now, and ``launcher.kind``.
 
-    A file lies over the groups: with its ``engine`` in it, ``engine=zero1`` would change nothing.
+    A file overrides the groups: with its ``engine`` in it, ``engine=zero1`` would change nothing.
     """
     content = read_yaml(run.config_file)
     chosen = parse_overrides(overrides, groups=available_groups()).choices

@@ -50,5 +50,5 @@ def _what_follows(status: RunStatus) -> str:
         )
     return (
         f"it saves at the end of the step, stops, and ends with code 75; `anemoi-dist status {name} --follow` tells "
-        f"when, `anemoi-dist resume {name}` goes on"
+        f"when, `anemoi-dist resume {name}` continues it"
     )

@@ -236,7 +236,7 @@ def _dependency(options: argparse.Namespace, config: Config) -> tuple[str | None
             f"run {run.run_id} was never submitted and is not finished: there is no job to wait for\n"
             f"  fix: `anemoi-dist submit run.id={run.run_id} ...` first, or leave --after out"
         )
-    # SLURM forgets a job soon after its end, and then refuses to wait for it: the run's own record stands in.
+    # SLURM forgets a job soon after its end, and then refuses to wait for it: the run's own record decides.
     job = SlurmQueue().view(str(submitted.job_id))
     if not job.is_over:
         return run.run_id, f"{'afterok' if options.after else 'afterany'}:{job.job_id}"
@@ -267,7 +267,7 @@ def submit(request: Request) -> str:
     with _submitting(run):
         # Again, now that no other process can submit the run between question and answer.
         refuse_queued(run)
-        # It was meant for an earlier start; whoever submits wants the run to go on.
+        # It was meant for an earlier start; whoever submits wants the run to continue.
         run.stop_file.unlink(missing_ok=True)
         job_id = sbatch(script, slurm.options(config, run, request.dependency))
         _record(request, run, job_id, script)

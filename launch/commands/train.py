@@ -49,7 +49,7 @@ def train(config: Config, *, dry_run: bool = False) -> int:
             "launcher", "slurm", "is submitted, not started here", fix="anemoi-dist submit launcher=slurm"
         )
     run = RunDirectory.locate(config.run.root, str(config.run.id))
-    # A queued job of this run would start its ranks beside these, in the same directory.
+    # A queued job of this run would start its ranks alongside these, in the same directory.
     refuse_queued(run)
     machine = detect_machine(config.launcher.kind)
     planned = plan(config, run, machine)  # refuses before the run is touched

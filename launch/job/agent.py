@@ -1,6 +1,6 @@
 """torchrun as our launchers start it: it dies with its launcher, meets at a reserved port, names the rank that failed.
 
-Started as a process on every node; with ``rendezvous.py`` the only part of this package that imports torch.
+Started as a process on every node; with ``agent_rendezvous.py`` the only part of the control side that imports torch.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from anemoi_dist.run.directory import RunDirectory
 from ..launchers.slurm import num_ranks_per_node
 from ..status import slurm_queue
 
-#: slurmctld may be restarted just when a job begins or ends: its answer is awaited for so long.
+#: How long to wait for slurmctld, which may be restarted just when a job begins or ends.
 _PATIENCE_S = 60.0
 
 

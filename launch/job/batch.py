@@ -3,8 +3,8 @@
 It starts the ranks by srun, asks them to save before the time limit, restarts them after a crash, and at the end
 decides by what the ranks recorded whether the job goes back into the queue. No torch.
 
-SLURM may start one job several times: after ``scontrol requeue``, after a preemption, or because it takes a node for
-dead that still runs. All these starts have the same job id; only SLURM's restart counter tells them apart.
+SLURM may start one job several times: after ``scontrol requeue``, after a preemption, or because it wrongly
+considers a node dead. All these starts have the same job id; only SLURM's restart counter tells them apart.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 
 
 class SupersededError(AnemoiDistError):
-    """SLURM took this job's node for dead and has started the job again elsewhere: this start must leave the run."""
+    """SLURM considered this job's node dead and has started the job again elsewhere: this start must leave the run."""
 
     exit_code = ExitCode.SAVED_RUN_AGAIN
 
@@ -231,7 +231,7 @@ class BatchJob:
         return state != "RUNNING" and _seconds(ran or "") < _seconds(limit or "UNLIMITED")
 
     def _why_slurm_ended_it(self) -> str:
-        """Return why SLURM has ended this start; a cancellation, which is for good, is recorded."""
+        """Return why SLURM has ended this start; a cancellation, which is final, is recorded."""
         try:
             # Between SIGTERM and SIGKILL there is no time for the patience of _ask.
             requeues, limit, ran = self._allocation.fields(
@@ -261,7 +261,7 @@ class BatchJob:
             refusal = " ".join(answer.stderr.split())
             self._note("end", code=outcome.code, reason=f"not requeued: {refusal}")
             print_message(
-                f"SLURM does not requeue the job ({refusal}): `anemoi-dist resume {self._run.run_id}` goes on"
+                f"SLURM does not requeue the job ({refusal}): `anemoi-dist resume {self._run.run_id}` continues it"
             )
 
     def _ask(self, question: Callable[[], _T]) -> _T:

@@ -73,7 +73,7 @@ class Decision:
 
 
 def decide(outcome: Outcome, history: History, launcher: LauncherConfig) -> Decision:
-    """Return whether the job shall start again.
+    """Return whether to requeue the job.
 
     Where SLURM itself ends the job (a preemption, ``scontrol requeue``, ``scancel``), SLURM knows what comes next.
     """
@@ -89,7 +89,7 @@ def decide(outcome: Outcome, history: History, launcher: LauncherConfig) -> Deci
     if code in (ExitCode.SAVED_RUN_AGAIN, ExitCode.INTERRUPTED):
         return _after_stop(outcome, history, launcher)
     if code not in RESTARTED:
-        return Decision(False, f"code {code} would come again: not requeued")
+        return Decision(False, f"exit code {code} would recur: not requeued")
     # A crash at the same place again and again would use up the allocation without a single new checkpoint.
     if not outcome.progress:
         return Decision(False, "crashed without having saved anything new: not requeued")
@@ -102,7 +102,7 @@ def decide(outcome: Outcome, history: History, launcher: LauncherConfig) -> Deci
 def _after_stop(outcome: Outcome, history: History, launcher: LauncherConfig) -> Decision:
     if outcome.first_signal is None:
         return Decision(False, "stopped on request")
-    # Once may be bad luck, such as a slow file system; twice in a row would go on for ever.
+    # Once may be bad luck, such as a slow file system; twice in a row would never end.
     if outcome.code == ExitCode.INTERRUPTED and not outcome.progress and history.saved_nothing:
         return Decision(False, "the time limit came before anything was saved, twice in a row: it is too short")
     if history.requeues >= launcher.max_requeues:

@@ -1,6 +1,6 @@
 """Plan of a launch: the seam between a configuration and the launchers that start ranks. No torch.
 
-Each kind of launcher (``launcher.kind``) is the module of that name beside this one. It gives
+Each kind of launcher (``launcher.kind``) is the module of that name in this folder. It gives
 ``plan(config, run, machine) -> Plan``, which is pure: all that it knows of this machine is in its arguments
 (:func:`anemoi_dist.launch.launchers.machine.detect_machine`).
 """

@@ -32,7 +32,7 @@ _FAMILIES = {"Open MPI": "openmpi", "OpenRTE": "openmpi", "HYDRA": "hydra", "Int
 def find_mpirun(environ: Mapping[str, str], *, python: str) -> Mpirun | None:
     """Return the mpirun that fits this interpreter, None where there is none.
 
-    It is searched beside the interpreter first, as mpi4py does with its library: both must be of the same MPI.
+    It is searched next to the interpreter first, as mpi4py does with its library: both must be of the same MPI.
 
     Raises
     ------
@@ -179,7 +179,7 @@ def train(run: RunDirectory, config: Config, planned: Plan) -> int:
     job = Job(
         run=run,
         kind="mpi",
-        # Through a module that dies with this process: mpirun alone would go on, and its ranks with it.
+        # Through a module that dies with this process: mpirun alone would live on, and its ranks with it.
         command=lambda restarts: [sys.executable, "-m", "anemoi_dist.process.parent_death", *planned.command],
         environment=environment,
         ask_to_stop=_ask_to_stop,

@@ -85,7 +85,7 @@ def render(
     Raises
     ------
     ConfigError
-        The run's path cannot stand in a batch script.
+        The run's path cannot be written into a batch script.
     """
     # exec: SLURM signals the batch script's own process, which has to be Python then.
     job = [python, "-m", "anemoi_dist.launch.job", str(run.path), *arguments]
@@ -103,7 +103,7 @@ def options(config: Config, run: RunDirectory, dependency: str | None = None) ->
     path = str(run.path)
     check_value("run.root", path)
     if "\\" in path:
-        raise ConfigError("run.root", path, "holds a backslash, which SLURM understands otherwise", fix="rename it")
+        raise ConfigError("run.root", path, "holds a backslash, which SLURM interprets differently", fix="rename it")
     found: dict[str, object] = {
         "job-name": run.run_id,
         "nodes": launcher.nodes,

@@ -54,8 +54,8 @@ def check_syntax(script: str) -> None:
     """
     checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
     if checked.returncode:
-        message = " ".join(checked.stderr.split())
-        raise ConfigError("launcher.slurm.setup", "", f"makes a script that bash cannot read: {message}", fix="mend it")
+        rule = f"makes a script that bash cannot read: {' '.join(checked.stderr.split())}"
+        raise ConfigError("launcher.slurm.setup", "", rule, fix="correct the shell lines")
 
 
 def sbatch(script: str, options: Mapping[str, object]) -> str:

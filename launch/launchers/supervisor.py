@@ -19,7 +19,7 @@ from anemoi_dist.run.records import AttemptRecord
 
 from ..status import journal
 
-#: Ends that a restart may mend: a crash and a hang. An error that a rank raised on purpose would come again.
+#: Exit codes worth a restart: a crash and a hang. An error that a rank raised on purpose would recur.
 RESTARTED = (ExitCode.INTERNAL, ExitCode.HANG)
 _LONGEST_WAIT_S = 60.0
 
@@ -82,7 +82,7 @@ class Job:
 
 
 def supervise(job: Job, options: LauncherConfig) -> int:
-    """Run the job until it ends for good and return the exit code of the run.
+    """Run the job until it ends without another restart and return the exit code of the run.
 
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the ranks to save and leave; a second one but SIGUSR1 kills them. A crash or
     a hang is followed by another start, ``launcher.max_restarts`` times, each after a longer wait.

@@ -13,9 +13,9 @@ from .files import Beat, Facts
 from .run_status import RunStatus, SilentRank, format_ago
 from .slurm_queue import GONE, JobView
 
-#: A rank without a sign of life for so long is silent. Ranks that save or score give signs; see ``watchdog``.
+#: A rank without a sign of life for this long is silent. Ranks that save or score give signs; see ``watchdog``.
 SILENT_AFTER_S = 120.0
-#: Ranks import, open data and compile before their first step, each of which may take so long without a sign.
+#: Ranks import, open data and compile before their first step, each of which may take this long without a sign.
 SILENT_AT_STARTUP_AFTER_S = 600.0
 #: Signs of life as young as this are believed rather than a scheduler that does not know the job.
 CONTRADICTED_S = 30.0
@@ -259,7 +259,7 @@ class _Derivation:
         if job is not None and job.state == "CANCELLED":
             return "cancelled", f"by scancel {job.reason}{self._ago(job.end_time)}"
         if last is not None and last.event == "requeue" and job is not None:
-            return "lost", f"it was sent back into the queue, but job {job.job_id} is {job.state}; resume goes on"
+            return "lost", f"it was sent back into the queue, but job {job.job_id} is {job.state}; resume continues it"
         if attempt is not None and attempt.exit_code is not None:
             return self._by_code(attempt.exit_code, attempt.ended)
         return self._without_status()
@@ -273,7 +273,7 @@ class _Derivation:
             return "cancelled", f"interrupted before anything new was saved{ago}"
         self.reason = reason
         if code == ExitCode.SAVED_RUN_AGAIN:
-            return "preempted", f"it saved on request{ago}; resume goes on"
+            return "preempted", f"it saved on request{ago}; resume continues it"
         if not reason and self.attempt is not None and self._attempt_is_of_this_start():
             self.reason = self.attempt.failure_line
         return "failed", f"code {code}: {_meaning(code)}{ago}"
@@ -283,7 +283,7 @@ class _Derivation:
         job = self.job
         if job is not None and job.state == GONE:
             how = "no end is recorded" if self.attempt or self._num_starts(job) else "it never started"
-            return "lost", f"SLURM no longer knows job {job.job_id}, and {how}; resume goes on"
+            return "lost", f"SLURM no longer knows job {job.job_id}, and {how}; resume continues it"
         if job is not None and job.is_over:
             self.exit_code = job.exit_code or None
             why = f" ({job.reason})" if job.reason else ""
@@ -294,7 +294,7 @@ class _Derivation:
         sign = "" if self.seen is None else f", last seen {format_ago(self.now - self.seen)}"
         return (
             "crashed",
-            f"its processes exited without recording a status{sign}; resume goes on from what it saved last",
+            f"its processes exited without recording a status{sign}; resume continues from what it saved last",
         )
 
     # Nobody here can tell
@@ -338,7 +338,7 @@ class _Derivation:
         """Return the attempt that runs; None if the newest is over, or belongs to an earlier start."""
         beats, attempt = self.facts.beats, self.attempt
         if attempt is None and beats:
-            attempt = AttemptRecord(beats[0].attempt)  # run.json is damaged: the heartbeats stand in for it
+            attempt = AttemptRecord(beats[0].attempt)  # run.json is damaged: the heartbeats replace it
         if attempt is None or attempt.exit_code is not None:
             return None
         signs = [sign for sign in (attempt.started, self.seen) if sign is not None]

@@ -1,4 +1,4 @@
-"""Read the files of a run once, quickly and without trust: any of them may be missing, torn or damaged."""
+"""Read the files of a run once, defensively: any of them may be missing, torn or damaged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Beat(HeartbeatRecord):
 
 @dataclass(frozen=True)
 class StepEvent:
-    """The newest ``step`` event of ``events.jsonl``, as far as it stands in for a heartbeat."""
+    """The newest ``step`` event of ``events.jsonl``, as far as it replaces a heartbeat."""
 
     step: int
     time: float | None = None

@@ -53,7 +53,7 @@ def _status(facts: Facts, views: Mapping[str, JobView], error: str) -> RunStatus
 
 
 def _is_settled(facts: Facts) -> bool:
-    """Whether the run has done its work, so that no scheduler need be asked; after any other end SLURM may go on."""
+    """Whether the run has done its work, so that no scheduler need be asked; after any other end SLURM may requeue."""
     return bool(facts.launch) and facts.launch[-1].event == "end" and facts.launch[-1].code == 0
 
 

@@ -46,7 +46,7 @@ _SACCT_FIELDS = ("JobIDRaw", "JobID", "State", "Start", "End", "NodeList", "Exit
 
 
 class QueueError(PreflightError):
-    """The scheduler gives no answer; what it runs, it goes on running."""
+    """The scheduler gives no answer; what it runs keeps running."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class SlurmQueue:
     Parameters
     ----------
     timeout_s : float
-        After so long a command is ended, and :class:`QueueError` raised.
+        After this time a command is ended, and :class:`QueueError` raised.
     """
 
     def __init__(self, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -218,7 +218,7 @@ def call(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> subprocess.
         )
     except subprocess.TimeoutExpired as error:
         raise QueueError(
-            f"slurmctld does not answer ({command[0]} was given {timeout_s:g} s); jobs go on without it"
+            f"slurmctld does not answer ({command[0]} was given {timeout_s:g} s); jobs keep running without it"
         ) from error
     except OSError as error:
         raise QueueError(f"cannot run {command[0]} here ({error.strerror}); ask on a node of the cluster") from error
@@ -293,5 +293,5 @@ def _is_gone(answer: subprocess.CompletedProcess[str]) -> bool:
 def _refusal(answer: subprocess.CompletedProcess[str]) -> str:
     message = " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
     if re.search(r"Unable to contact slurm controller|timed out|Connection refused", message):
-        return f"slurmctld does not answer ({message}); jobs go on without it"
+        return f"slurmctld does not answer ({message}); jobs keep running without it"
     return f"SLURM refuses: {message}"

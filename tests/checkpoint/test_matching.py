@@ -331,7 +331,7 @@ def test_from_adamw_to_ademamix(ranks, of_adamw: Path, engine: str) -> None:
     assert not any(value.any() for key, value in loaded.items() if key.endswith("exp_avg_slow"))
     for result in results:
         assert result["kinds"] - {"buffer"} == {"param", "step", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq"}
-        assert "exp_avg of the checkpoint goes on as exp_avg_fast" in result["notes"]
+        assert "exp_avg of the checkpoint continues as exp_avg_fast" in result["notes"]
         assert any("no exp_avg_slow" in note and "schedule_start=3" in note for note in result["notes"])
 
 

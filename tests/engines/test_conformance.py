@@ -301,6 +301,6 @@ def test_states_of_another_type_are_converted_and_said(ranks, saved_narrow: Path
     for key, value in loaded.items():
         assert torch.equal(value, same[key].to(value.dtype)), key
     for result in results:
-        assert result["notes"] == ["exp_avg_slow was saved in bfloat16 and goes on in float32 (state_dtype)"]
+        assert result["notes"] == ["exp_avg_slow was saved in bfloat16 and continues in float32 (state_dtype)"]
         states = result["memory"].states
         assert states["exp_avg_slow"] == 2 * states["exp_avg_fast"] == 2 * states["exp_avg_sq"]

@@ -307,7 +307,9 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(state_dtype):
 def test_another_type_of_states_is_converted_and_said():
     params, optimizer = trained("fp32")
     narrow = AdEMAMix([p.clone() for p in params], state_dtype="bf16")
-    with pytest.warns(UserWarning, match="saved in float32 and goes on in bfloat16, rounded to nearest once") as caught:
+    with pytest.warns(
+        UserWarning, match="saved in float32 and continues in bfloat16, rounded to nearest once"
+    ) as caught:
         narrow.load_state_dict(optimizer.state_dict())
     assert len(caught) == 2, "the fast EMA and that of the squared gradient"
     assert narrow.param_groups[0]["state_dtype"] == "bf16" and narrow.param_groups[0]["alpha"] == WARM["alpha"]
@@ -315,7 +317,7 @@ def test_another_type_of_states_is_converted_and_said():
     assert torch.equal(narrow.state[q]["exp_avg_sq"], optimizer.state[p]["exp_avg_sq"].bfloat16())
     assert torch.equal(narrow.state[q]["exp_avg_slow"], optimizer.state[p]["exp_avg_slow"])
     wide = AdEMAMix([p.clone() for p in params])
-    with pytest.warns(UserWarning, match=r"exp_avg_sq was saved in bfloat16 and goes on in float32 \(state_dtype\)"):
+    with pytest.warns(UserWarning, match=r"exp_avg_sq was saved in bfloat16 and continues in float32 \(state_dtype\)"):
         wide.load_state_dict(narrow.state_dict())
     assert torch.equal(
         wide.state[wide.param_groups[0]["params"][0]]["exp_avg_fast"], narrow.state[q]["exp_avg_fast"].float()

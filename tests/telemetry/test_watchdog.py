@@ -157,7 +157,7 @@ def test_a_rank_that_waits_for_one_at_work_is_not_ended(
     dog.close()
     assert ended == []
     log = run.log_file(1, 0).read_text()
-    assert log.count("no sign of life") == 1 and "it goes on" in log
+    assert log.count("no sign of life") == 1 and "it continues" in log
 
 
 def test_who_decides_is_the_first_whose_watchdog_lives(run: RunDirectory) -> None:

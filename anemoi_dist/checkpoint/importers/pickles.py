@@ -23,7 +23,7 @@ class Inert:
         self.args = args
 
 
-#: What DeepSpeed leaves beside its tensors, and what is made of it. DeepSpeed itself need not be installed.
+#: What DeepSpeed saves with its tensors, and what is made of it. DeepSpeed itself need not be installed.
 _STAND_INS: list[Any] = [
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
@@ -50,7 +50,7 @@ _DCP_METADATA = {
     "collections": ("OrderedDict",),
 }
 
-#: What unpicklers raise beside their own error on bytes that are no pickle; they run nothing of the user's.
+#: What unpicklers raise besides their own error on bytes that are no pickle; they run nothing of the user's.
 _UNREADABLE = (
     ArithmeticError,
     AttributeError,

@@ -1,4 +1,4 @@
-"""Other programs' checkpoints, made into a committed checkpoint of a run that ``train`` goes on from."""
+"""Other programs' checkpoints, converted to a committed checkpoint that ``train`` resumes from."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def import_checkpoint(
     weights_only : bool, optional
         Leave the optimizer's states.
     keep_adamw : bool, optional
-        Keep AdamW's names, to go on with AdamW; otherwise they become AdEMAMix's.
+        Keep AdamW's names, to continue with AdamW; otherwise they become AdEMAMix's.
     trust_pickle : bool, optional
         Build every object of a pickle, which may run any code.
 
@@ -119,7 +119,7 @@ def import_checkpoint(
     if not keep_adamw and "exp_avg" in kinds and kinds <= {*FROM_ADAMW}:
         shards = [replace(shard, kind=FROM_ADAMW.get(shard.kind, shard.kind)) for shard in shards]
         notes.append(
-            f"AdamW's EMA states are AdEMAMix's fast ones now, the slow one begins at zero: go on with "
+            f"AdamW's EMA states are AdEMAMix's fast ones now, the slow one begins at zero: continue with "
             f"++training.optimizer.schedule_start={step}, so that alpha and beta3 warm up from here"
         )
     run.create()
@@ -164,7 +164,7 @@ def _widened(shard: Shard) -> Shard:
 
 def _named(shards: list[Shard], rename: Mapping[str, str]) -> list[Shard]:
     """Take away a ``module.`` before every name, which wrappers put there, then rename."""
-    # Only if every name has it: a model may have a submodule of that name, beside others.
+    # Only if every name has it: a model may have a submodule of that name, among others.
     wrapped = all(shard.fqn.startswith("module.") for shard in shards)
     plain = {shard.fqn: shard.fqn.removeprefix("module.") if wrapped else shard.fqn for shard in shards}
     for old in rename:

@@ -232,7 +232,7 @@ def build_model(node: Tree, spec: DataSpec, allowed: Iterable[str] = ()) -> nn.M
     spec : DataSpec
         Passed as ``data`` to a constructor that takes it.
     allowed : Iterable[str]
-        Import prefixes that the user allows beside the built-in ones.
+        Import prefixes that the user allows besides the built-in ones.
 
     Raises
     ------

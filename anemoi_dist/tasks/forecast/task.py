@@ -1,4 +1,4 @@
-"""Forecast task: windows of states, a model of the tendency, scores beside those of baselines."""
+"""Forecast task: windows of states, a model of the tendency, scores compared with baselines."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class ForecastTask:
             save_forecast_maps(directory / "forecast.npz", maps=maps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: a forecast task has no state beside its tensors."""
+        """Return nothing: a forecast task has no state but its tensors."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

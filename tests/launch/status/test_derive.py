@@ -17,7 +17,7 @@ from anemoi_dist.launch.status.slurm_queue import GONE, JobView
 from anemoi_dist.run.records import AttemptRecord, Failure, from_json
 
 NOW = 1_000_000.0
-DOWN = "slurmctld does not answer (squeue was given 3 s); jobs go on without it"
+DOWN = "slurmctld does not answer (squeue was given 3 s); jobs keep running without it"
 
 
 def event(name: str, ago: float, **fields: Any) -> Entry:
@@ -493,7 +493,7 @@ OVER = [
     Case(
         "stopped and saved",
         "preempted",
-        "it saved on request, 5 s ago; resume goes on",
+        "it saved on request, 5 s ago; resume continues it",
         launch=(launch(400, None), event("end", 5, code=75, reason="the stop file")),
         attempts=(attempt(390, 6, 75),),
         more={"launcher_alive": False},

@@ -26,7 +26,7 @@ def exact(tensors):
 def code(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(native, "can_square", lambda tensor: False)
-        monkeypatch.setattr(norm, "_PIECE", 1000)
+        monkeypatch.setattr(norm, "_CHUNK_NUMEL", 1000)
     return request.param
 
 

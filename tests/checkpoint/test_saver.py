@@ -172,7 +172,7 @@ def fail_on(world: World, folder: Path, rank: int, number: int, on_error: str, p
         for step in itertools.count(1):
             saver.advance(word.exchange(saver.word(stop=0, save_due=False)))
             seen.append(len(outcomes))
-            if saver._flight is None and len(outcomes) == saver._number and saver._number < 3:
+            if saver._pending is None and len(outcomes) == saver._number and saver._number < 3:
                 saver.save(10 * (saver._number + 1), lambda: shards, samples_seen=step, trainer={})
             if len(outcomes) == 3:
                 break

@@ -15,7 +15,7 @@ import pytest
 
 from anemoi_dist.run.events import read_events
 
-PAGE = Path(__file__).parents[2] / "docs" / "nodes.rst"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "several-nodes.rst"
 SMALL = [
     "model.hidden_channels=6",
     "model.dilations=[1]",

@@ -124,7 +124,8 @@ def test_nothing_is_left_whoever_gets_which_signal(undisturbed: Path, tmp_path: 
         ("rank 1", signal.SIGINT),
     )
     for start_number, (victim, number) in enumerate(strikes, 1):
-        process = start(command(tmp_path, "n"))
+        # Slow steps: with fast ones a busy machine could be at the end before all have been struck.
+        process = start(command(tmp_path, "n"), PAUSE_S="1")
         wait_for_step(run, 1, process, starts=start_number)
         everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         processes_of(process, run)[victim].send_signal(number)

@@ -114,14 +114,14 @@ def test_nothing_is_left_whoever_gets_which_signal(undisturbed: Path, tmp_path: 
     """One run meets them all, one start after the other, and ends like the undisturbed one."""
     run = tmp_path / "n"
     strikes = (
+        ("launcher", signal.SIGINT),
+        ("rank 1", signal.SIGINT),
         ("launcher", signal.SIGKILL),
         ("agent", signal.SIGKILL),
         ("data worker", signal.SIGKILL),
         ("rank 0", signal.SIGTERM),
         ("agent", signal.SIGTERM),
-        ("data worker", signal.SIGTERM),
-        ("launcher", signal.SIGINT),
-        ("rank 1", signal.SIGINT),
+        ("data worker", signal.SIGTERM),  # last: it ignores that, and the run comes to its end
     )
     for start_number, (victim, number) in enumerate(strikes, 1):
         # Slow steps: with fast ones a busy machine could be at the end before all have been struck.

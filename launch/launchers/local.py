@@ -119,7 +119,7 @@ def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
 
 
 def train(run: RunDirectory, config: Config, *, num_ranks: int) -> int:
-    """Train a run on this machine until it ends and return its exit code; see :func:`.supervise.supervise`.
+    """Train a run on this machine until it ends and return its exit code; see :func:`.supervisor.supervise`.
 
     Parameters
     ----------

@@ -161,7 +161,7 @@ def _exports(mpirun: Mpirun, environ: Mapping[str, str], *, nodes: int) -> list[
 
 
 def train(run: RunDirectory, config: Config, planned: Plan) -> int:
-    """Train a run under mpirun until it ends and return its exit code; see :func:`.supervise.supervise`.
+    """Train a run under mpirun until it ends and return its exit code; see :func:`.supervisor.supervise`.
 
     Parameters
     ----------

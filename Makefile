@@ -62,6 +62,10 @@ $(VENV)/.train: $(INSTALLED_FROM)
 $(VENV)/.test: $(INSTALLED_FROM)
 	@echo 'Installing what the tests need into $(VENV), once: about 5 minutes and 3.3 GB in all.'
 	$(call install,$(comma)test)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements-anemoi.txt
+	# timm's dependency: its wheel cannot be loaded beside a CPU build of torch, and Lightning imports it if it is there.
+	$(BIN)/python -m pip uninstall -q -y torchvision
+	@touch $@
 
 $(VENV)/.lint $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(INSTALLED_FROM)
 	@echo 'Installing what `make $*` needs into $(VENV), once: about 4 minutes and 2.1 GB in all.'

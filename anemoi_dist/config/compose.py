@@ -32,6 +32,7 @@ from anemoi_dist.errors import ConfigError
 
 #: Nodes that are replaced, not merged, when the given key of theirs changes: AdEMAMix's alpha must not reach Adam.
 CHOICE_NODES = {
+    "task": "kind",
     "model": "_target_",
     "training.optimizer": "_target_",
     "training.scheduler": "_target_",

@@ -34,7 +34,13 @@ def derive_run_id(config: Config, *, choices: dict[str, str]) -> str:
     choices : dict[str, str]
         Group -> option, for the readable part of the name.
     """
-    identity = {key: value for key, value in leaves(dataclasses.asdict(config)) if not is_below(key, _NOT_IDENTITY)}
+    added = _added_defaults()
+    identity = {
+        key: value
+        for key, value in leaves(dataclasses.asdict(config))
+        # A key that came later and has its default says nothing: a run of an older version keeps its name.
+        if not is_below(key, _NOT_IDENTITY) and not (key in added and added[key] == value)
+    }
     # Eight hexadecimal digits: names stay readable, and 10 000 runs of one configuration group collide with 1 %.
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
     parts = [re.sub(r"[^A-Za-z0-9_.]+", "-", choices[group]).strip("-._")[:16] for group in ("data", "model", "engine")]
@@ -52,7 +58,7 @@ class Change:
 
 def config_changes(was: Tree, now: Tree) -> list[Change]:
     """Return the keys whose values differ between two configurations; the location of the run does not count."""
-    old, new = dict(leaves(was)), dict(leaves(now))
+    old, new = ({**_added_defaults(), **dict(leaves(tree))} for tree in (was, now))
     # By repr: 1, 1.0, True and "1" are different values in a configuration.
     keys = [key for key in dict.fromkeys([*old, *new]) if key not in ("run.root", "run.allow_changed")]
     return [Change(key, old.get(key), new.get(key)) for key in keys if repr(old.get(key)) != repr(new.get(key))]
@@ -63,6 +69,12 @@ def changes_table(changes: Sequence[Change]) -> str:
     rows = [("key", "was", "is"), *((change.key, str(change.was), str(change.now)) for change in changes)]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"  {key:<{widths[0]}}  {was:<{widths[1]}}  {now}" for key, was, now in rows)
+
+
+def _added_defaults() -> Tree:
+    from anemoi_dist.config.schema import added_defaults  # here, for OmegaConf; see above
+
+    return added_defaults()
 
 
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING
@@ -11,11 +11,12 @@ from omegaconf import MISSING
 from anemoi_dist.config.engines import ENGINE_KINDS, EngineSpec, find_engine
 from anemoi_dist.config.tree import Tree
 
+TASK_KINDS = ("forecast", "anemoi")
 LAUNCHER_KINDS = ("local", "slurm", "mpi")
 #: Scores by which the best checkpoint can be chosen.
 SAVE_METRICS = ("rmse", "acc")
 #: What an existing run may only change when ``run.allow_changed`` names it, with the keys that each name stands for.
-GUARDED = {"model": "model", "data": "data", "seed": "run.seed"}
+GUARDED = {"model": "model", "data": "data", "seed": "run.seed", "task": "task"}
 
 
 def bounded(default: Any = MISSING, *, minimum: float) -> Any:
@@ -31,6 +32,31 @@ def positive(default: Any = MISSING, *, fix: str, rule: str = "must be positive"
 def one_of(default: Any = MISSING, *, valid: Sequence[Any], rule: str = "is not a valid name") -> Any:
     """Declare a key whose value, unless null, is one of ``valid``; an error says ``rule``."""
     return field(default=default, metadata={"valid": valid, "rule": rule})
+
+
+def added(default: Any = MISSING, **declared: Any) -> Any:
+    """Declare a key that version 0.1.0 did not have; while it has its default, it is no part of a run's identity.
+
+    ``declared`` is the metadata of :func:`bounded`, :func:`positive` or :func:`one_of`.
+    """
+    metadata = {"added": True, **declared}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def added_defaults() -> Tree:
+    """Return dotted key and default of every key that is declared as :func:`added`, and of those below it."""
+    return dict(_added_leaves(Config(), "", below=False))
+
+
+def _added_leaves(node: Any, prefix: str, *, below: bool) -> Iterator[tuple[str, Any]]:
+    for item in fields(node):
+        value, is_added = getattr(node, item.name), below or item.metadata.get("added", False)
+        if is_dataclass(value):
+            yield from _added_leaves(value, f"{prefix}{item.name}.", below=is_added)
+        elif is_added:
+            yield f"{prefix}{item.name}", value
 
 
 @dataclass
@@ -105,6 +131,24 @@ class EngineConfig:
     def spec(self) -> EngineSpec:
         """The engine's entry in the table of engines."""
         return find_engine(self.kind, stage=self.stage, offload=self.offload)
+
+
+@dataclass
+class TaskConfig:
+    """The task: what is trained on what, and how it is scored."""
+
+    #: ``forecast`` is built from ``data`` and ``model``; ``anemoi`` from a configuration of anemoi-training.
+    kind: str = one_of("forecast", valid=TASK_KINDS)
+    #: Configuration of anemoi-training: a composed YAML file, or a directory with ``defaults`` to compose.
+    config: str | None = None
+    #: Name of the top-level file in that directory, without ``.yaml``.
+    name: str = "config"
+    #: Overrides of anemoi-training's configuration, in Hydra's grammar.
+    overrides: list[str] = field(default_factory=list)
+    #: The result: anemoi-training's whole configuration, composed and resolved. Filled in, and frozen with the run.
+    settings: Tree = field(default_factory=dict)
+    #: Optimizer steps of an epoch, which validation, checkpoints and the rollout curriculum count by. Filled in.
+    steps_per_epoch: int | None = bounded(None, minimum=1)
 
 
 @dataclass
@@ -262,6 +306,7 @@ class Config:
     """The whole configuration of a run, as frozen in ``config.yaml``."""
 
     run: RunConfig = field(default_factory=RunConfig)
+    task: TaskConfig = added(TaskConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -277,6 +322,7 @@ class Config:
 
 #: Nodes whose keys belong to somebody else: a model's or an optimizer's arguments, open_dataset's options.
 FREE_FORM = (
+    "task.settings.",
     "model.",
     "training.optimizer.",
     "training.scheduler.",

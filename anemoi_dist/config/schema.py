@@ -18,6 +18,9 @@ SAVE_METRICS = ("rmse", "acc")
 #: What an existing run may only change when ``run.allow_changed`` names it, with the keys that each name stands for.
 GUARDED = {"model": "model", "data": "data", "seed": "run.seed", "task": "task"}
 
+#: Metadata of a key that version 0.1.0 did not have; while it has its default, it is no part of a run's identity.
+ADDED = {"added": True}
+
 
 def bounded(default: Any = MISSING, *, minimum: float) -> Any:
     """Declare a key whose value, unless null, is at least ``minimum``."""
@@ -34,25 +37,14 @@ def one_of(default: Any = MISSING, *, valid: Sequence[Any], rule: str = "is not 
     return field(default=default, metadata={"valid": valid, "rule": rule})
 
 
-def added(default: Any = MISSING, **declared: Any) -> Any:
-    """Declare a key that version 0.1.0 did not have; while it has its default, it is no part of a run's identity.
-
-    ``declared`` is the metadata of :func:`bounded`, :func:`positive` or :func:`one_of`.
-    """
-    metadata = {"added": True, **declared}
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 def added_defaults() -> Tree:
-    """Return dotted key and default of every key that is declared as :func:`added`, and of those below it."""
+    """Return dotted key and default of every key that has :data:`ADDED` in its metadata, and of those below it."""
     return dict(_added_leaves(Config(), "", below=False))
 
 
 def _added_leaves(node: Any, prefix: str, *, below: bool) -> Iterator[tuple[str, Any]]:
     for item in fields(node):
-        value, is_added = getattr(node, item.name), below or item.metadata.get("added", False)
+        value, is_added = getattr(node, item.name), below or "added" in item.metadata
         if is_dataclass(value):
             yield from _added_leaves(value, f"{prefix}{item.name}.", below=is_added)
         elif is_added:
@@ -306,7 +298,7 @@ class Config:
     """The whole configuration of a run, as frozen in ``config.yaml``."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    task: TaskConfig = added(TaskConfig)
+    task: TaskConfig = field(default_factory=TaskConfig, metadata=ADDED)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     data: DataConfig = field(default_factory=DataConfig)

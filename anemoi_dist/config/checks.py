@@ -11,7 +11,8 @@ from anemoi_dist.config.engines import ENGINES
 from anemoi_dist.config.identity import check_run_id
 from anemoi_dist.config.launcher_checks import check_launcher
 from anemoi_dist.config.optimizer_states import checked_state_dtype, is_ademamix
-from anemoi_dist.config.schema import GUARDED, Config, EngineConfig, TrainingConfig
+from anemoi_dist.config.schema import GUARDED, Config, EngineConfig, MlflowConfig, TrainingConfig
+from anemoi_dist.config.secrets import redact
 from anemoi_dist.config.tree import Tree, is_below
 from anemoi_dist.errors import ConfigError
 
@@ -37,6 +38,7 @@ def check(config: Config) -> None:
     _check_rename(config.checkpoint.rename)
     _check_engine(config.engine)
     _check_checkpoint(config)
+    _check_mlflow(config.telemetry.mlflow)
     _check_target("model", config.model)
 
 
@@ -134,6 +136,22 @@ def _check_checkpoint(config: Config) -> None:
             f"needs a score for every checkpoint: checkpoint.interval_steps={interval} is no multiple of "
             f"validation.interval_steps={scored}",
             fix=f"validation.interval_steps={interval}",
+        )
+
+
+def _check_mlflow(mlflow: MlflowConfig) -> None:
+    uri = mlflow.tracking_uri
+    if uri is None and mlflow != MlflowConfig():
+        raise ConfigError(
+            "telemetry.mlflow", None, "has no effect without tracking_uri", fix="telemetry.mlflow.tracking_uri=URL"
+        )
+    # The configuration is frozen in the run directory, printed and sent.
+    if uri is not None and redact(uri) != uri:
+        raise ConfigError(
+            "telemetry.mlflow.tracking_uri",
+            redact(uri),
+            "must hold no password or token",
+            fix="give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, as variables",
         )
 
 

@@ -218,6 +218,18 @@ class CheckpointConfig:
 
 
 @dataclass
+class MlflowConfig:
+    """MLflow, which gets metrics, configuration and report. It authenticates by its own environment variables alone."""
+
+    #: URL of a server or of a database, or a folder; null: MLflow is not used.
+    tracking_uri: str | None = None
+    #: Name of the experiment, which is created if there is none.
+    experiment: str = "anemoi-dist"
+    #: Name of the MLflow run; null: ``run.id``.
+    run_name: str | None = None
+
+
+@dataclass
 class TelemetryConfig:
     """Progress lines, events and metrics."""
 
@@ -225,6 +237,7 @@ class TelemetryConfig:
     interval_steps: int = bounded(10, minimum=1)
     #: Write the curves for TensorBoard too.
     tensorboard: bool = False
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig, metadata=ADDED)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 import anemoi_dist
+from anemoi_dist.config.secrets import redact
 from anemoi_dist.errors import ConfigError, PreflightError
 from anemoi_dist.run.directory import RunDirectory, write_atomically
 from anemoi_dist.run.events import Event, latest_by_step, read_events
@@ -137,7 +138,7 @@ def write_report(run: RunDirectory) -> Path:
         skill=skill,
         maps=sections.maps(run.report_dir / "forecast.npz"),
         time=time_spent(events),
-        config_text=config_text,
+        config_text=redact(config_text),
     )
     # As private as the rest of the run: the page shows the whole configuration.
     run.report_dir.mkdir(mode=0o700, exist_ok=True)

@@ -137,6 +137,11 @@ class RunDirectory:
         return self.path / "metrics"
 
     @property
+    def mlflow_file(self) -> Path:
+        """Ids of the MLflow runs that this run continues, by tracking URI."""
+        return self.path / "mlflow.json"
+
+    @property
     def report_dir(self) -> Path:
         """The HTML report and the arrays that it shows."""
         return self.path / "report"

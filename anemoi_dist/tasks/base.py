@@ -82,7 +82,7 @@ class Evaluation:
     table : str
         The same for a reader.
     metrics : Mapping[str, float]
-        The scores by name, for TensorBoard.
+        The scores by name, for TensorBoard and MLflow.
     summary : Mapping[str, float]
         One number for each metric that ``checkpoint.keep_best`` can name.
     """

@@ -2,10 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
+from anemoi_dist.config.schema import TelemetryConfig
 from anemoi_dist.errors import PreflightError
+from anemoi_dist.run.directory import RunDirectory
+from anemoi_dist.telemetry.mlflow import MlflowMetrics
+
+
+class MetricWriter(Protocol):
+    """A back end for curves."""
+
+    def write(self, values: Mapping[str, float], *, step: int) -> None:
+        """Write one point of every curve in ``values``, by its name."""
+
+    def close(self, state: str) -> None:
+        """Write what waits and close; ``state`` is that of the run after this attempt. A second call does nothing."""
+
+
+def open_writers(
+    run: RunDirectory, config: TelemetryConfig, *, first_step: int, say: Callable[[str], None]
+) -> list[MetricWriter]:
+    """Open the back ends that the configuration asks for.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        An existing run.
+    config : TelemetryConfig
+        ``tensorboard`` and ``mlflow``.
+    first_step : int
+        Optimizer steps done before this attempt.
+    say : Callable[[str], None]
+        Shows a warning.
+
+    Raises
+    ------
+    PreflightError
+        The package of one of them is not installed.
+    """
+    writers: list[MetricWriter] = []
+    if config.tensorboard:
+        writers.append(TensorBoardMetrics(run.metrics_dir, first_step=first_step))
+    if config.mlflow.tracking_uri is not None:
+        writers.append(MlflowMetrics(run, config.mlflow, say=say))
+    return writers
 
 
 class TensorBoardMetrics:
@@ -42,6 +85,6 @@ class TensorBoardMetrics:
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, global_step=step)
 
-    def close(self) -> None:
+    def close(self, state: str) -> None:
         """Flush and close the event file."""
         self._writer.close()

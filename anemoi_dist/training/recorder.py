@@ -16,7 +16,7 @@ from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import EventLog
 from anemoi_dist.tasks.base import Evaluation
 from anemoi_dist.telemetry import heartbeat
-from anemoi_dist.telemetry.metrics import TensorBoardMetrics
+from anemoi_dist.telemetry.metrics import MetricWriter, open_writers
 from anemoi_dist.telemetry.phases import PhaseTimer
 from anemoi_dist.telemetry.progress import SpeedMeter, StepLine, open_progress
 
@@ -43,13 +43,13 @@ class Recorder:
     Raises
     ------
     PreflightError
-        TensorBoard is configured and not installed.
+        TensorBoard or MLflow is configured and not installed.
     """
 
     def __init__(self, run: RunDirectory, config: Config, *, is_main: bool, first_step: int) -> None:
         self._timer = PhaseTimer()
         self._is_main = is_main
-        self._metrics: TensorBoardMetrics | None = None
+        self._writers: list[MetricWriter] = []
         heartbeat.beat(step=first_step)
         if not is_main:
             return
@@ -57,8 +57,7 @@ class Recorder:
         heartbeat.note(total_steps=total_steps)
         self._interval_steps = config.telemetry.interval_steps
         self._speed = SpeedMeter(total_steps=total_steps)
-        if config.telemetry.tensorboard:
-            self._metrics = TensorBoardMetrics(run.metrics_dir, first_step=first_step)
+        self._writers = open_writers(run, config.telemetry, first_step=first_step, say=self.message)
         self._log = EventLog(run.events_file)
         # Last: from here on a bar owns the terminal, and an error without close() would leave it without a cursor.
         self._progress = open_progress(
@@ -118,9 +117,12 @@ class Recorder:
             "memory_bytes": line.memory_bytes,
         }
         self._log.write("step", step=line.step, **values)
-        if self._metrics is not None:
-            scalars = {f"training/{key}": float(value) for key, value in values.items() if value is not None}
-            self._metrics.write(scalars, step=line.step)
+        scalars = {f"training/{key}": float(value) for key, value in values.items() if value is not None}
+        self._write(scalars, step=line.step)
+
+    def _write(self, scalars: Mapping[str, float], *, step: int) -> None:
+        for writer in self._writers:
+            writer.write(scalars, step=step)
 
     def validation(self, step: int, split: str, evaluation: Evaluation) -> None:
         """Record the scores of one validation and show their table.
@@ -138,8 +140,7 @@ class Recorder:
             return
         self._log.write("validation", step=step, split=split, scores=list(evaluation.scores))
         self._progress.message(f"{split} split after step {step}:\n{evaluation.table}")
-        if self._metrics is not None:
-            self._metrics.write({f"{split}/{name}": value for name, value in evaluation.metrics.items()}, step=step)
+        self._write({f"{split}/{name}": value for name, value in evaluation.metrics.items()}, step=step)
 
     def message(self, text: str) -> None:
         """Show a text that stays, above the bar if there is one."""
@@ -156,14 +157,17 @@ class Recorder:
         """Return this rank's seconds in each phase so far."""
         return self._timer.seconds()
 
-    def close(self) -> None:
-        """Close log, metrics and display. The terminal is restored even if the rest fails."""
+    def close(self, state: str = "failed") -> None:
+        """Close log, metrics and display, with the run's state after this attempt.
+
+        The terminal is restored even if the rest fails.
+        """
         if not self._is_main:
             return
         try:
             self._log.close()
-            if self._metrics is not None:
-                self._metrics.close()
+            for writer in self._writers:
+                writer.close(state)
         finally:
             self._progress.close()
 

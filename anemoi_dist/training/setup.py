@@ -85,8 +85,11 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
     finally:
         # Nothing here is a collective: after a failure the other ranks may be anywhere.
         step = trainer.progress.step if trainer else first_step
-        recorder.event("end", step=step, state=end_state(code), exit_code=int(code), seconds=recorder.seconds())
-        recorder.close()
+        state = end_state(code)
+        recorder.event("end", step=step, state=state, exit_code=int(code), seconds=recorder.seconds())
+        if code == ExitCode.FINISHED and world.is_main and config.telemetry.mlflow.tracking_uri is not None:
+            _write_report(run, recorder)
+        recorder.close(state)
         if loader is not None:
             loader.close()
     # On success alone: closing an engine may communicate.
@@ -97,6 +100,16 @@ def _report_passed_over(selection: Selection, recorder: Recorder) -> None:
     for step, reason in selection.passed_over.items():
         recorder.event("passed_over", step=step, reason=reason)
         recorder.message(f"checkpoint of step {step} is passed over: {reason}")
+
+
+def _write_report(run: RunDirectory, recorder: Recorder) -> None:
+    # Imported here: drawing needs the extra ``report``, and only a run that sends its report draws it.
+    from anemoi_dist.report.page import write_report
+
+    try:
+        write_report(run)
+    except Exception as error:  # the run is finished, whatever is wrong with its page
+        recorder.message(f"note: MLflow gets no report: {error}")
 
 
 def _open_task(config: Config, recorder: Recorder) -> Task:

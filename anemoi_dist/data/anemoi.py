@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,29 +107,28 @@ def _open(*args: Any, **options: Any) -> Any:
     # Imported here: it takes up to half a second, and synthetic data do without it.
     from anemoi.datasets import open_dataset
 
-    with _no_lasting_process():
-        return open_dataset(*args, **options)
+    keep_in_process()
+    return open_dataset(*args, **options)
 
 
-@contextlib.contextmanager
-def _no_lasting_process() -> Iterator[None]:
+class _InProcess:
+    """An executor that does the work at once."""
+
+    def submit(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Do the work."""
+        work(*args, **kwargs)
+
+
+def keep_in_process() -> None:
     """Keep anemoi-datasets from leaving a child process behind.
 
     It submits its usage analytics (off by default) to a process pool, which it forks when the first dataset is opened.
-    That child would hold the rank's sockets and outlive a killed rank. A thread does the same work and ends here.
+    That child would hold the rank's sockets and outlive a killed rank.
     """
-    try:
+    # Other versions of anemoi-datasets have no analytics.
+    with contextlib.suppress(ModuleNotFoundError):
         analytics: Any = importlib.import_module("anemoi.datasets.usage.analytics")
-        pool = analytics._executor
-    except (ModuleNotFoundError, AttributeError):  # other versions of anemoi-datasets
-        yield
-        return
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        analytics._executor = thread
-        try:
-            yield
-        finally:
-            analytics._executor = pool
+        analytics._executor = _InProcess()
 
 
 def _resolve_samples(dataset: Any) -> Any:

@@ -86,6 +86,10 @@ class WeatherDataset(Dataset):
         fields = np.ascontiguousarray(states.transpose(0, 2, 3, 1), dtype=np.float32)
         return Batch(torch.from_numpy(fields), torch.tensor(self.dates_s[start + self.multistep_input - 1]))
 
+    def read(self, index: int, *, step: int) -> Batch:
+        """Read one sample; every optimizer step gets the same window."""
+        return self[index]
+
     def spec(self) -> DataSpec:
         """Return the description for model and loss, which is the same for every split of one configuration."""
         return self._spec

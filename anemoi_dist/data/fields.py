@@ -174,13 +174,13 @@ def times_of_day(frequency_s: int) -> int:
     return DAY_S // math.gcd(DAY_S, frequency_s)
 
 
-def evenly_spaced(count: int, *, at_most: int | None, frequency_s: int) -> np.ndarray:
+def evenly_spaced(count: int, *, at_most: int | None, frequency_s: int | None = None) -> np.ndarray:
     """Return at most ``at_most`` indices below ``count`` (None: all), evenly spaced and over all times of day.
 
     The spacing shares no factor with the number of states in a day: otherwise only some times of day would be sampled,
     and the daily cycle would look like a trend.
     """
-    day = times_of_day(frequency_s)
+    day = 1 if frequency_s is None else times_of_day(frequency_s)
     stride = 1 if at_most is None else -(-count // at_most)
     while math.gcd(stride, day) != 1:
         stride += 1

@@ -51,6 +51,17 @@ class BatchLoader(Iterator[list[Any]]):
         self._close()
 
 
+class _Reads:
+    """Reads of samples, each for its optimizer step, as the dataset that torch's loader indexes."""
+
+    def __init__(self, samples: Any) -> None:
+        self._samples = samples
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        step, index = key
+        return self._samples.read(index, step=step)
+
+
 def build_loader(
     samples: Any,
     *,
@@ -82,7 +93,7 @@ def build_loader(
         The workers have not started in time.
     """
     options: dict[str, Any] = {
-        "dataset": samples,
+        "dataset": _Reads(samples),
         "batch_sampler": sampler,
         "collate_fn": collate,
         "pin_memory": pin_memory,

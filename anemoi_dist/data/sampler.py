@@ -77,10 +77,11 @@ class MicroBatchSampler:
             raise ValueError(f"rank={rank}: must be from 0 to {plan.world_size - 1}")
         self.order, self.plan, self.rank, self.start_step = order, plan, rank, start_step
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield (optimizer step, sample) of every sample of a micro-batch."""
         for step in itertools.count(self.start_step):
             for micro in range(self.plan.accumulation):
-                yield self.samples(step, micro)
+                yield [(step, sample) for sample in self.samples(step, micro)]
 
     def samples(self, step: int, micro: int) -> list[int]:
         """Return the samples of micro-batch ``micro`` in optimizer step ``step``."""

@@ -18,6 +18,10 @@ def create_task(config: Config) -> Task:
         The data cannot be opened or hold no sample.
     """
     # The task, not this package, decides which libraries a rank loads.
+    if config.task.kind == "anemoi":
+        from anemoi_dist.tasks.anemoi.task import AnemoiTask
+
+        return AnemoiTask(config)
     from anemoi_dist.tasks.forecast.task import ForecastTask
 
     return ForecastTask(config)

@@ -14,8 +14,13 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from anemoi_dist.config.schema import Config
+from anemoi_dist.config.tree import Tree
 from anemoi_dist.distributed.world import World
+from anemoi_dist.optimizers.factory import create_optimizer
+from anemoi_dist.optimizers.learning_rate import create_scheduler, scaled_rate
 
 
 class Batch(Protocol):
@@ -31,12 +36,19 @@ class Samples(Protocol):
     def __len__(self) -> int:
         """Count the samples."""
 
-    def __getitem__(self, index: int) -> Any:
-        """Read one sample."""
+    def read(self, index: int, *, step: int) -> Any:
+        """Read one sample for optimizer step ``step``; how much of it is needed may grow with the steps."""
 
 
 class TaskModule(nn.Module, ABC):
     """Model and loss in one module, so that engines can wrap both at once.
+
+    Parameters
+    ----------
+    config : Config
+        The whole configuration; ``training`` and ``security`` are used.
+    world_size : int
+        Data-parallel ranks, for ``training.lr.scale_with: world_size``.
 
     Attributes
     ----------
@@ -46,8 +58,10 @@ class TaskModule(nn.Module, ABC):
         Type that the model computes in under autocast. For an engine that keeps float32 weights.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config, *, world_size: int) -> None:
         super().__init__()
+        self.config, self.world_size = config, world_size
+        self.allowed_targets = tuple(config.security.allowed_targets)
         # Set by the engine: bf16 weights need bf16 input, while statistics and loss stay in float32.
         self.compute_dtype = torch.float32
         self.autocast_dtype: torch.dtype | None = None
@@ -56,15 +70,43 @@ class TaskModule(nn.Module, ABC):
     def forward(self, batch: Any, **evaluation: Any) -> Tensor:
         """Return the loss of a batch, a float32 scalar; with ``evaluation``, the output that the task scores."""
 
-    @abstractmethod
     def configure_optimizers(self) -> dict[str, Any]:
         """Build optimizer and scheduler, in the form that Lightning expects.
 
         Returns
         -------
         dict[str, Any]
-            ``optimizer``, and ``lr_scheduler`` with ``scheduler`` and ``interval: step``, absent for a constant rate.
+            ``optimizer``, and ``lr_scheduler`` with ``scheduler`` and ``interval: step`` unless
+            ``training.scheduler`` is null.
         """
+        optimizer = self._create_optimizer_from_config(self.config.training.optimizer)
+        if self.config.training.scheduler is None:
+            return {"optimizer": optimizer}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._create_scheduler(optimizer), "interval": "step"},
+        }
+
+    def _create_optimizer_from_config(self, opt_cfg: Tree) -> Optimizer:
+        """Build the optimizer that ``opt_cfg._target_`` names, over the parameters that take a gradient."""
+        # Frozen parameters get no optimizer states.
+        params = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        training = self.config.training
+        return create_optimizer(
+            opt_cfg,
+            params,
+            lr=scaled_rate(training.lr, self.world_size),
+            allowed=self.allowed_targets,
+            max_steps=training.max_steps,
+        )
+
+    def _create_scheduler(self, optimizer: Optimizer) -> Any:
+        """Build the scheduler that ``training.scheduler._target_`` names."""
+        training = self.config.training
+        assert training.scheduler is not None
+        return create_scheduler(
+            training.scheduler, optimizer, lr=training.lr, max_steps=training.max_steps, allowed=self.allowed_targets
+        )
 
 
 #: ``evaluate(batch, **evaluation)`` calls the module's ``forward`` without gradient, in evaluation mode. Collective.
@@ -113,6 +155,9 @@ class Task(Protocol):
         world_size : int
             Data-parallel ranks, for ``training.lr.scale_with``.
         """
+
+    def begin_step(self, step: int) -> None:
+        """Prepare for optimizer step ``step`` (from 0); called before every step, with ever larger numbers."""
 
     def evaluate(self, split: str, *, evaluate: Evaluate, world: World) -> Evaluation:
         """Score the model on a split. Collective."""

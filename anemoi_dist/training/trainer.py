@@ -112,6 +112,7 @@ class Trainer:
                 micro_batches = [batch.to(self.world.device) for batch in next(batches)]
             with self.recorder.phase("step"):
                 # Dropout depends on (seed, step, rank) alone, so a resumed run repeats an uninterrupted one.
+                self.task.begin_step(self.progress.step)
                 seed_step(self.config.run.seed, step=self.progress.step, rank=self.world.rank)
                 report = self.engine.train_step(micro_batches)
             self.progress.step += 1

@@ -103,7 +103,7 @@ def test_close_ends_the_workers_and_may_be_repeated(waves):
 
 def test_an_error_in_a_worker_reaches_the_trainer(waves):
     class Broken:
-        def __getitem__(self, index):
+        def read(self, index, *, step):
             raise OSError(f"sample {index} can't be read")
 
     sampler = MicroBatchSampler(GlobalSampleOrder(8, seed=0), plan=PLAN, rank=0)

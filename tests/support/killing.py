@@ -58,6 +58,9 @@ class Silence:
     def phase(self, name: str) -> Any:
         return nullcontext()
 
+    def begin_step(self, step: int) -> None:
+        pass
+
     def evaluate(self, *args: Any, **fields: Any) -> Evaluation:
         return Evaluation()
 

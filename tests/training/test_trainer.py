@@ -55,6 +55,10 @@ class CountingTask:
 
     def __init__(self) -> None:
         self.num_evaluated, self.summary = 0, {}
+        self.begun: list[int] = []
+
+    def begin_step(self, step: int) -> None:
+        self.begun.append(step)
 
     def evaluate(self, split: str, **_: Any) -> Evaluation:
         self.num_evaluated += 1

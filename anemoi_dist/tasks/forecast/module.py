@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from anemoi_dist.config.instantiate import check_arguments, split_node
 from anemoi_dist.config.schema import Config
@@ -20,8 +18,6 @@ from anemoi_dist.config.targets import nested_targets, resolve_target
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.data.batch import Batch, DataSpec
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.optimizers.factory import create_optimizer
-from anemoi_dist.optimizers.learning_rate import create_scheduler, scaled_rate
 from anemoi_dist.tasks.base import TaskModule
 
 
@@ -60,7 +56,7 @@ class Float32Constants(nn.Module):
 
 
 class BaseGraphModule(TaskModule):
-    """Model, loss, optimizer and scheduler of one configuration.
+    """Model and loss of one configuration.
 
     Parameters
     ----------
@@ -79,9 +75,8 @@ class BaseGraphModule(TaskModule):
     """
 
     def __init__(self, config: Config, *, spec: DataSpec, world_size: int = 1) -> None:
-        super().__init__()
-        self.config, self.spec, self.world_size = config, spec, world_size
-        self.allowed_targets = tuple(config.security.allowed_targets)
+        super().__init__(config, world_size=world_size)
+        self.spec = spec
         self.model = build_model(config.model, spec, self.allowed_targets)
         self.constants = _constants(spec)
         # Not persistent: it follows from the dataset and belongs to no checkpoint.
@@ -172,44 +167,6 @@ class BaseGraphModule(TaskModule):
         """Return physical units, float32, for normalised shape (..., prognostic variable)."""
         mean, stdev = self.constants.mean[self._prognostic], self.constants.stdev[self._prognostic]
         return prediction.float() * stdev + mean
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        """Build optimizer and scheduler, in the form that Lightning expects.
-
-        Returns
-        -------
-        dict[str, Any]
-            ``optimizer``, and ``lr_scheduler`` with ``scheduler`` and ``interval: step`` unless
-            ``training.scheduler`` is null.
-        """
-        optimizer = self._create_optimizer_from_config(self.config.training.optimizer)
-        if self.config.training.scheduler is None:
-            return {"optimizer": optimizer}
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._create_scheduler(optimizer), "interval": "step"},
-        }
-
-    def _create_optimizer_from_config(self, opt_cfg: Tree) -> Optimizer:
-        """Build the optimizer that ``opt_cfg._target_`` names, over the parameters that take a gradient."""
-        # Frozen parameters get no optimizer states.
-        params = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        training = self.config.training
-        return create_optimizer(
-            opt_cfg,
-            params,
-            lr=scaled_rate(training.lr, self.world_size),
-            allowed=self.allowed_targets,
-            max_steps=training.max_steps,
-        )
-
-    def _create_scheduler(self, optimizer: Optimizer) -> Any:
-        """Build the scheduler that ``training.scheduler._target_`` names."""
-        training = self.config.training
-        assert training.scheduler is not None
-        return create_scheduler(
-            training.scheduler, optimizer, lr=training.lr, max_steps=training.max_steps, allowed=self.allowed_targets
-        )
 
     def _tendency(self, window: Tensor) -> Tensor:
         """Run the model in the precision that the engine chose; float32 in, float32 out."""

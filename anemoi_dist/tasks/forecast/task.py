@@ -66,6 +66,9 @@ class ForecastTask:
         """Build model, loss and normalisation from the statistics of the training split."""
         return BaseGraphModule(self._config, spec=self._train.spec(), world_size=world_size)
 
+    def begin_step(self, step: int) -> None:
+        """Do nothing: every step is alike."""
+
     def evaluate(self, split: str, *, evaluate: Evaluate, world: World) -> Evaluation:
         """Score forecast and baselines by latitude-weighted RMSE and anomaly correlation. Collective."""
         scores = self._validator(split, world).run(_predict(evaluate, world.device))

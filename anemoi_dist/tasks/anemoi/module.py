@@ -1,0 +1,76 @@
+"""Model and loss of anemoi-training as one module that the engines can wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anemoi_dist.config.schema import Config
+from anemoi_dist.tasks.anemoi.samples import AnemoiBatch
+from anemoi_dist.tasks.base import TaskModule
+
+
+class AnemoiModule(TaskModule):
+    """A training method of anemoi-training (a LightningModule) without Lightning's trainer.
+
+    Parameters
+    ----------
+    method : anemoi.training.train.methods.base.BaseTrainingModule
+        Model, pre- and post-processors, losses, scalers and metrics.
+    config : Config
+        The run's configuration.
+    world_size : int
+        Data-parallel ranks.
+
+    Attributes
+    ----------
+    score_names : list[str]
+        Names of what ``forward(batch, validation=True)`` returned last.
+    """
+
+    def __init__(self, method: Any, config: Config, *, world_size: int) -> None:
+        super().__init__(config, world_size=world_size)
+        self.method = method
+        self.score_names: list[str] = []
+
+    def forward(self, batch: AnemoiBatch, *, validation: bool = False) -> Tensor:  # type: ignore[override]
+        """Return the loss of a batch; with ``validation``, the loss and all metrics.
+
+        Parameters
+        ----------
+        batch : AnemoiBatch
+            Physical units; normalised in place.
+        validation : bool
+            Use the validation rollout, and compute the metrics.
+
+        Returns
+        -------
+        torch.Tensor
+            float32: a scalar, or shape (1 + metrics,), named by ``score_names``.
+        """
+        device = next(iter(batch.fields.values())).device
+        # Statistics and inputs keep float32: bf16 would round a pressure to a multiple of 512 Pa.
+        fields = self.method.on_after_batch_transfer(dict(batch.fields), 0)
+        dtype = self.autocast_dtype or self.compute_dtype
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            output = self.method._step(fields, validation_mode=validation)
+        loss = output.loss.reshape(()).float()
+        if not validation:
+            return loss
+        self.score_names = ["loss", *output.metrics]
+        return torch.stack([loss, *(value.reshape(()).float() for value in output.metrics.values())])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnemoiModule:
+        """Move or cast; buffers keep their type, whatever becomes of the weights."""
+        before = [(owner, name, b) for owner in self.modules() for name, b in owner._buffers.items() if b is not None]
+        super()._apply(fn, recurse)
+        for owner, name, original in before:
+            buffer = owner._buffers[name]
+            assert buffer is not None
+            if buffer.dtype != original.dtype:
+                owner._buffers[name] = original.to(buffer.device)  # the narrow type has lost the digits already
+        self.method._device = next(self.parameters()).device  # Lightning's own idea of where it is
+        return self

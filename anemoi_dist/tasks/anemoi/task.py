@@ -1,0 +1,117 @@
+"""Task of an anemoi-training configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from anemoi_dist.config.schema import Config
+from anemoi_dist.data.fields import evenly_spaced
+from anemoi_dist.distributed.world import World
+from anemoi_dist.tasks.anemoi.build import create_builder
+from anemoi_dist.tasks.anemoi.curriculum import Curriculum
+from anemoi_dist.tasks.anemoi.module import AnemoiModule
+from anemoi_dist.tasks.anemoi.samples import AnemoiBatch, AnemoiSamples, collate
+from anemoi_dist.tasks.base import Evaluate, Evaluation
+from anemoi_dist.telemetry.heartbeat import beat
+
+_SPLITS = {"train": ("ds_train", "training"), "validation": ("ds_valid", "validation"), "test": ("ds_test", "test")}
+
+
+class AnemoiTask:
+    """The task that anemoi-training builds from ``task.settings``; see :class:`anemoi_dist.tasks.base.Task`.
+
+    Parameters
+    ----------
+    config : Config
+        ``task``, ``training``, ``validation`` and ``run.seed`` are used.
+
+    Raises
+    ------
+    PreflightError
+        Anemoi-training cannot be imported.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._builder = create_builder(config)
+        steps_per_epoch = config.task.steps_per_epoch
+        assert steps_per_epoch is not None, "composition fills it in"
+        self._curriculum = Curriculum(self._builder.task, steps_per_epoch=steps_per_epoch)
+        self._module: AnemoiModule | None = None
+
+    def samples(self, split: str) -> AnemoiSamples:
+        """Return the samples of a split, read by a curriculum of their own that starts where training stands."""
+        attribute, mode = _SPLITS[split]
+        dataset = getattr(self._builder.datamodule, attribute)
+        return AnemoiSamples(dataset, curriculum=self._curriculum.copy(), mode=mode)
+
+    def collate(self, samples: Sequence[AnemoiBatch]) -> AnemoiBatch:
+        """Stack samples along a new first axis."""
+        return collate(samples)
+
+    def warnings(self) -> list[str]:
+        """Name the splits that cannot be scored."""
+        return [f"warning: the {split} split is not scored: {reason}" for split, reason in self._unscored.items()]
+
+    def create_module(self, *, world_size: int) -> AnemoiModule:
+        """Let anemoi-training build model, processors, losses and scalers."""
+        self._module = AnemoiModule(self._builder.model, self._config, world_size=world_size)
+        return self._module
+
+    def begin_step(self, step: int) -> None:
+        """Advance the rollout at the ends of epochs."""
+        self._curriculum.advance(step)
+
+    def evaluate(self, split: str, *, evaluate: Evaluate, world: World) -> Evaluation:
+        """Return the means of loss and metrics over the samples of a split. Collective."""
+        if split in self._unscored:
+            return Evaluation(table=f"not scored: {self._unscored[split]}")
+        samples = self.samples(split)
+        size = int(self._config.task.settings["dataloader"]["batch_size"][_SPLITS[split][1]])
+        scored = evenly_spaced(len(samples), at_most=self._config.validation.max_samples)
+        sums = torch.zeros(())
+        for batch in range(-(-len(scored) // (size * world.world_size))):
+            beat()  # the watchdog must see progress between calls
+            mine = scored[world.rank :: world.world_size][batch * size :][:size]
+            # The forward pass is collective: a rank without samples left repeats one, which does not count.
+            read = [samples.read(int(index), step=0) for index in (mine if len(mine) else scored[:1])]
+            values = evaluate(collate(read).to(world.device), validation=True)
+            sums = sums + values.detach().double().cpu() * len(mine)
+        dist.all_reduce(sums, group=world.control_group)
+        assert self._module is not None, "a module has been evaluated"
+        means = dict(zip(self._module.score_names, (sums / len(scored)).tolist(), strict=True))
+        return Evaluation(
+            scores=[{"name": name, "value": value} for name, value in means.items()],
+            table="\n".join(f"{name:<{max(map(len, means))}}  {value:.6g}" for name, value in means.items()),
+            metrics=means,
+            summary={"loss": means["loss"]} if math.isfinite(means["loss"]) else {},
+        )
+
+    def export(self, directory: Path, *, evaluate: Evaluate, world: World) -> None:
+        """Write nothing: anemoi-training has no map that the report shows."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epochs done and the task's own runtime state (rollout)."""
+        return self._curriculum.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of :meth:`state_dict`."""
+        self._curriculum.load_state_dict(state)
+
+    @cached_property
+    def _unscored(self) -> dict[str, str]:
+        """Splits that cannot be opened, with the reason: training works without them, as in anemoi-training."""
+        reasons = {}
+        for split in ("validation", "test"):
+            try:
+                self.samples(split)
+            except (ValueError, KeyError, OSError, AssertionError) as error:
+                reasons[split] = str(error) or type(error).__name__
+        return reasons

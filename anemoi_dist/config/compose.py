@@ -6,6 +6,7 @@ Hydra composes the groups; a user's YAML file is laid over them, and single keys
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from anemoi_dist.config.anemoi.build import REQUEST, anemoi_layer
 from anemoi_dist.config.identity import derive_run_id
 from anemoi_dist.config.overrides import CONFIGS_DIR, KeyEdit, available_groups, parse_overrides
 from anemoi_dist.config.parse import (
@@ -22,12 +24,11 @@ from anemoi_dist.config.parse import (
     refuse_unknown,
     schema_keys,
     unknown_key,
-    unknown_keys,
 )
 from anemoi_dist.config.profiles import absolute_profile, read_profile
 from anemoi_dist.config.provenance import COMMAND_LINE, DERIVED, Provenance
-from anemoi_dist.config.schema import FREE_FORM, Config
-from anemoi_dist.config.tree import Tree, find, leaves, place, read_yaml, remove
+from anemoi_dist.config.schema import FREE_FORM, Config, TaskConfig
+from anemoi_dist.config.tree import Tree, escaped, find, leaves, place, read_yaml, remove
 from anemoi_dist.errors import ConfigError
 
 #: Nodes that are replaced, not merged, when the given key of theirs changes: AdEMAMix's alpha must not reach Adam.
@@ -38,7 +39,7 @@ CHOICE_NODES = {
     "training.scheduler": "_target_",
     "engine": "kind",
 }
-#: Sections that only an anemoi-training configuration has; its ``data`` and ``model`` mean something else there.
+#: Sections and groups that only a configuration of anemoi-training has.
 _FOREIGN = ("hardware", "system", "dataloader", "datamodule", "diagnostics", "graph", "config_validation")
 
 
@@ -69,7 +70,7 @@ class Composed:
 
 
 def compose(overrides: Sequence[str], *, config_file: Path | None = None, config_dir: Path | None = None) -> Composed:
-    """Compose a configuration: defaults < group files < cluster profile < ``config_file`` < keys on the command line.
+    """Compose a configuration: defaults < groups < ``task.config`` < profile < ``config_file`` < command line.
 
     Parameters
     ----------
@@ -91,7 +92,9 @@ def compose(overrides: Sequence[str], *, config_file: Path | None = None, config
     builder.choose(parsed.choices)
     over = {} if config_file is None else builder.read_overlay(config_file, chosen=parsed.choices, groups=groups)
     # A profile describes a cluster, so the user's file and keys override it although they name it.
-    builder.profile(over, parsed.edits)
+    profile = builder.read_profile(over, parsed.edits)
+    builder.task(_given(profile, over, parsed.edits), chosen=parsed.choices, is_frozen=find(over, "task.settings")[1])
+    builder.merge(*profile)
     if config_file is not None:
         builder.overlay(over, config_file)
     builder.edit(parsed.edits)
@@ -107,6 +110,7 @@ class _Builder:
         self.choices: dict[str, str] = {}
         self.messages: list[str] = []
         self.provenance = Provenance()
+        self._overrides: list[str] = []
 
     def choose(self, chosen: dict[str, str]) -> None:
         """Let Hydra compose the groups."""
@@ -133,15 +137,40 @@ class _Builder:
                 )
         return over
 
-    def profile(self, over: Tree, edits: Sequence[KeyEdit]) -> None:
-        """Lay the cluster's profile over the groups; a later layer may name it."""
+    def read_profile(self, over: Tree, edits: Sequence[KeyEdit]) -> tuple[Tree, str]:
+        """Return the keys of the cluster's profile, which a later layer may name, and its origin."""
         named = [edit.value for edit in edits if edit.key == "launcher.profile" and edit.action != "delete"]
         if not named:
             exists, value = find(over, "launcher.profile")
             named = [value if exists else find(self.container, "launcher.profile")[1]]
-        if isinstance(named[-1], str):
-            content, origin = read_profile(named[-1])
-            self._merge({"launcher": content}, origin)
+        if not isinstance(named[-1], str):
+            return {}, ""
+        content, origin = read_profile(named[-1])
+        return {"launcher": content}, origin
+
+    def task(self, given: Tree, *, chosen: dict[str, str], is_frozen: bool) -> None:
+        """Lay what ``task.config`` says over the groups; a frozen configuration, given as a file, has it already."""
+        composed = copy.deepcopy(self.container)
+        _merge_into(composed, given)
+        kind = find(composed, "task.kind")[1]
+        for name in REQUEST:
+            exists, value = find(given, f"task.{name}")
+            if exists and kind != "anemoi" and value != getattr(TaskConfig(), name):
+                raise ConfigError(f"task.{name}", value, f"has no effect with task={kind}", fix="task=anemoi")
+        if kind != "anemoi" or is_frozen:
+            return
+        layer = anemoi_layer(given, _partly_resolved(composed), choices=chosen)
+        for node in ("data", "model"):
+            self.container[node] = {}
+            self.provenance.forget(node)
+        for key, value in layer.values.items():
+            place(self.container, key, escaped(value))
+            source = layer.origins.get(key)
+            self.provenance.record([key], f"task.config ({source})" if source else "task.config")
+        self.messages += layer.messages
+        # Theirs, with interpolations of theirs.
+        self._overrides = find(composed, "task.overrides")[1]
+        self.choices |= {"data": "anemoi", "model": layer.name}
 
     def overlay(self, over: Tree, file: Path) -> None:
         """Lay the file over the groups; a section with all its keys, as in a frozen file, replaces theirs."""
@@ -151,7 +180,7 @@ class _Builder:
                 # Merged, a free-form node such as data.options would keep what the default group has in it.
                 self.container[name] = {}
                 self.provenance.forget(name)
-        self._merge(over, str(file))
+        self.merge(over, str(file))
 
     def edit(self, edits: Sequence[KeyEdit]) -> None:
         """Apply the keys of the command line, those that replace a node first: the others refer to the new node."""
@@ -171,9 +200,10 @@ class _Builder:
                 continue
             patch: Tree = {}
             place(patch, edit.key, edit.value)
-            self._merge(patch, COMMAND_LINE)
+            self.merge(patch, COMMAND_LINE)
 
-    def _merge(self, over: Tree, origin: str) -> None:
+    def merge(self, over: Tree, origin: str) -> None:
+        """Lay keys over those that are there, and record their origin."""
         for node, choice in CHOICE_NODES.items():
             exists, new = find(over, f"{node}.{choice}")
             if not exists:
@@ -192,6 +222,8 @@ class _Builder:
         """Resolve interpolations, convert to the typed configuration and derive the run id."""
         # Before interpolations are resolved: one that refers to a missing value would be reported in its place.
         refuse_missing(self.container)
+        if self._overrides:
+            place(self.container, "task.overrides", escaped(self._overrides))
         container = _resolved(self.container)
         config = from_container(container)
         if config.launcher.profile is not None:
@@ -201,6 +233,28 @@ class _Builder:
             config.run.id = derive_run_id(config, choices=self.choices)
             provenance["run.id"] = DERIVED
         return Composed(config, provenance, self.messages, self.choices)
+
+
+def _given(profile: tuple[Tree, str], over: Tree, edits: Sequence[KeyEdit]) -> Tree:
+    """Return the keys that the user has set, by whatever way."""
+    given = copy.deepcopy(profile[0])
+    _merge_into(given, copy.deepcopy(over))
+    for edit in edits:
+        if edit.action != "delete":
+            place(given, edit.key, edit.value)
+    return given
+
+
+def _partly_resolved(container: Tree) -> Tree:
+    """Return the container with interpolations resolved in what decides how a task is composed."""
+    from omegaconf import OmegaConf
+
+    config, resolved = OmegaConf.create(container), copy.deepcopy(container)
+    for node in ("task", "run", "launcher", "security"):
+        for key, value in leaves(find(container, node)[1], node):
+            if isinstance(value, str) and "${" in value and not key.startswith("task.overrides"):
+                place(resolved, key, OmegaConf.select(config, key))
+    return resolved
 
 
 def _check_edit(edit: KeyEdit, container: Tree, *, known: Iterable[str]) -> None:
@@ -276,12 +330,15 @@ def _shown(file: Path) -> str:
 def _read_overlay(file: Path, groups: dict[str, tuple[str, ...]]) -> tuple[Tree, list[str]]:
     """Return a user's file in this product's layout, and notes on its translation."""
     over, messages = read_yaml(file), []
-    foreign = [name for name in _FOREIGN if name in over]
-    if foreign:
-        dropped = [name for name in over if name in (*_FOREIGN, "defaults", "data", "model")]
-        for name in dropped:
-            del over[name]
-        messages.append(f"{file} is a configuration of anemoi-training; it has no effect here on: {', '.join(dropped)}")
+    chosen = {
+        str(name).removeprefix("override ").strip("/")
+        for item in over.get("defaults") or []
+        if isinstance(item, dict)
+        for name in item
+    }
+    if any(name in over or name in chosen for name in _FOREIGN):
+        rule = "is a configuration of anemoi-training: it is trained whole, with its own data and model"
+        raise ConfigError("--config", str(file), rule, fix=f"task=anemoi task.config={file}")
     if "defaults" in over:
         raise ConfigError(
             "defaults",
@@ -301,14 +358,10 @@ def _read_overlay(file: Path, groups: dict[str, tuple[str, ...]]) -> tuple[Tree,
                 name, value, f"is a group's option, not its settings (in {file})", fix=fix, valid=groups[name]
             )
     if isinstance(over.get("training"), dict):
-        from anemoi_dist.config.anemoi_training import translate_training
+        from anemoi_dist.config.anemoi.layouts import translate_training
 
         over["training"], translated = translate_training(over["training"])
         messages += translated
-        if foreign and (unknown := [key for key, _ in unknown_keys({"training": over["training"]})]):
-            for key in unknown:
-                remove(over, key)
-            messages.append(f"ignored, without a counterpart here: {', '.join(unknown)}")
     refuse_unknown(over, origin=str(file))
     return over, messages
 

@@ -16,12 +16,32 @@ from anemoi_dist.errors import ConfigError
 if TYPE_CHECKING:  # OmegaConf, which the schema imports, would slow down every command about a run
     from anemoi_dist.config.schema import Config
 
-#: Keys that do not change what a run computes: the same work elsewhere or with other logs is the same run.
-_NOT_IDENTITY = ("run.root", "run.id", "run.allow_changed", "checkpoint.strict", "launcher", "watchdog", "telemetry")
+#: Keys and nodes that do not change what a run computes: the same work elsewhere or with other logs is the same run.
+_NOT_IDENTITY = (
+    "run.root",
+    "run.id",
+    "run.allow_changed",
+    "checkpoint.strict",
+    "launcher",
+    "watchdog",
+    "telemetry",
+    # The way to task.settings, which count; and what follows from these, which counts by its own keys.
+    "task.config",
+    "task.name",
+    "task.overrides",
+    "task.translated",
+)
 
 
 #: Keys that may change between two attempts of a run without ``run.allow_changed``.
-HARMLESS = ("data.num_workers", "data.prefetch_factor")
+HARMLESS = (
+    "data.num_workers",
+    "data.prefetch_factor",
+    "task.config",
+    "task.name",
+    "task.overrides",
+    "task.translated",
+)
 
 
 def derive_run_id(config: Config, *, choices: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ file given with ``--config`` lies between the two. Hydra is imported only to par
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from anemoi_dist.errors import ConfigError
 
 #: The package's own groups.
 CONFIGS_DIR = Path(anemoi_dist.configs.__file__).parent
+_THEIRS = "task.overrides"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,9 @@ def parse_overrides(overrides: Sequence[str], *, groups: dict[str, tuple[str, ..
         OverrideType.DEL: "delete",
     }
     parsed = ParsedOverrides()
+    overrides, theirs = _split_theirs(overrides)
+    if theirs:
+        parsed.edits.append(KeyEdit("set", _THEIRS, theirs, f"{_THEIRS}=[{','.join(theirs)}]"))
     for text in overrides:
         try:
             override = parser.parse_override(text)
@@ -128,6 +133,36 @@ def parse_overrides(overrides: Sequence[str], *, groups: dict[str, tuple[str, ..
         else:
             parsed.edits.append(edit)
     return parsed
+
+
+def _split_theirs(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return our arguments and anemoi-training's: in ``task.overrides=[a=1,b=2]``, or after ``task.overrides``."""
+    ours, theirs = list(overrides), []
+    if _THEIRS in ours:
+        start = ours.index(_THEIRS)
+        ours, theirs = ours[:start], ours[start + 1 :]
+    for text in [text for text in ours if text.startswith(f"{_THEIRS}=[") and text.endswith("]")]:
+        ours.remove(text)
+        # In Hydra's grammar each would need quotes within those of the shell.
+        theirs += _split_list(text[len(_THEIRS) + 2 : -1])
+    return ours, theirs
+
+
+def _split_list(text: str) -> list[str]:
+    """Split at commas outside of brackets and quotes; quotes around a whole item are dropped."""
+    items, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        depth += (letter in "[{(") - (letter in "]})") if not quote else 0
+        if letter == "," and not depth and not quote:
+            items.append("")
+        else:
+            items[-1] += letter
+    items = [item.strip() for item in items]
+    return [item[1:-1] if re.fullmatch(r"'[^']*'|\"[^\"]*\"", item) else item for item in items if item]
 
 
 def _not_an_override(text: str, reason: str) -> ConfigError:

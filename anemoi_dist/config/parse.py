@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import re
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from anemoi_dist.config.checks import check
 from anemoi_dist.config.launcher_checks import check_lines
 from anemoi_dist.config.schema import Config
-from anemoi_dist.config.tree import Tree
+from anemoi_dist.config.tree import Tree, escaped
 from anemoi_dist.errors import ConfigError
 
 
@@ -40,7 +41,7 @@ def from_container(container: Tree) -> Config:
     _refuse_scalar_nodes(container)
     check_lines(container.get("launcher", {}).get("slurm", {}).get("setup"))  # OmegaConf makes a text of false
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), container)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), escaped(container))
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise _missing(missing[0])
         config = OmegaConf.to_object(merged)
@@ -216,7 +217,7 @@ def _describe(expected: Any) -> str:
 
 def to_yaml(config: Config) -> str:
     """Return the configuration as YAML; :func:`from_yaml` gives it back."""
-    structured = OmegaConf.structured(config)
+    structured = OmegaConf.create(escaped(dataclasses.asdict(config)))
     text = OmegaConf.to_yaml(structured)
     if "\x85" not in text:
         return text

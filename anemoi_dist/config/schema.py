@@ -139,6 +139,8 @@ class TaskConfig:
     overrides: list[str] = field(default_factory=list)
     #: The result: anemoi-training's whole configuration, composed and resolved. Filled in, and frozen with the run.
     settings: Tree = field(default_factory=dict)
+    #: Keys of this configuration, with dots, that those settings set where the user has not. Filled in.
+    translated: Tree = field(default_factory=dict)
     #: Optimizer steps of an epoch, which validation, checkpoints and the rollout curriculum count by. Filled in.
     steps_per_epoch: int | None = bounded(None, minimum=1)
 
@@ -328,6 +330,7 @@ class Config:
 #: Nodes whose keys belong to somebody else: a model's or an optimizer's arguments, open_dataset's options.
 FREE_FORM = (
     "task.settings.",
+    "task.translated.",
     "model.",
     "training.optimizer.",
     "training.scheduler.",

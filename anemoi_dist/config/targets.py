@@ -27,7 +27,12 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def resolve_target(
-    name: str, *, key: str, allowed: Iterable[str] = (), base: type | tuple[type, ...] = object
+    name: str,
+    *,
+    key: str,
+    allowed: Iterable[str] = (),
+    base: type | tuple[type, ...] = object,
+    built_in: tuple[str, ...] = BUILT_IN_ALLOWED,
 ) -> Callable[..., Any]:
     """Import what a ``_target_`` names.
 
@@ -38,11 +43,13 @@ def resolve_target(
     key : str
         The configuration key that holds it, for error messages.
     allowed : Iterable[str]
-        Import paths that the user allows (``security.allowed_targets``) in addition to :data:`BUILT_IN_ALLOWED`. Each
-        covers itself and everything below it.
+        Import paths that the user allows (``security.allowed_targets``) in addition to ``built_in``. Each covers
+        itself and everything below it.
     base : type or tuple[type, ...]
         Required base class. Built-in targets must be such classes: a function of an allowed package could do anything
         with its arguments, for example call an object that they name.
+    built_in : tuple[str, ...]
+        Import paths that are allowed in any case.
 
     Raises
     ------
@@ -51,7 +58,7 @@ def resolve_target(
         callable, is not a class of the required kind, or is another name of an object that is not allowed.
     """
     trusted = _checked_prefixes(allowed)
-    prefixes = (*BUILT_IN_ALLOWED, *trusted)
+    prefixes = (*built_in, *trusted)
     # No dunder: torch.optim.AdamW.__init__.__globals__ would lead out of the allow-list.
     if not isinstance(name, str) or not _DOTTED.fullmatch(name) or "__" in name:
         raise ConfigError(key, name, "must be an import path such as torch.optim.AdamW", valid=prefixes)

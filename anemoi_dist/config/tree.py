@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ def read_yaml(file: Path) -> Tree:
             "--config", str(file), "must hold a mapping of keys to values", fix="training: {max_steps: 100}"
         )
     return container  # type: ignore[return-value]
+
+
+def escaped(node: Any) -> Any:
+    """Return a copy in which OmegaConf takes every text literally: ``${`` of a resolved value refers to nothing."""
+    if isinstance(node, dict):
+        return {name: escaped(value) for name, value in node.items()}
+    if isinstance(node, list):
+        return [escaped(value) for value in node]
+    # A backslash before it has to be doubled, or it would escape what follows.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node
 
 
 def find(container: Any, key: str) -> tuple[bool, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from anemoi_dist.config.identity import HARMLESS, Change, changes_table, config_changes
 from anemoi_dist.config.parse import to_yaml
 from anemoi_dist.config.schema import GUARDED, Config
-from anemoi_dist.config.tree import Tree, is_below, leaves, read_yaml
+from anemoi_dist.config.tree import Tree, escaped, is_below, leaves, read_yaml
 from anemoi_dist.errors import ConfigError, PreflightError
 from anemoi_dist.run.directory import RunDirectory, write_atomically
 from anemoi_dist.run.lock import Hold, hold_launch
@@ -68,7 +68,7 @@ def _freeze(run: RunDirectory, config: Config) -> None:
 def _compare(run: RunDirectory, config: Config) -> list[Change]:
     """Return the differences from the frozen configuration; refuse those that the run's checkpoints do not allow."""
     frozen = _read_frozen(run)
-    changes = config_changes(frozen, dataclasses.asdict(config))
+    changes = config_changes(frozen, escaped(dataclasses.asdict(config)))
     if _has_begun(run, frozen, config):
         _refuse_breaking(changes, config)
     return changes
@@ -96,7 +96,7 @@ def _read_frozen(run: RunDirectory) -> Tree:
 
 def _refuse_breaking(changes: Sequence[Change], config: Config) -> None:
     for name, node in GUARDED.items():
-        broken = [change for change in changes if is_below(change.key, (node,)) and change.key not in HARMLESS]
+        broken = [change for change in changes if is_below(change.key, (node,)) and not is_below(change.key, HARMLESS)]
         if broken and name not in config.run.allow_changed:
             allowed = ",".join([*config.run.allow_changed, name])
             raise ConfigError(

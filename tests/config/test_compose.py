@@ -48,6 +48,7 @@ def test_the_default_job():
 def test_every_option_of_every_group_composes_and_type_checks(index):
     """Each job takes the next option of every group, or the last where there are no more."""
     chosen = {group: options[min(index, len(options) - 1)] for group, options in GROUPS.items()}
+    chosen["task"] = "forecast"  # the other task has its own data, model and training: tests/config/anemoi
     mandatory = ["data.dataset=/x.zarr"] if chosen["data"] == "anemoi" else []
     composed = compose([*(f"{group}={option}" for group, option in chosen.items()), *mandatory])
     assert {group: composed.choices[group] for group in chosen} == chosen
@@ -310,20 +311,20 @@ def test_the_newer_layout_is_translated(tmp_path):
     assert any("became training.optimizer" in message for message in composed.messages)
 
 
-def test_a_whole_configuration_of_anemoi_training(tmp_path):
-    text = (
-        "defaults: [{data: zarr}, {hardware: example}]\nconfig_validation: true\ndata: {timestep: 6h, forcing: [z]}\n"
-        "hardware: {num_gpus_per_node: 4}\nmodel: {num_channels: 512}\n"
-        "training:\n  run_id: null\n  max_steps: 150000\n  lr: {rate: 0.625e-4, min: 3.0e-7, warmup: 100}\n"
-        "  optimizer: {zero: true, kwargs: {betas: [0.9, 0.95]}}\n"
-    )
-    composed = compose([], config_file=write(tmp_path / "whole.yaml", text))
-    assert composed.config.training.max_steps == 150000
-    assert composed.config.training.lr.warmup == 100
-    assert composed.config.training.optimizer == {"_target_": "torch.optim.AdamW", "betas": [0.9, 0.95]}
-    said = "\n".join(composed.messages)
-    for name in ("hardware", "data", "model", "training.run_id", "training.optimizer.zero"):
-        assert name in said
+@pytest.mark.parametrize(
+    "text",
+    [
+        "defaults: [{data: zarr}, {dataloader: native_grid}, {override hydra/x: y}]\n",
+        "defaults: [data: zarr, _self_]\nconfig_validation: true\n",
+        "hardware: {num_gpus_per_node: 4}\ntraining: {max_steps: 3}\n",
+        "dataloader: {}\n",
+    ],
+)
+def test_a_configuration_of_anemoi_training_is_a_task_of_its_own(tmp_path, text):
+    file = write(tmp_path / "theirs.yaml", text)
+    with pytest.raises(ConfigError, match=r"task=anemoi task\.config=") as caught:
+        compose([], config_file=file)
+    assert caught.value.key == "--config"
 
 
 @pytest.mark.parametrize(

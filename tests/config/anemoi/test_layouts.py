@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from anemoi_dist.config.anemoi_training import translate_training
+from anemoi_dist.config.anemoi.layouts import translate_training
 from anemoi_dist.config.schema import LrConfig
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers import AdEMAMix, create_optimizer

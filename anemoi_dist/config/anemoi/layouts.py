@@ -18,7 +18,8 @@ from anemoi_dist.errors import ConfigError
 
 _OPTIMIZATION = ("lr", "optimizer", "lr_scheduler", "pl_lr_scheduler")
 _LR = ("rate", "iterations", "min", "warmup")
-_ZERO_OPTIMIZER = "torch.distributed.optim.ZeroRedundancyOptimizer"
+#: torch's wrapper that partitions states, in which configurations of anemoi-training put an optimizer.
+ZERO_OPTIMIZER = "torch.distributed.optim.ZeroRedundancyOptimizer"
 _USE_ENGINE = "engine=zero1 partitions the states of any optimizer (zero2, zero3 and fsdp2 partition more)"
 
 
@@ -113,7 +114,7 @@ def _translate_optimizer(node: Tree, messages: list[str]) -> Tree:
             messages.append(f"{key}.zero was dropped: {_USE_ENGINE}")
         messages.append(f"{key}.kwargs became arguments of torch.optim.AdamW, with {key}._target_")
         return {"_target_": "torch.optim.AdamW", **(node.get("kwargs") or {})}
-    if node.get("_target_") == _ZERO_OPTIMIZER:
+    if node.get("_target_") == ZERO_OPTIMIZER:
         return _unwrap_zero_optimizer(node, messages)
     return node
 
@@ -128,7 +129,7 @@ def _unwrap_zero_optimizer(node: Tree, messages: list[str]) -> Tree:
     target = inner.pop("_target_", None)
     if not isinstance(target, str):
         raise ConfigError(f"{key}._target_", target, "must name the optimizer to partition", fix="torch.optim.AdamW")
-    messages.append(f"training.optimizer._target_={_ZERO_OPTIMIZER} became {target}: {_USE_ENGINE}")
+    messages.append(f"training.optimizer._target_={ZERO_OPTIMIZER} became {target}: {_USE_ENGINE}")
     return {"_target_": target, **inner, **arguments}
 
 

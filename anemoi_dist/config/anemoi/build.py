@@ -40,9 +40,20 @@ REQUEST = ("config", "name", "overrides")
 _DIAGNOSTICS: Tree = {
     "plot": {"callbacks": []},
     "callbacks": [],
-    "benchmark_profiler": {},
+    "benchmark_profiler": {
+        "memory": {"enabled": False, "steps": 1, "warmup": 0, "extra_plots": False, "trace_rank0_only": False},
+        "snapshot": {"enabled": False, "steps": 1, "warmup": 0},
+        **{name: {"enabled": False} for name in ("time", "speed", "system", "model_summary")},
+    },
     "debug": {"anomaly_detection": False},
-    "log": {"interval": 100},
+    "log": {
+        "interval": 100,
+        "mlflow": {
+            **dict.fromkeys(("enabled", "offline", "authentication", "system", "terminal"), False),
+            "on_resume_create_child": False, "http_max_retries": 1,
+            "experiment_name": "", "project_name": "", "run_name": None, "tracking_uri": None,
+        },
+    },
     "enable_progress_bar": False,
     "print_memory_summary": False,
     "enable_checkpointing": False,

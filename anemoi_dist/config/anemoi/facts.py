@@ -42,5 +42,5 @@ def describe(settings: Tree) -> Facts:
         said = "\n".join(done.stderr.splitlines()[-20:])
         raise PreflightError(f"{' '.join(command)} ended with code {done.returncode} and no answer:\n{said}") from None
     if error is not None:
-        raise ConfigError(error["key"], error["value"], error["rule"], fix=error.get("fix") or "")
+        raise ConfigError("task.config", "its data", f"cannot be read by anemoi-training: {error}")
     return Facts(training=samples["training"], validation=samples["validation"])

@@ -45,9 +45,10 @@ def test_the_default_job():
 
 
 @pytest.mark.parametrize("index", range(max(len(options) for options in GROUPS.values())))
-def test_every_option_of_every_group_composes_and_type_checks(index):
+def test_every_option_of_every_group_composes_and_type_checks(index, monkeypatch):
     """Each job takes the next option of every group, or the last where there are no more."""
     chosen = {group: options[min(index, len(options) - 1)] for group, options in GROUPS.items()}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///mlflow")  # of telemetry=mlflow
     chosen["task"] = "forecast"  # the other task has its own data, model and training: tests/config/anemoi
     mandatory = ["data.dataset=/x.zarr"] if chosen["data"] == "anemoi" else []
     composed = compose([*(f"{group}={option}" for group, option in chosen.items()), *mandatory])

@@ -17,6 +17,18 @@ from anemoi_dist.errors import PreflightError
 _NAME = "timm.scheduler"
 
 
+def provide_timm() -> None:
+    """Make ``timm.scheduler`` importable for other packages where ``import timm`` fails.
+
+    ``sys.modules`` keeps a bare package ``timm`` then, in which all else is missing.
+    """
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError):  # torch's RuntimeError for operators that torchvision's wheel does not find
+        if (spec := importlib.util.find_spec("timm")) is not None:
+            sys.modules["timm"] = importlib.util.module_from_spec(spec)
+
+
 @functools.cache
 def load_timm_scheduler() -> ModuleType:
     """Return the module ``timm.scheduler``; ``sys.modules`` is left as it was found.

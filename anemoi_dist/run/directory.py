@@ -122,6 +122,11 @@ class RunDirectory:
         return self.control_dir / f"rendezvous-{key}.json"
 
     @property
+    def foreign_checkpoint_file(self) -> Path:
+        """Path of the checkpoint that anemoi-training's own trainer continues from."""
+        return self.control_dir / "last-checkpoint"
+
+    @property
     def heartbeats_dir(self) -> Path:
         """One heartbeat file a rank."""
         return self.path / "heartbeats"

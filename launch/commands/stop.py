@@ -17,7 +17,8 @@ def run(options: argparse.Namespace) -> int:
     """Write the stop file, and print what follows from it."""
     run = locate_run(options.run, options.root)
     status = inspect_run(run)
-    if status.may_go_on and gather(run).is_command:
+    command = gather(run).command
+    if status.may_go_on and command and not journal.is_anemoi_training(command):
         raise ConfigError(
             "RUN", options.run, "is a command, which hears no stop request", fix=f"anemoi-dist cancel {run.run_id}"
         )
@@ -30,13 +31,14 @@ def run(options: argparse.Namespace) -> int:
     journal.note_if_possible(run, "stop")
     run.stop_file.touch()
     print(f"{status.run_id} is {status.described}")
-    print(_what_follows(status))
+    again = f"`anemoi-dist resume {run.run_id}`" if command is None else "the same `anemoi-dist submit` line"
+    print(_what_follows(status, again))
     for note in status.notes:
         print(f"note: {note}")
     return ExitCode.FINISHED
 
 
-def _what_follows(status: RunStatus) -> str:
+def _what_follows(status: RunStatus, again: str) -> str:
     name = status.run_id
     if status.state in ("submitted", "requeued"):
         return (
@@ -50,5 +52,5 @@ def _what_follows(status: RunStatus) -> str:
         )
     return (
         f"it saves at the end of the step, stops, and ends with code 75; `anemoi-dist status {name} --follow` tells "
-        f"when, `anemoi-dist resume {name}` continues it"
+        f"when, {again} continues it"
     )

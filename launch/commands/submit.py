@@ -209,7 +209,9 @@ def _request(options: argparse.Namespace, composed: Composed) -> Request:
         config.run.id = _command_id(options.words)
     after, dependency = _dependency(options, config)
     command = None if options.words is None else tuple(options.words)
-    return Request(config, command=command, by_srun=options.srun, dependency=dependency, after=after)
+    # Lightning wants a task for each of its ranks.
+    by_srun = options.srun or journal.is_anemoi_training(command)
+    return Request(config, command=command, by_srun=by_srun, dependency=dependency, after=after)
 
 
 def _command_id(words: Sequence[str]) -> str:

@@ -202,7 +202,7 @@ class BatchJob:
     # Stopping ranks
 
     def _ask_to_stop(self, process: subprocess.Popen[bytes], number: int) -> None:
-        if self._command is not None:
+        if self._command is not None and not journal.is_anemoi_training(self._command):
             process.send_signal(signal.SIGTERM)
         elif number == signal.SIGUSR1:
             # By a file in the run directory: srun would pass a signal on to torchrun, which would kill its ranks before

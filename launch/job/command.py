@@ -21,9 +21,11 @@ from anemoi_dist.errors import AnemoiDistError, ExitCode, print_error, print_mes
 from anemoi_dist.process.parent_death import PARENT_PID, die_with_parent, parent_in_environment
 from anemoi_dist.run.attempt import Attempt
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
+from anemoi_dist.run.events import read_events
 from anemoi_dist.run.records import Failure
 
 from ..status import slurm_queue
+from ..status.journal import is_anemoi_training
 from .allocation import Allocation, srun
 
 
@@ -38,9 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allocation = Allocation.here(os.environ)
         ranks_per_node = int(own[2]) if by_srun else 1
         world_size = len(allocation.nodes) * ranks_per_node if by_srun else 1
+        program = _anemoi_training(run, words) if is_anemoi_training(words) else words
         attempt = Attempt(run, world_size=world_size, max_steps=0)
-        command = [*srun(allocation, tasks_per_node=ranks_per_node), *words] if by_srun else words
+        command = [*srun(allocation, tasks_per_node=ranks_per_node), *program] if by_srun else program
+        stops = _num_stops(run)
         code = _Command(command, allocation, by_srun=by_srun).run()
+        if code == ExitCode.FINISHED and _num_stops(run) > stops:
+            code = int(ExitCode.SAVED_RUN_AGAIN)
     except AnemoiDistError as error:
         print_error(error)
         return int(error.exit_code)
@@ -49,6 +55,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_message(f"run {run.run_id}: {message}")
     attempt.end(ended, failure=None if ended != ExitCode.INTERNAL else Failure(returned=code, error=message))
     return int(ended)
+
+
+def _anemoi_training(run: RunDirectory, words: Sequence[str]) -> list[str]:
+    """Return what a rank of ``anemoi-training train`` runs: the first time as it is, then from the last checkpoint."""
+    program = [sys.executable, "-m", "anemoi_dist.launch.job.anemoi_training", str(run.path), *words[2:]]
+    if not run.foreign_checkpoint_file.exists():
+        return program
+    last = Path(run.foreign_checkpoint_file.read_text(encoding="utf-8"))
+    if not last.exists():  # it ended before it had saved anything: with its id it would refuse to start
+        return program
+    print_message(f"run {run.run_id}: continues {last}")
+    # Its id alone is not enough: where the first start began from another run, these would begin from there again.
+    from_elsewhere = ["training.fork_run_id=null", "training.load_weights_only=false", "system.input.warm_start=null"]
+    return [*program, f"training.run_id={last.parent.name}", *from_elsewhere]
+
+
+def _num_stops(run: RunDirectory) -> int:
+    """Return how often anemoi-training has saved and left on request, which its exit code does not tell."""
+    return sum(event["event"] == "stop_requested" for event in read_events(run.events_file))
 
 
 def _exit_code(code: int) -> ExitCode:

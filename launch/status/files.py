@@ -102,9 +102,14 @@ class Facts:
 
     @property
     def is_command(self) -> bool:
-        """It is another program: it records no attempts, and knows no stop request."""
+        """It is another program."""
+        return bool(self.command)
+
+    @property
+    def command(self) -> list[str] | None:
+        """What was submitted in the place of the trainer."""
         submitted = journal.last(self.launch, "submit")
-        return submitted is not None and bool(submitted.command)
+        return None if submitted is None else submitted.command
 
     @property
     def kind(self) -> str | None:

@@ -20,6 +20,11 @@ from anemoi_dist.run.records import from_json
 EVENTS = ("submit", "launch", "restart", "requeue", "end", "stop", "cancel")
 
 
+def is_anemoi_training(command: Sequence[str] | None) -> bool:
+    """Whether a command is ``anemoi-training train``, which saves on request: see ``job/anemoi_training.py``."""
+    return command is not None and list(command[:2]) == ["anemoi-training", "train"]
+
+
 @dataclass(frozen=True)
 class Entry:
     """One line of the journal, as far as anybody reads it; a missing or damaged value is None, or empty.

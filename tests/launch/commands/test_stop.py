@@ -113,6 +113,15 @@ def test_stop_of_a_command_is_refused(root, slurm, capsys):
     assert not run.stop_file.exists() and "anemoi-dist cancel r" in capsys.readouterr().err
 
 
+def test_anemoi_training_hears_of_a_stop(root, slurm, capsys):
+    run = make_run(root, "r")
+    command = ["anemoi-training", "train"]
+    write_launch(run, {"event": "submit", "kind": "slurm", "job_id": "12", "command": command})
+    slurm.answer("squeue", squeue_line("12", "RUNNING"))
+    assert say(root, "stop") == 0
+    assert run.stop_file.exists()
+
+
 # cancel
 
 

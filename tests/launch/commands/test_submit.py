@@ -208,6 +208,14 @@ def test_models_of_a_sweep_are_built_once_each(monkeypatch: pytest.MonkeyPatch) 
     assert "0 of 2 models took 0 s" in model_size.check_models(configs, timeout_s=0.0)
 
 
+def test_anemoi_training_is_started_by_srun(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--", "anemoi-training", "train", "--config-name", "my config"]
+    assert main("launcher.gpus_per_node=4", f"run.root={tmp_path}", "--dry-run", *words) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --ntasks-per-node=4" in script
+    assert script.endswith(" --srun -- anemoi-training train --config-name 'my config'\n")
+
+
 def test_the_id_of_a_command_follows_from_it() -> None:
     name = submit._command_id(["/usr/bin/my prog.py", "a"])
     assert name.startswith("command-my-prog.py-") and name == submit._command_id(["/usr/bin/my prog.py", "a"])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.anemoi_sample import overrides
 from support.faults import FAULTS, INTERVAL, LONG, TWO_BY_TWO, Outcome, SlurmRun, anemoi_dist, play, table
 from support.minislurm import MiniSlurm, wait_until
 from support.runs import assert_equal_bit_for_bit, command, finish, start
@@ -165,6 +166,26 @@ def test_any_command_has_the_same_life(cluster: MiniSlurm, tmp_path: Path) -> No
     state = state_of(run)
     assert state["state"] == "finished" and len(state["attempts"]) == 2
     assert not run.left_running()
+
+
+@pytest.mark.slow
+def test_anemoi_training_with_its_own_trainer_goes_through_two_time_limits(cluster: MiniSlurm, tmp_path: Path) -> None:
+    pytest.importorskip("anemoi.training")
+    words = ["anemoi-training", "train", *overrides(tmp_path / "theirs", ranks=2), "training.max_steps=150"]
+    run = command_run(cluster, tmp_path, "kept", "launcher.ranks=2", "--", *words)
+    for life in range(2):
+        assert wait_until(lambda n=life: len(run.launches("launch")) == n + 1, timeout_s=600), run.log
+        run.wait_for_step(10, after=float(run.launches("launch")[-1]["time"]))
+        run.cluster.run("scancel", "--signal=USR1", "--batch", str(run.job_id))
+    assert run.wait_until_over() == "COMPLETED", run.log
+    assert [e["code"] for e in run.launches("end")] == [75, 75, 0]
+    steps = [int(e["step"]) for e in run.events("step")]
+    assert steps == sorted(set(steps)) and steps[-1] == 150, "no step was done twice"
+    assert len(run.events("checkpoint")) >= 2 and not run.left_running()
+    assert len(list((tmp_path / "theirs" / "checkpoint").iterdir())) == 1, "one run of theirs, under one id"
+    state = state_of(run)
+    assert state["state"] == "finished" and [a["max_steps"] for a in state["attempts"]] == [150] * 3
+    assert "150/150" in anemoi_dist(cluster, "runs", "--root", str(tmp_path)).stdout
 
 
 def test_a_command_on_all_nodes_by_srun_and_one_that_fails(cluster: MiniSlurm, tmp_path: Path) -> None:

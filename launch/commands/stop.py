@@ -32,13 +32,13 @@ def run(options: argparse.Namespace) -> int:
     run.stop_file.touch()
     print(f"{status.run_id} is {status.described}")
     again = f"`anemoi-dist resume {run.run_id}`" if command is None else "the same `anemoi-dist submit` line"
-    print(_what_follows(status, again))
+    print(_what_follows(status, again=again))
     for note in status.notes:
         print(f"note: {note}")
     return ExitCode.FINISHED
 
 
-def _what_follows(status: RunStatus, again: str) -> str:
+def _what_follows(status: RunStatus, *, again: str) -> str:
     name = status.run_id
     if status.state in ("submitted", "requeued"):
         return (

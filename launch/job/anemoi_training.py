@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             super().__init__(callbacks=[*callbacks, SaveOnRequest(run)], **options)
 
     # anemoi-training takes it from there, and offers no other way for a callback that its configuration does not name.
-    pl.Trainer = Trainer  # type: ignore[misc]
+    pl.Trainer = Trainer  # type: ignore[misc, assignment]
     sys.argv = ["anemoi-training", "train", *overrides]
     anemoi_training()
 

@@ -107,7 +107,7 @@ class Facts:
 
     @property
     def command(self) -> list[str] | None:
-        """What was submitted in the place of the trainer."""
+        """The command that was submitted in the place of the trainer."""
         submitted = journal.last(self.launch, "submit")
         return None if submitted is None else submitted.command
 

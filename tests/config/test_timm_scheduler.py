@@ -37,3 +37,16 @@ def test_a_later_import_of_timm_is_the_real_one(warm, tmp_path):
     """
     done = warm.run(textwrap.dedent(script), folder=tmp_path)
     assert done.stdout == "fine\n", done.stderr
+
+
+def test_others_can_import_it_where_timm_cannot_be_imported(warm):
+    script = """
+        import sys
+        sys.modules["torchvision"] = None
+        from anemoi_dist.config.timm_scheduler import provide_timm
+        provide_timm()
+        from timm.scheduler.scheduler import Scheduler
+        print("fine")
+    """
+    done = warm.run(textwrap.dedent(script))
+    assert done.stdout == "fine\n", done.stderr

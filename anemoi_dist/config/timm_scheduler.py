@@ -11,22 +11,34 @@ import importlib
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Any
 
 from anemoi_dist.errors import PreflightError
 
 _NAME = "timm.scheduler"
 
 
-def provide_timm() -> None:
-    """Make ``timm.scheduler`` importable for other packages where ``import timm`` fails.
+def enter_bare_timm() -> None:
+    """Let ``timm.scheduler``, all that anemoi-training needs of timm, be imported without the rest.
 
-    ``sys.modules`` keeps a bare package ``timm`` then, in which all else is missing.
+    ``import timm`` takes seconds for its models, and fails beside a CPU build of torch, where torchvision cannot be
+    loaded. Whoever does need the rest gets it at the first use.
     """
-    try:
-        import timm  # noqa: F401
-    except (ImportError, RuntimeError):  # torch's RuntimeError for operators that torchvision's wheel does not find
-        if (spec := importlib.util.find_spec("timm")) is not None:
-            sys.modules["timm"] = importlib.util.module_from_spec(spec)
+    spec = importlib.util.find_spec("timm")
+    if "timm" in sys.modules or spec is None:
+        return
+    bare = importlib.util.module_from_spec(spec)
+
+    def whole(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        assert spec is not None and spec.loader is not None
+        del bare.__dict__["__getattr__"]
+        spec.loader.exec_module(bare)
+        return getattr(bare, name)
+
+    bare.__dict__["__getattr__"] = whole
+    sys.modules["timm"] = bare
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from anemoi_dist.config.timm_scheduler import provide_timm
+from anemoi_dist.config.timm_scheduler import enter_bare_timm
 from anemoi_dist.errors import ExitCode, PreflightError
 from anemoi_dist.run.directory import RunDirectory, write_atomically
 from anemoi_dist.run.events import EventLog
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train on this rank as ``anemoi-training train`` does."""
     path, *overrides = sys.argv[1:] if arguments is None else arguments
     run = RunDirectory(Path(path))
-    provide_timm()
+    enter_bare_timm()
     # Imported here: it imports timm.
     from anemoi.training.__main__ import main as anemoi_training
 

@@ -68,6 +68,13 @@ def _check_training(training: TrainingConfig) -> None:
         raise ConfigError(
             "training.lr.min", lr.min, f"must lie between 0 and training.lr.rate={lr.rate}", fix="training.lr.min=0"
         )
+    if training.clip_grad_norm is not None and training.clip_grad_value is not None:
+        raise ConfigError(
+            "training.clip_grad_value",
+            training.clip_grad_value,
+            f"clips by value, and training.clip_grad_norm={training.clip_grad_norm} by norm: choose one",
+            fix="training.clip_grad_norm=null",
+        )
     _check_target("training.optimizer", training.optimizer)
     if "lr" in training.optimizer:
         value = training.optimizer["lr"]

@@ -27,9 +27,9 @@ def bounded(default: Any = MISSING, *, minimum: float) -> Any:
     return field(default=default, metadata={"minimum": minimum})
 
 
-def positive(default: Any = MISSING, *, fix: str, rule: str = "must be positive") -> Any:
+def positive(default: Any = MISSING, *, fix: str, rule: str = "must be positive", added: bool = False) -> Any:
     """Declare a key whose value, unless null, is positive and finite; an error says ``rule`` and ``fix``."""
-    return field(default=default, metadata={"positive": rule, "fix": fix})
+    return field(default=default, metadata={"positive": rule, "fix": fix, "added": added})
 
 
 def one_of(default: Any = MISSING, *, valid: Sequence[Any], rule: str = "is not a valid name") -> Any:
@@ -44,7 +44,7 @@ def added_defaults() -> Tree:
 
 def _added_leaves(node: Any, prefix: str, *, below: bool) -> Iterator[tuple[str, Any]]:
     for item in fields(node):
-        value, is_added = getattr(node, item.name), below or "added" in item.metadata
+        value, is_added = getattr(node, item.name), below or item.metadata.get("added", False)
         if is_dataclass(value):
             yield from _added_leaves(value, f"{prefix}{item.name}.", below=is_added)
         elif is_added:
@@ -100,6 +100,8 @@ class TrainingConfig:
     scheduler: Tree | None = None
     #: Largest global L2 norm of the gradient; null: no clipping.
     clip_grad_norm: float | None = positive(None, fix="null switches clipping off")
+    #: Largest absolute value of an element of the gradient, instead of ``clip_grad_norm``; null: no clipping.
+    clip_grad_value: float | None = positive(None, fix="null switches clipping off", added=True)
     precision: str = one_of("fp32", valid=("fp32", "bf16"))
     #: Consecutive updates that may be skipped because loss or gradient is not finite; one more ends the run (code 5).
     max_skipped: int = bounded(10, minimum=0)

@@ -249,15 +249,19 @@ class ShardedEngine(ABC):
     @contextmanager
     def clipped(self, gradients: Sequence[torch.Tensor], *, norm: torch.Tensor) -> Iterator[None]:
         """Clip ``gradients``, of global L2 ``norm``, for the optimizer steps in here: in its update or in a pass."""
-        limit = self.config.training.clip_grad_norm
-        if limit is None or float(norm) <= limit:
-            yield
-            return
-        self.capabilities.scale_gradients(gradients, clip_coefficient(norm, limit))
+        self._clip(gradients, norm=norm)
         try:
             yield
         finally:
             self.capabilities.reset_scale()
+
+    def _clip(self, gradients: Sequence[torch.Tensor], *, norm: torch.Tensor) -> None:
+        limit, largest = self.config.training.clip_grad_norm, self.config.training.clip_grad_value
+        if largest is not None:
+            for gradient in gradients:
+                gradient.clamp_(-largest, largest)
+        elif limit is not None and float(norm) > limit:
+            self.capabilities.scale_gradients(gradients, limit / (norm + 1e-6))
 
     def _create_optimizer(self) -> None:
         created = self.module.configure_optimizers()
@@ -389,11 +393,6 @@ class ShardedEngine(ABC):
         for name, buffer in self.module.named_buffers():
             if name in persistent:
                 yield name, buffer
-
-
-def clip_coefficient(norm: torch.Tensor, limit: float) -> torch.Tensor:
-    """Return the factor that brings a gradient of L2 ``norm`` down to ``limit``; 1 where it is within."""
-    return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
 def step_only(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:

@@ -23,7 +23,7 @@ from anemoi_dist.checkpoint.shard import TensorInfo
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.engines.memory_estimate import REDUCE_BUCKET
 from anemoi_dist.engines.replicated import replicated_shards, step_replicated
-from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, clip_coefficient, step_only
+from anemoi_dist.engines.sharded import LocalShard, ShardedEngine, step_only
 from anemoi_dist.engines.zero_gradients import GradientPartitions
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.norm import squared_norms
@@ -118,7 +118,6 @@ class _PartitionedEngine(_ZeroEngine):
         config = self._base_config()
         zero |= self._zero_options() | config.pop("zero_optimization", {})
         config["zero_optimization"] = zero
-        config["gradient_clipping"] = self.config.training.clip_grad_norm or 0.0
         if self.config.training.precision == "bf16":
             # Summed in fp32: in bf16 the sum over ranks would lose what small gradients add to large ones.
             config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32"}
@@ -313,21 +312,17 @@ class Zero3Engine(_PartitionedEngine):
             self._alias_masters(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
             zero._prepare_fp32_grad_for_sub_group = self._attach_sub_group_grad
             zero._get_norm_groups = self._norms
-        if not self.capabilities.is_fused:
-            return
         # DeepSpeed calls it for each partition right before it steps that one; its own is a pass over the gradient.
-        zero.unscale_and_clip_grads = self._scale_in_update
-        flat = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True)
-        if not zero.offload_optimizer:
+        zero.unscale_and_clip_grads = self._clip_sub_group
+        if self.capabilities.is_fused and not zero.offload_optimizer:
+            flat = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True)
             self.capabilities.set_copies({p: w for p, w in flat if w.data_ptr() != p.data_ptr()})
             # The shards are views of what the update has written; DeepSpeed would copy it again and make new views.
             zero._reassign_or_swap_out_partitioned_parameters = lambda sub_group: None
 
-    def _scale_in_update(self, _: Any, norm: torch.Tensor) -> None:
-        """Leave clipping to the update. There is no loss scale to undo: nothing runs in fp16."""
-        limit = self.config.training.clip_grad_norm
-        if limit is not None:
-            self.capabilities.scale_gradients([], clip_coefficient(norm, limit))
+    def _clip_sub_group(self, sub_group: int, norm: torch.Tensor) -> None:
+        """Clip a partition's gradient. There is no loss scale to undo: nothing runs in fp16."""
+        self._clip([self._zero.fp32_partitioned_groups_flat[sub_group].grad], norm=norm)
 
     def _attach_sub_group_grad(self, sub_group: int) -> None:
         """Let a partition's gradient be its part of DeepSpeed's buffer, not an fp32 copy of that."""

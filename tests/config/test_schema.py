@@ -132,6 +132,8 @@ def ademamix(state_dtype, **more):
         ({"engine": {"kind": "ddp", "overlap": True}}, "engine=zero1, engine=zero2 or engine=fsdp2"),
         ({"engine": {"kind": "megatron"}}, "is not a valid name"),
         ({"training": {"clip_grad_norm": 0}}, "must be positive"),
+        ({"training": {"clip_grad_value": -1}}, "must be positive"),
+        ({"training": {"clip_grad_norm": 1.0, "clip_grad_value": 1.0}}, "choose one"),
         ({"training": {"clip_grad_norm": float("nan")}}, "must be positive"),
         ({"training": {"lr": {"scale_with": "gpus"}}}, "is not a valid name"),
         ({"training": {"optimizer": {"lr": 1}}}, "import path"),

@@ -81,11 +81,14 @@ def train(
         for engine, num_ranks in (("zero1", 2), ("zero2", 2), ("zero2", 4), ("fsdp2", 2), ("fsdp2", 4))
         for precision in ("fp32", "bf16")
         for optimizer in (None, "torch.optim.AdamW")
-    ],
+    ]
+    + [(engine, 2, "bf16", "by value") for engine in ("zero1", "zero2", "fsdp2")],
 )
 def test_equal_bit_for_bit(ranks, engine: str, num_ranks: int, precision: str, optimizer: str | None) -> None:
     training: dict[str, Any] = {"precision": precision, "clip_grad_norm": LIMIT, "micro_batch_size": 1}
-    if optimizer:
+    if optimizer == "by value":
+        training |= {"clip_grad_norm": None, "clip_grad_value": LIMIT / 10}
+    elif optimizer:
         training["optimizer"] = {"_target_": optimizer}
     without = ranks(num_ranks).run(train, engine, False, training)
     with_overlap = ranks(num_ranks).run(train, engine, True, training)

@@ -152,6 +152,8 @@ def reference(config: Config, num_steps: int) -> tuple[dict[str, torch.Tensor], 
         loss.backward()
         limit = config.training.clip_grad_norm or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), limit)))
+        if config.training.clip_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(module.parameters(), config.training.clip_grad_value)
         optimizer.step()
         optimizer.zero_grad()
         set_num_updates(scheduler, step + 1)

@@ -59,8 +59,6 @@ TRANSLATED = (
     "training.max_epochs",
     "training.accum_grad_batches",
     "training.optimization",
-    "training.optimizer",
-    "training.lr",
     "training.precision",
     "training.gradient_clip",
     "training.weight_averaging",

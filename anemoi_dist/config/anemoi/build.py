@@ -12,7 +12,8 @@ from anemoi_dist.config.anemoi import facts
 from anemoi_dist.config.anemoi.audit import audit, graph_file
 from anemoi_dist.config.anemoi.composition import HARDWARE, compose_anemoi
 from anemoi_dist.config.anemoi.facts import Facts
-from anemoi_dist.config.anemoi.places import check_names
+from anemoi_dist.config.anemoi.layouts import newer_layout
+from anemoi_dist.config.anemoi.places import check_target_names
 from anemoi_dist.config.anemoi.translate import Layer, translate
 from anemoi_dist.config.anemoi.versions import check_versions
 from anemoi_dist.config.parse import from_yaml
@@ -120,12 +121,13 @@ def _composed(
     task: TaskConfig, hardware: dict[str, int], *, allowed: tuple[str, ...], precision: str | None
 ) -> tuple[Layer, Tree]:
     composed, referred = compose_anemoi(task, hardware=hardware)
+    composed["training"] = newer_layout(composed.get("training") or {})
     left_out = audit(composed, referred=referred)
     settings = _without_diagnostics(composed, graph=graph_file(composed, allowed=allowed))
-    check_names(settings, allowed=allowed)
+    check_target_names(settings, allowed=allowed)
     # All that can be refused without the data is refused before the seconds that they take.
     translate(composed, Facts(10**9, 10**9), precision=precision)
-    layer = translate(composed, facts.describe(settings), precision=precision)
+    layer = translate(composed, facts.describe(settings, allowed=allowed), precision=precision)
     layer.messages.append(f"left out, for it does not change the result: {', '.join(left_out)}")
     return layer, settings
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from anemoi_dist.config.tree import Tree
@@ -21,8 +22,15 @@ class Facts:
     validation: int
 
 
-def describe(settings: Tree) -> Facts:
+def describe(settings: Tree, *, allowed: Iterable[str] = ()) -> Facts:
     """Open the datasets of a composed configuration and count its samples. It takes about ten seconds.
+
+    Parameters
+    ----------
+    settings : Tree
+        ``task.settings``.
+    allowed : Iterable[str]
+        ``security.allowed_targets``.
 
     Raises
     ------
@@ -32,7 +40,7 @@ def describe(settings: Tree) -> Facts:
         The process that reads them ended without an answer.
     """
     print_message("note: reading the data of the anemoi configuration")
-    command = [sys.executable, "-m", _MODULE]
+    command = [sys.executable, "-m", _MODULE, *allowed]
     done = subprocess.run(command, input=json.dumps(settings), capture_output=True, text=True)
     try:
         # Libraries print, too: the answer is the last line.

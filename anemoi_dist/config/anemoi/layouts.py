@@ -51,6 +51,28 @@ def translate_training(training: Tree) -> tuple[Tree, list[str]]:
     return translated, messages
 
 
+def newer_layout(training: Tree) -> Tree:
+    """Return the ``training`` node of a composed configuration with ``optimization``, from an older layout too.
+
+    Older versions always had a cosine schedule by step.
+    """
+    if "optimization" in training:
+        return training
+    rest = {name: value for name, value in training.items() if name not in ("lr", "optimizer")}
+    lr = training.get("lr") or {}
+    _refuse_leftovers("training.lr", lr, _LR)
+    schedule = {
+        "_target_": "timm.scheduler.CosineLRScheduler",
+        "lr_min": lr.get("min", 0.0),
+        "t_initial": lr.get("iterations") or training.get("max_steps"),
+        "warmup_t": lr.get("warmup", 1000),
+        "t_in_epochs": False,
+    }
+    optimizer = _translate_optimizer(dict(training.get("optimizer") or {}), [])
+    optimization = {"lr": lr.get("rate"), "optimizer": optimizer, "lr_scheduler": schedule}
+    return rest | {"optimization": optimization | {"pl_lr_scheduler": {"interval": "step"}}}
+
+
 def _translate_optimization(training: Tree, messages: list[str]) -> None:
     """Spread ``optimization`` over ``lr``, ``optimizer`` and ``scheduler``, in place."""
     key = "training.optimization"

@@ -1,7 +1,8 @@
 """Places of anemoi-training's configuration where objects are built, each with its modules and its base class.
 
 Hydra calls whatever a ``_target_`` names, with arguments of the configuration, so that a configuration could run any
-code. :func:`check_names` compares names alone; :func:`check_bases` imports what has passed, before anything is built.
+code. :func:`check_target_names` compares names alone; :func:`check_target_bases` imports what has passed, before
+anything is built.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _matches(pattern: list[str], place: list[str]) -> bool:
     return bool(place) and pattern[0] in ("*", place[0]) and _matches(pattern[1:], place[1:])
 
 
-def check_names(settings: Tree, *, allowed: Iterable[str] = ()) -> None:
+def check_target_names(settings: Tree, *, allowed: Iterable[str] = ()) -> None:
     """Check every ``_target_`` of a composed configuration by its name; nothing is imported.
 
     Parameters
@@ -168,13 +169,13 @@ def check_names(settings: Tree, *, allowed: Iterable[str] = ()) -> None:
         raise ConfigError(f"{key}._target_", name, rule, fix=fix)
 
 
-def check_bases(settings: Tree, *, allowed: Iterable[str] = ()) -> None:
+def check_target_bases(settings: Tree, *, allowed: Iterable[str] = ()) -> None:
     """Import every class that a configuration names and check that it is derived from its place's base class.
 
     To be called by each process before anything is instantiated: imports torch. Arguments and errors are those of
-    :func:`check_names`, which comes first.
+    :func:`check_target_names`, which comes first.
     """
-    check_names(settings, allowed=allowed)
+    check_target_names(settings, allowed=allowed)
     for key, name in targets(settings):
         kind = find_kind(key)
         base = None if kind is None else kind.base

@@ -188,19 +188,16 @@ def _batches_and_steps(layer: Layer, source: _Source, ranks: Ranks, facts: Facts
 
 
 def _optimization(layer: Layer, source: _Source, ranks: Ranks) -> None:
-    node = source.get("training.optimization") or {}
-    given = {name: source.get(f"training.{name}") for name in ("lr", "optimizer", "optimization")}
-    training, _ = translate_training({name: value for name, value in given.items() if value is not None})
-    key = "training.optimization.lr" if node else "training.lr.rate"
-    lr = training.get("lr") or {}
-    rate = lr.get("rate")
+    key = "training.optimization"
+    training, _ = translate_training({"optimization": source.get(key)})
+    rate = training["lr"].get("rate") if "lr" in training else None
     if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
-        raise ConfigError(key, rate, "must be a number", fix=f"task.overrides=[{key}=1e-4]")
+        raise ConfigError(f"{key}.lr", rate, "must be a number", fix=f"task.overrides=[{key}.lr=1e-4]")
     # In their order of multiplication, so that the last bit is the same.
     share = ranks.per_sample if source.is_ensemble else ranks.per_model
     effective = ranks.nodes * ranks.per_node * rate / share
     layer.put(
-        f"{key} x {ranks.nodes * ranks.per_node // share}",
+        f"{key}.lr x {ranks.nodes * ranks.per_node // share}",
         training__lr__rate=effective,
         # The rest is the scheduler's; with other ranks the rate stays.
         training__lr__iterations=None,
@@ -210,20 +207,9 @@ def _optimization(layer: Layer, source: _Source, ranks: Ranks) -> None:
     )
     optimizer = training.get("optimizer")
     if not isinstance(optimizer, Mapping):
-        raise ConfigError("training.optimization.optimizer", optimizer, "must have a _target_ and its arguments")
-    layer.put("training.optimization.optimizer" if node else "training.optimizer", training__optimizer=dict(optimizer))
-    if node:
-        layer.put("training.optimization.lr_scheduler", training__scheduler=_scheduler(training.get("scheduler")))
-        return
-    cosine = {
-        "_target_": "timm.scheduler.CosineLRScheduler",
-        "t_initial": lr.get("iterations") or layer.values["training.max_steps"],
-        "lr_min": lr.get("min", 0.0),
-        "warmup_t": lr.get("warmup", 1000),
-        "warmup_lr_init": 0.0,
-        "t_in_epochs": False,
-    }
-    layer.put("training.lr", training__scheduler=cosine)
+        raise ConfigError(f"{key}.optimizer", optimizer, "must have a _target_ and its arguments")
+    layer.put(f"{key}.optimizer", training__optimizer=dict(optimizer))
+    layer.put(f"{key}.lr_scheduler", training__scheduler=_scheduler(training.get("scheduler")))
 
 
 def _scheduler(node: Any) -> Tree | None:

@@ -33,7 +33,7 @@ def described(monkeypatch):
     # Hydra takes most of the time, and most tests compose the same.
     cached = lambda directory, name, overrides: copy.deepcopy(hydra_once(directory, name, tuple(overrides)))  # noqa: E731
     monkeypatch.setattr(composition, "_composed_by_hydra", cached)
-    monkeypatch.setattr(facts, "describe", lambda settings: given.append(settings) or Facts(84, 16))
+    monkeypatch.setattr(facts, "describe", lambda settings, **_: given.append(settings) or Facts(84, 16))
     return given
 
 
@@ -119,7 +119,7 @@ def test_a_run_goes_on_with_what_was_composed(tmp_path, monkeypatch):
     first = build("launcher.ranks=2", *named)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "config.yaml").write_text(to_yaml(first.config))
-    monkeypatch.setattr(facts, "describe", lambda settings: pytest.fail("the data are read again"))
+    monkeypatch.setattr(facts, "describe", lambda settings, **_: pytest.fail("the data are read again"))
     again = build("launcher.ranks=4", *named)
     assert any("not composed again" in message for message in again.messages)
     assert again.config.task == first.config.task
@@ -127,7 +127,7 @@ def test_a_run_goes_on_with_what_was_composed(tmp_path, monkeypatch):
     assert (again.config.training.global_batch_size, again.config.training.micro_batch_size) == (4, None)
     same = build("launcher.ranks=2", *named)
     assert same.config == first.config
-    monkeypatch.setattr(facts, "describe", lambda settings: Facts(84, 16))
+    monkeypatch.setattr(facts, "describe", lambda settings, **_: Facts(84, 16))
     other = build("launcher.ranks=2", *named, overrides=["model.num_channels=8"])
     assert other.config.task.settings["model"]["num_channels"] == 8
 
@@ -204,7 +204,7 @@ def test_the_launchers_numbers_stand_for_a_job_of_theirs():
 
 def test_no_torch_and_no_import_of_theirs():
     code = (
-        "import sys; from anemoi_dist.config.anemoi import facts; facts.describe = lambda s: facts.Facts(84, 16);"
+        "import sys; from anemoi_dist.config.anemoi import facts; facts.describe = lambda s, **_: facts.Facts(84, 16);"
         "from anemoi_dist.config.compose import compose;"
         f"compose([*{TASK!r}, 'task.overrides=[{','.join(PLACES)}]']);"
         "print([n for n in ('torch', 'anemoi.models', 'anemoi.training.train') if n in sys.modules])"

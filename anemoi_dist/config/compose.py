@@ -111,6 +111,7 @@ class _Builder:
         self.messages: list[str] = []
         self.provenance = Provenance()
         self._overrides: list[str] = []
+        self._settings: Tree = {}
 
     def choose(self, chosen: dict[str, str]) -> None:
         """Let Hydra compose the groups."""
@@ -163,10 +164,12 @@ class _Builder:
         for node in ("data", "model"):
             self.container[node] = {}
             self.provenance.forget(node)
+        self._settings = layer.settings
         for key, value in layer.values.items():
             place(self.container, key, escaped(value))
             source = layer.origins.get(key)
             self.provenance.record([key], f"task.config ({source})" if source else "task.config")
+        self.provenance.record(["task.settings"], "task.config")
         self.messages += layer.messages
         # Theirs, with interpolations of theirs.
         self._overrides = find(composed, "task.overrides")[1]
@@ -225,6 +228,8 @@ class _Builder:
         if self._overrides:
             place(self.container, "task.overrides", escaped(self._overrides))
         container = _resolved(self.container)
+        if self._settings:
+            place(container, "task.settings", self._settings)
         config = from_container(container)
         if config.launcher.profile is not None:
             config.launcher.profile = absolute_profile(config.launcher.profile)

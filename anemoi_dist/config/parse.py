@@ -41,13 +41,17 @@ def from_container(container: Tree) -> Config:
     _refuse_scalar_nodes(container)
     check_lines(container.get("launcher", {}).get("slurm", {}).get("setup"))  # OmegaConf makes a text of false
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), escaped(container))
+        # Somebody else's configuration has no types here, and OmegaConf takes a second for a large one.
+        task = container.get("task", {})
+        shell = container | {"task": {name: value for name, value in task.items() if name != "settings"}}
+        merged = OmegaConf.merge(OmegaConf.structured(Config), escaped(shell))
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise _missing(missing[0])
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise _wrong_type(error, container) from error
     assert isinstance(config, Config)
+    config.task.settings = task.get("settings") or {}
     check(config)
     return config
 

@@ -97,29 +97,27 @@ def anemoi_layer(given: Tree, composed: Tree, *, choices: Mapping[str, str]) -> 
     frozen = _frozen(task, run_id=find(composed, "run.id")[1], root=str(find(composed, "run.root")[1]))
     if frozen is None:
         allowed = tuple(find(composed, "security.allowed_targets")[1] or ())
-        layer, task.settings = _composed(
-            task, hardware, allowed=allowed, precision=find(given, "training.precision")[1]
-        )
+        precision = find(given, "training.precision")[1]
+        layer = _composed(task, hardware, allowed=allowed, precision=precision)
     else:
-        said = "is not composed again: the run goes on with what it was started with"
-        layer = Layer(
-            dict(frozen.translated), dict.fromkeys(frozen.translated, "as at the start"), [f"task.config {said}"]
-        )
-        task.settings = frozen.settings
+        layer = Layer(dict(frozen.translated), dict.fromkeys(frozen.translated, "as at the start"))
         layer.values["task.steps_per_epoch"] = frozen.steps_per_epoch
+        layer.messages.append("task.config is not composed again: the run goes on with what it was started with")
+        layer.settings = frozen.settings
     translated = {key: value for key, value in layer.values.items() if not is_below(key, ("task",))}
-    _fit_micro_batch(layer.values, task.settings, hardware)
-    method = find(task.settings, "training.method._target_")[1]
+    _fit_micro_batch(layer.values, layer.settings, hardware)
     path = _absolute(task.config)
     layer.name = task.name if path.is_dir() else path.stem
-    fixed = {"task.config": str(path), "task.settings": task.settings}
-    layer.values |= {**fixed, "task.translated": translated, "model._target_": method, "data.kind": "anemoi"}
+    method = find(layer.settings, "training.method._target_")[1]
+    layer.values |= {
+        "task.config": str(path), "task.translated": translated,
+        # A configuration names a model and data; here they are the task's.
+        "model._target_": method, "data.kind": "anemoi",
+    }
     return layer
 
 
-def _composed(
-    task: TaskConfig, hardware: dict[str, int], *, allowed: tuple[str, ...], precision: str | None
-) -> tuple[Layer, Tree]:
+def _composed(task: TaskConfig, hardware: dict[str, int], *, allowed: tuple[str, ...], precision: str | None) -> Layer:
     composed, referred = compose_anemoi(task, hardware=hardware)
     composed["training"] = newer_layout(composed.get("training") or {})
     left_out = audit(composed, referred=referred)
@@ -129,7 +127,8 @@ def _composed(
     translate(composed, Facts(10**9, 10**9), precision=precision)
     layer = translate(composed, facts.describe(settings, allowed=allowed), precision=precision)
     layer.messages.append(f"left out, for it does not change the result: {', '.join(left_out)}")
-    return layer, settings
+    layer.settings = settings
+    return layer
 
 
 def _refuse_ineffective(given: Tree, choices: Mapping[str, str]) -> None:

@@ -42,12 +42,15 @@ class Layer:
         One line for each rule.
     name : str
         Readable name of the configuration.
+    settings : Tree
+        The configuration itself, as its own objects read it.
     """
 
     values: Tree = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     name: str = ""
+    settings: Tree = field(default_factory=dict)
 
     def put(self, source: str, **values: Any) -> None:
         """Set keys of ours, written with ``__`` for a dot, from one rule."""

@@ -110,9 +110,11 @@ def anemoi_layer(given: Tree, composed: Tree, *, choices: Mapping[str, str]) -> 
     layer.name = task.name if path.is_dir() else path.stem
     method = find(layer.settings, "training.method._target_")[1]
     layer.values |= {
-        "task.config": str(path), "task.translated": translated,
+        "task.config": str(path),
+        "task.translated": translated,
         # A configuration names a model and data; here they are the task's.
-        "model._target_": method, "data.kind": "anemoi",
+        "model._target_": method,
+        "data.kind": "anemoi",
     }
     return layer
 

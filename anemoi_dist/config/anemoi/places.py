@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from anemoi_dist.config.anemoi.layouts import ZERO_OPTIMIZER
-from anemoi_dist.config.targets import ALIASES, BUILT_IN_ALLOWED, resolve_target
+from anemoi_dist.config.targets import ALIASES, BUILT_IN_ALLOWED, nested_targets, resolve_target
 from anemoi_dist.config.tree import Tree, is_below
 from anemoi_dist.errors import ConfigError
 
@@ -117,21 +116,9 @@ PLACES = {
 }
 
 
-def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield key and value of every ``_target_`` below ``node``, wherever it is."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            if name == "_target_":
-                yield key, value
-            yield from targets(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from targets(value, f"{key}[{index}]")
-
-
 def find_kind(key: str) -> Kind | None:
-    """Return what belongs at ``key``, or None if nothing is called there."""
-    place = re.sub(r"\[\d+\]", "", key).split(".")
+    """Return what belongs at the ``key`` of a ``_target_``, or None if nothing is called there."""
+    place = re.sub(r"\[\d+\]", "", key).split(".")[:-1]
     return next((kind for pattern, kind in PLACES.items() if _matches(pattern.split("."), place)), None)
 
 
@@ -159,14 +146,14 @@ def check_target_names(settings: Tree, *, allowed: Iterable[str] = ()) -> None:
         A name is neither of its place's modules nor allowed, or stands where nothing is built.
     """
     allowed = tuple(allowed)
-    for key, name in targets(settings):
+    for key, name in nested_targets(settings):
         kind = find_kind(key)
         is_path = isinstance(name, str) and _PATH.fullmatch(name) and "__" not in name
         if is_path and (is_below(name, allowed) or (kind is not None and _is_covered(kind, name))):
             continue
         fix = f"add {name} or its package to security.allowed_targets if you trust it" if is_path else ""
         rule = "stands where nothing is built" if kind is None else f"must name a class that belongs there: {kind}"
-        raise ConfigError(f"{key}._target_", name, rule, fix=fix)
+        raise ConfigError(key, name, rule, fix=fix)
 
 
 def check_target_bases(settings: Tree, *, allowed: Iterable[str] = ()) -> None:
@@ -176,7 +163,7 @@ def check_target_bases(settings: Tree, *, allowed: Iterable[str] = ()) -> None:
     :func:`check_target_names`, which comes first.
     """
     check_target_names(settings, allowed=allowed)
-    for key, name in targets(settings):
+    for key, name in nested_targets(settings):
         kind = find_kind(key)
         base = None if kind is None else kind.base
         if base == "":
@@ -184,7 +171,7 @@ def check_target_bases(settings: Tree, *, allowed: Iterable[str] = ()) -> None:
         modules = () if kind is None else tuple(module.removesuffix(".*") for module in kind.modules)
         resolve_target(
             name,
-            key=f"{key}._target_",
+            key=key,
             allowed=allowed,
             built_in=modules,
             base=object if base is None else _import(base),

@@ -36,6 +36,7 @@ READ = (
     "training.scalers",
     "training.variable_groups",
     "training.loss_gradient_scaling",
+    "training.recompile_limit",
     "training.ensemble_size_per_device",
     "training.transport",
     "training.strategy.num_gpus_per_model",
@@ -77,9 +78,6 @@ LEFT_OUT = (
     "dataloader.pin_memory",
     "dataloader.persistent_workers",
     "dataloader.validation_rollout",  # some of their configurations have it; they read task.validation_rollout
-    "model.compile",
-    "model.recompile_limit",
-    "training.recompile_limit",
     "training.num_sanity_val_steps",
     "training.strategy.use_local_synchronization",
     "training.strategy.device",

@@ -178,7 +178,6 @@ def _without_diagnostics(composed: Tree, *, graph: str | None) -> Tree:
     settings["diagnostics"] = copy.deepcopy(_DIAGNOSTICS)
     place(settings, "system.output", copy.deepcopy(_OUTPUT))
     place(settings, "system.input.graph", graph)
-    for key in ("model.compile", "training.weight_averaging"):
-        if find(settings, key)[0]:
-            remove(settings, key)
+    if find(settings, "training.weight_averaging")[0]:
+        remove(settings, "training.weight_averaging")
     return settings

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from anemoi_dist.config.anemoi.layouts import ZERO_OPTIMIZER
-from anemoi_dist.config.targets import ALIASES, BUILT_IN_ALLOWED, nested_targets, resolve_target
+from anemoi_dist.config.targets import ALIASES, BUILT_IN_ALLOWED, resolve_target
 from anemoi_dist.config.tree import Tree, is_below
 from anemoi_dist.errors import ConfigError
 
@@ -87,6 +88,7 @@ PLACES = {
     "model.model": Kind("anemoi.models.models.base.BaseGraphModel", ("anemoi.models.models.*",)),
     "model.model.transport.noise_embedder": Kind("torch.nn.Module", (f"{_LAYERS}.diffusion",)),
     "model.**.layer_kernels.*": _KERNEL,
+    "model.compile": Kind("torch.nn.Module", ("anemoi.models.*",)),
     # NoOpProcessor is not derived from BaseProcessor.
     "model.processor": Kind("torch.nn.Module", (f"{_LAYERS}.processor",)),
     "model.encoders.*.mapper": _MAPPER,
@@ -116,8 +118,20 @@ PLACES = {
 }
 
 
+def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield key and value of every entry below ``node`` that names a class, wherever it is."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "_target_" or (name == "module" and key.startswith("model.compile[")):
+                yield f"{key}.{name}", value
+            yield from targets(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from targets(value, f"{key}[{index}]")
+
+
 def find_kind(key: str) -> Kind | None:
-    """Return what belongs at the ``key`` of a ``_target_``, or None if nothing is called there."""
+    """Return what belongs at ``key``, that of a name, or None if nothing is called there."""
     place = re.sub(r"\[\d+\]", "", key).split(".")[:-1]
     return next((kind for pattern, kind in PLACES.items() if _matches(pattern.split("."), place)), None)
 
@@ -146,7 +160,7 @@ def check_target_names(settings: Tree, *, allowed: Iterable[str] = ()) -> None:
         A name is neither of its place's modules nor allowed, or stands where nothing is built.
     """
     allowed = tuple(allowed)
-    for key, name in nested_targets(settings):
+    for key, name in targets(settings):
         kind = find_kind(key)
         is_path = isinstance(name, str) and _PATH.fullmatch(name) and "__" not in name
         if is_path and (is_below(name, allowed) or (kind is not None and _is_covered(kind, name))):
@@ -163,7 +177,7 @@ def check_target_bases(settings: Tree, *, allowed: Iterable[str] = ()) -> None:
     :func:`check_target_names`, which comes first.
     """
     check_target_names(settings, allowed=allowed)
-    for key, name in nested_targets(settings):
+    for key, name in targets(settings):
         kind = find_kind(key)
         base = None if kind is None else kind.base
         if base == "":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from anemoi_dist.config.anemoi.places import check_target_bases
 from anemoi_dist.config.schema import Config
 from anemoi_dist.tasks.anemoi.environment import import_anemoi_training
 
@@ -22,6 +23,13 @@ def create_builder(config: Config) -> AnemoiTrainer:
     """Return anemoi-training's builder for ``task.settings``; it builds each part when it is first asked for.
 
     Its random draws follow ``run.seed`` as they follow ``ANEMOI_BASE_SEED`` in anemoi-training.
+
+    Raises
+    ------
+    ConfigError
+        A class that the settings name is not of the kind that belongs in its place.
+    PreflightError
+        Anemoi-training cannot be imported.
     """
     from omegaconf import DictConfig
 
@@ -29,6 +37,7 @@ def create_builder(config: Config) -> AnemoiTrainer:
     # One line for each variable and scaler of each dataset is for its own logs, not for every rank's.
     logging.getLogger("anemoi").setLevel(logging.WARNING)
     trainer = import_anemoi_training().AnemoiTrainer
+    check_target_bases(config.task.settings, allowed=config.security.allowed_targets)
 
     class Builder(trainer):  # type: ignore[misc, valid-type]
         """Anemoi-training's trainer up to its model: what logs, resumes and writes is this package's."""

@@ -62,7 +62,11 @@ class AnemoiTask:
 
     def create_module(self, *, world_size: int) -> AnemoiModule:
         """Let anemoi-training build model, processors, losses and scalers."""
-        self._module = AnemoiModule(self._builder.model, self._config, world_size=world_size)
+        from anemoi.training.utils.compile import prepare_compilation
+
+        settings = self._builder.config
+        method = prepare_compilation(self._builder.model, settings.model, settings.training)
+        self._module = AnemoiModule(method, self._config, world_size=world_size)
         return self._module
 
     def begin_step(self, step: int) -> None:

@@ -12,8 +12,7 @@ import yaml
 from support.anemoi_configs import packaged_configs
 
 from anemoi_dist.config.anemoi import places
-from anemoi_dist.config.anemoi.places import PLACES, Kind, check_target_bases, check_target_names, find_kind
-from anemoi_dist.config.targets import nested_targets
+from anemoi_dist.config.anemoi.places import PLACES, Kind, check_target_bases, check_target_names, find_kind, targets
 from anemoi_dist.config.tree import is_below, place
 from anemoi_dist.errors import ConfigError
 
@@ -68,7 +67,7 @@ def is_refused(pattern, name, check=check_target_names):
 
 def test_every_pattern_finds_its_own_kind():
     for pattern, kind in PLACES.items():
-        ((key, _),) = nested_targets(settings_with(pattern, "x"))
+        ((key, _),) = targets(settings_with(pattern, "x"))
         assert find_kind(key) is kind, key
 
 

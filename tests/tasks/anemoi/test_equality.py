@@ -1,0 +1,50 @@
+"""The same numbers as anemoi-training's own Trainer, with the same batches and the same noise."""
+
+import pytest
+import torch
+from support.anemoi import PROCESSED, compose_small, train_ours, train_theirs
+
+TRI_NODES = ("~graph.nodes.hidden.node_builder.grid", "+graph.nodes.hidden.node_builder.resolution=1")
+WITHOUT_GAPS = "dataloader.dataset={dataset:${system.input.dataset},drop:[sst]}"
+#: Configuration and overrides of anemoi-training.
+ROWS = {
+    "deterministic": ("config", WITHOUT_GAPS, "graph.nodes.hidden.node_builder.resolution=1"),
+    "ensemble": (
+        "ensemble_crps",
+        WITHOUT_GAPS,
+        *TRI_NODES,
+        "graph.nodes.hidden.node_builder._target_=anemoi.graphs.nodes.TriNodes",
+        "model.num_channels=16",
+        "model.processor.attention_implementation=scaled_dot_product_attention",
+        "model.processor.num_layers=2",
+        "system.input.truncation=null",
+        "system.input.truncation_inv=null",
+        "training.max_epochs=null",
+    ),
+    "processed": ("config", *PROCESSED),
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "num_ranks", "steps"),
+    [
+        ("processed", 2, 6),
+        *(pytest.param(row, num_ranks, 50, marks=pytest.mark.slow) for row in ROWS for num_ranks in (1, 2)),
+    ],
+)
+def test_losses_parameters_and_metrics_are_those_of_their_trainer(ranks, tmp_path, row, num_ranks, steps):
+    name, *overrides = ROWS[row]
+    batches = max(2, min(steps // 3, 40 // num_ranks))
+    overrides += [f"training.max_steps={steps}", f"dataloader.limit_batches.training={batches}"]
+    config = compose_small(name, *overrides, root=tmp_path, ranks=num_ranks)
+    assert config.task.steps_per_epoch == batches
+    ours = ranks(num_ranks).run(train_ours, config)
+    theirs = ranks(num_ranks).run(train_theirs, config)
+    mean_losses = torch.tensor([rank["losses"] for rank in theirs], dtype=torch.float64).mean(0)
+    assert len(mean_losses) == steps
+    assert ours[0]["losses"] == pytest.approx(mean_losses.tolist(), rel=1e-6)
+    for name, value in ours[0]["metrics"].items():
+        key = "val_multi_dataset_loss" if name == "loss" else f"val_{name}"
+        assert value == pytest.approx(theirs[0]["metrics"][key], rel=1e-6), name
+    for name, parameter in theirs[0]["parameters"].items():
+        torch.testing.assert_close(ours[0]["parameters"][name], parameter, rtol=1e-5, atol=1e-6)

@@ -18,7 +18,8 @@ from anemoi_dist.errors import ConfigError
 
 #: The package's own groups.
 CONFIGS_DIR = Path(anemoi_dist.configs.__file__).parent
-_THEIRS = "task.overrides"
+#: Argument after which, or in whose list, overrides of anemoi-training's configuration stand.
+THEIRS = "task.overrides"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def parse_overrides(overrides: Sequence[str], *, groups: dict[str, tuple[str, ..
     parsed = ParsedOverrides()
     overrides, theirs = _split_theirs(overrides)
     if theirs:
-        parsed.edits.append(KeyEdit("set", _THEIRS, theirs, f"{_THEIRS}=[{','.join(theirs)}]"))
+        parsed.edits.append(KeyEdit("set", THEIRS, theirs, f"{THEIRS}=[{','.join(theirs)}]"))
     for text in overrides:
         try:
             override = parser.parse_override(text)
@@ -137,15 +138,15 @@ def parse_overrides(overrides: Sequence[str], *, groups: dict[str, tuple[str, ..
 
 def _split_theirs(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return our arguments and anemoi-training's: in ``task.overrides=[a=1,b=2]``, or after ``task.overrides``."""
-    ours, theirs = list(overrides), []
-    if _THEIRS in ours:
-        start = ours.index(_THEIRS)
-        ours, theirs = ours[:start], ours[start + 1 :]
-    for text in [text for text in ours if text.startswith(f"{_THEIRS}=[") and text.endswith("]")]:
-        ours.remove(text)
-        # In Hydra's grammar each would need quotes within those of the shell.
-        theirs += _split_list(text[len(_THEIRS) + 2 : -1])
-    return ours, theirs
+    start = list(overrides).index(THEIRS) if THEIRS in overrides else len(overrides)
+    ours, theirs = [], []
+    for text in overrides[:start]:
+        if text.startswith(f"{THEIRS}=[") and text.endswith("]"):
+            # In Hydra's grammar each would need quotes within those of the shell.
+            theirs += _split_list(text[len(THEIRS) + 2 : -1])
+        else:
+            ours.append(text)
+    return ours, [*theirs, *overrides[start + 1 :]]
 
 
 def _split_list(text: str) -> list[str]:

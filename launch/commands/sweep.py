@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from anemoi_dist.config.overrides import THEIRS
 from anemoi_dist.errors import ConfigError
 
 #: More than this at once is a typing error, which a queue would not forgive.
@@ -30,6 +31,9 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     parser = OverridesParser.create()
     axes: list[list[str]] = []
     for text in overrides:
+        if text == THEIRS or text.startswith(f"{THEIRS}=["):  # what stands after it is swept as any other
+            axes.append([text])
+            continue
         try:
             override = parser.parse_override(text)
             values = [text]

@@ -27,6 +27,7 @@ _INEFFECTIVE = {
     "model": "task.overrides=[model...]",
     "training.rollout": "task.overrides=[task.rollout.start=N,task.rollout.maximum=N]",
     "validation.lead_steps": "task.overrides=[task.validation_rollout=N]",
+    "checkpoint.keep_best": "checkpoint.keep_last=N, checkpoint.keep_every=N",
     "task.settings": "task.overrides=[...]",
     "task.translated": "the keys themselves",
     "task.steps_per_epoch": "task.overrides=[dataloader.limit_batches.training=N]",
@@ -142,7 +143,7 @@ def _refuse_ineffective(given: Tree, choices: Mapping[str, str]) -> None:
             )
     for key, value in leaves(given):
         for node, fix in _INEFFECTIVE.items():
-            if is_below(key, (node,)) and not is_below(key, _EFFECTIVE):
+            if value is not None and is_below(key, (node,)) and not is_below(key, _EFFECTIVE):
                 raise ConfigError(key, value, "has no effect with task=anemoi", fix=fix)
 
 

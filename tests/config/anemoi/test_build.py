@@ -12,9 +12,11 @@ from support.anemoi_configs import NEEDS, PLACES, packaged_configs
 from anemoi_dist.config.anemoi import composition, facts
 from anemoi_dist.config.anemoi.facts import Facts
 from anemoi_dist.config.compose import compose
+from anemoi_dist.config.overrides import parse_overrides
 from anemoi_dist.config.parse import from_yaml, to_yaml
 from anemoi_dist.config.tree import find
 from anemoi_dist.errors import ConfigError
+from anemoi_dist.launch.commands.sweep import expand
 
 composed_by_hydra = composition._composed_by_hydra
 CONFIGS = packaged_configs()
@@ -161,6 +163,7 @@ def test_what_stays_literal(tmp_path):
         (["+model.width=3"], "model.width", "task.overrides"),
         (["training.rollout=2"], "training.rollout", "task.rollout"),
         (["validation.lead_steps=[1]"], "validation.lead_steps", "validation_rollout"),
+        (["checkpoint.keep_best=rmse"], "checkpoint.keep_best", "keep_last"),
         (["task.steps_per_epoch=3"], "task.steps_per_epoch", "limit_batches"),
     ],
 )
@@ -210,3 +213,24 @@ def test_no_torch_and_no_import_of_theirs():
         "print([n for n in ('torch', 'anemoi.models', 'anemoi.training.train') if n in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["task.overrides=[a=1,b=[1,2],~c]"], ["a=1", "b=[1,2]", "~c"]),
+        (["task.overrides=['a=1',\"b={x: 1, y: 2}\"]"], ["a=1", "b={x: 1, y: 2}"]),
+        (["task.overrides=[a='x,y']", "task.overrides", "b=1,2", "+c=${x}"], ["a='x,y'", "b=1,2", "+c=${x}"]),
+        (["task.overrides=[]"], []),
+        (["engine=ddp", "task.overrides"], []),
+    ],
+)
+def test_overrides_of_theirs(arguments, expected):
+    parsed = parse_overrides(arguments, groups={"engine": ("ddp",)})
+    assert [item for edit in parsed.edits for item in edit.value] == expected
+
+
+def test_theirs_are_swept_too():
+    runs = expand(["training.lr.rate=1,2", "task.overrides=[a=1,b=2]", "task.overrides", "model.num_channels=8,16"])
+    assert len(runs) == 4
+    assert runs[0] == ["training.lr.rate=1", "task.overrides=[a=1,b=2]", "task.overrides", "model.num_channels=8"]

@@ -79,6 +79,8 @@ def values(facts=FACTS, precision=None, **changes):
         ({"training__precision": "16-mixed", "precision": "bf16"}, {"training.precision": "bf16"}),
         ({"training__gradient_clip": {"val": 1.0, "algorithm": "norm"}}, {"training.clip_grad_norm": 1.0}),
         ({"training__gradient_clip": {"val": 0.0, "algorithm": "norm"}}, {"training.clip_grad_norm": None}),
+        ({"training__gradient_clip": {"val": 1.0, "algorithm": "norm"}}, {"training.clip_grad_value": None}),
+        ({}, {"training.clip_grad_value": 32.0}),
         ({"training__gradient_clip": None}, {"training.clip_grad_norm": None}),
         ({}, {"training.clip_grad_norm": None}),
         # Validation.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from anemoi_dist.checkpoint.arrays import FLOATS, chunks, to_dtype
-from anemoi_dist.checkpoint.manifest import TensorRecord
+from anemoi_dist.checkpoint.manifest import AVERAGE, TensorRecord
 from anemoi_dist.checkpoint.safetensors_format import ITEM_BYTES, header
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import ConfigError
@@ -21,7 +21,13 @@ EXPORT_DTYPES = ("F32", "BF16", "F16")
 
 
 def export(
-    checkpoint: SavedCheckpoint, out: Path, *, with_optimizer: bool = False, dtype: str | None = None, force: bool
+    checkpoint: SavedCheckpoint,
+    out: Path,
+    *,
+    with_optimizer: bool = False,
+    averaged: bool = False,
+    dtype: str | None = None,
+    force: bool,
 ) -> None:
     """Write whole tensors to one file, under a temporary name until it is complete.
 
@@ -32,7 +38,9 @@ def export(
     out : Path
         ``.safetensors`` holds at most one chunk of a tensor in memory, ``.pt`` everything that it writes.
     with_optimizer : bool
-        The optimizer's states too.
+        The optimizer's states too, and the average of the weights where it is kept.
+    averaged : bool
+        The averaged weights in the place of the weights.
     dtype : str, optional
         Type of the floating parameters; buffers and states keep theirs.
     force : bool
@@ -41,7 +49,7 @@ def export(
     Raises
     ------
     ConfigError
-        The file exists, or its name says no format.
+        The file exists, its name says no format, or there are no averaged weights.
     CheckpointError
         The checkpoint is damaged; no file is left behind.
     """
@@ -51,10 +59,18 @@ def export(
         raise ConfigError("OUT", str(out), "exists", fix="take another name, or --force to replace it")
     if not out.parent.is_dir():
         raise ConfigError("OUT", str(out), f"{out.parent} is no directory")
-    records = [r for r in checkpoint.manifest.tensors if with_optimizer or r.kind in ("param", "buffer")]
+    tensors = checkpoint.manifest.tensors
+    named = {_name(r): r for r in tensors if with_optimizer or r.kind in ("param", "buffer")}
+    if averaged:
+        averages = {r.fqn: r for r in tensors if r.kind == AVERAGE}
+        if not averages:
+            raise ConfigError(
+                "--averaged", True, "the checkpoint has none", fix="train with training.weight_averaging.decay=0.999"
+            )
+        named |= averages  # frozen weights and buffers have no average, and stay
     write = _write_torch if out.suffix == ".pt" else _write_safetensors
     with _replacing(out) as stream:
-        write(stream, checkpoint, records, dtype)
+        write(stream, checkpoint, named, dtype)
 
 
 @contextmanager
@@ -78,25 +94,30 @@ def _name(record: TensorRecord) -> str:
     return record.fqn if record.kind in ("param", "buffer") else f"{record.fqn}:{record.kind}"
 
 
-def _target(record: TensorRecord, dtype: str | None) -> str:
-    return dtype if dtype and record.kind == "param" and record.dtype in FLOATS else record.dtype
+def _target(name: str, record: TensorRecord, dtype: str | None) -> str:
+    is_parameter = name == record.fqn and record.kind != "buffer"
+    return dtype if dtype and is_parameter and record.dtype in FLOATS else record.dtype
 
 
 def _write_safetensors(
-    stream: BinaryIO, checkpoint: SavedCheckpoint, records: list[TensorRecord], dtype: str | None
+    stream: BinaryIO, checkpoint: SavedCheckpoint, named: dict[str, TensorRecord], dtype: str | None
 ) -> None:
+    targets = {name: _target(name, record, dtype) for name, record in named.items()}
     # Widest types first, as `header` asks for.
-    ordered = sorted(records, key=lambda record: -ITEM_BYTES[_target(record, dtype)])
+    ordered = sorted(named, key=lambda name: -ITEM_BYTES[targets[name]])
     manifest = checkpoint.manifest
-    entries = ((_name(record), _target(record, dtype), record.shape) for record in ordered)
+    entries = ((name, targets[name], named[name].shape) for name in ordered)
     metadata = {"format": "pt", "step": str(manifest.step), "save_id": manifest.save_id}
     stream.write(header(entries, metadata=metadata))
-    for record in ordered:
+    for name in ordered:
+        record = named[name]
         for values in chunks(checkpoint, record.fqn, record.kind):
-            stream.write(to_dtype(values, record.dtype, _target(record, dtype)).data)
+            stream.write(to_dtype(values, record.dtype, targets[name]).data)
 
 
-def _write_torch(stream: BinaryIO, checkpoint: SavedCheckpoint, records: list[TensorRecord], dtype: str | None) -> None:
+def _write_torch(
+    stream: BinaryIO, checkpoint: SavedCheckpoint, named: dict[str, TensorRecord], dtype: str | None
+) -> None:
     """Write a state dictionary; with states ``{"model": ..., "optimizer": {name: {kind: ...}}, "step": ...}``."""
     # torch takes seconds to import; exporting to safetensors does without.
     import torch
@@ -105,13 +126,13 @@ def _write_torch(stream: BinaryIO, checkpoint: SavedCheckpoint, records: list[Te
 
     weights: dict[str, Any] = {}
     states: dict[str, dict[str, Any]] = {}
-    for record in records:
+    for name, record in named.items():
         tensor = torch.empty(record.numel, dtype=DTYPES[record.dtype])
         view = tensor.view(torch.uint8).numpy().data
         checkpoint.read_bytes(record.fqn, record.kind, start=0, out=view)
-        tensor = tensor.view(record.shape).to(DTYPES[_target(record, dtype)])
-        if record.kind in ("param", "buffer"):
-            weights[record.fqn] = tensor
+        tensor = tensor.view(record.shape).to(DTYPES[_target(name, record, dtype)])
+        if name == record.fqn:
+            weights[name] = tensor
         else:
             states.setdefault(record.fqn, {})[record.kind] = tensor
     torch.save({"model": weights, "optimizer": states, "step": checkpoint.manifest.step} if states else weights, stream)

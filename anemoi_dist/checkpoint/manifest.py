@@ -20,6 +20,8 @@ FORMAT = "anemoi-dist-checkpoint"
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TRAINER_FILE = "trainer.json"
+#: Kind of the averaged weights, beside ``param``, ``buffer`` and the names of optimizer states.
+AVERAGE = "weight_average"
 #: Bytes that are hashed at once, and the least that a reader has to read to trust a byte.
 HASH_BLOCK_BYTES = 4 * 1024 * 1024
 

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from anemoi_dist.checkpoint.manifest import AVERAGE
 from anemoi_dist.checkpoint.shard import ShardSource, TensorInfo
 from anemoi_dist.config.tree import is_below
 from anemoi_dist.errors import CheckpointError
@@ -75,7 +76,7 @@ class MatchedSource:
         rename : Mapping[str, str]
             Another optimizer's state names -> this one's; used only if the checkpoint has no states but these.
         """
-        saved = {kind for _, kind in self._names} - _KINDS.keys()
+        saved = {kind for _, kind in self._names} - {*_KINDS, AVERAGE}
         renames = {old: new for old, new in rename.items() if old != new and old in saved and new in known}
         # With any other state the checkpoint comes from an unknown optimizer, whose exp_avg_sq may mean something else.
         if not saved <= rename.keys():

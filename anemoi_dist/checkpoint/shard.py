@@ -24,7 +24,7 @@ class Shard:
     fqn : str
         Fully qualified name of the parameter or buffer in the module.
     kind : str
-        ``param`` (the fp32 master), ``buffer``, or the name of the optimizer state.
+        ``param`` (the fp32 master), ``buffer``, ``weight_average``, or the name of the optimizer state.
     global_shape : tuple[int, ...]
         Shape of the whole tensor.
     start : int

@@ -75,6 +75,10 @@ def _check_training(training: TrainingConfig) -> None:
             f"clips by value, and training.clip_grad_norm={training.clip_grad_norm} by norm: choose one",
             fix="training.clip_grad_norm=null",
         )
+    decay = training.weight_averaging.decay
+    if decay is not None and not 0 <= decay < 1:
+        key = "training.weight_averaging.decay"
+        raise ConfigError(key, decay, "must be at least 0 and below 1", fix=f"{key}=0.999")
     _check_target("training.optimizer", training.optimizer)
     if "lr" in training.optimizer:
         value = training.optimizer["lr"]

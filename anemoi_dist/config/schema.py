@@ -82,6 +82,14 @@ class LrConfig:
 
 
 @dataclass
+class WeightAveragingConfig:
+    """Exponential moving average (EMA) of the weights, which is scored in the place of the weights themselves."""
+
+    #: What the average keeps of itself at every optimizer step, such as 0.999; null: no average.
+    decay: float | None = None
+
+
+@dataclass
 class TrainingConfig:
     """Optimization: its length, batch, rate and optimizer."""
 
@@ -102,6 +110,7 @@ class TrainingConfig:
     clip_grad_norm: float | None = positive(None, fix="null switches clipping off")
     #: Largest absolute value of an element of the gradient, instead of ``clip_grad_norm``; null: no clipping.
     clip_grad_value: float | None = positive(None, fix="null switches clipping off", added=True)
+    weight_averaging: WeightAveragingConfig = field(default_factory=WeightAveragingConfig, metadata=ADDED)
     precision: str = one_of("fp32", valid=("fp32", "bf16"))
     #: Consecutive updates that may be skipped because loss or gradient is not finite; one more ends the run (code 5).
     max_skipped: int = bounded(10, minimum=0)

@@ -7,6 +7,7 @@ Nothing outside ``engines/`` knows DeepSpeed or FSDP2; every engine passes the o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,7 +50,8 @@ class MemoryReport:
     master : int
         fp32 masters, where they are another tensor than the working parameters.
     states : Mapping[str, int]
-        Bytes of each optimizer state, by its name (``exp_avg_fast``, ...), padding included.
+        Bytes of each optimizer state, by its name (``exp_avg_fast``, ...), and of the average of the weights
+        (``weight_average``), padding included.
     """
 
     parameters: int
@@ -73,6 +75,9 @@ class Engine(Protocol):
         **evaluation : Any
             What the task asks of its module's ``forward``.
         """
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Let :meth:`evaluate` compute with the averaged weights inside of ``with``, if they are kept. Collective."""
 
     def shards(self) -> Iterator[Shard]:
         """Yield the shards that this rank has to save; over all ranks each element comes once."""

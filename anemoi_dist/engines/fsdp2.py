@@ -113,6 +113,10 @@ class Fsdp2Engine(ShardedEngine):
     def _after_load(self) -> None:
         self._drop_gathered()  # it is no longer what the shards hold
 
+    def _swap_averages(self) -> None:
+        self._drop_gathered()  # before: a gather under way still reads the shards
+        super()._swap_averages()
+
     def close(self) -> None:
         """Wait for what is under way: the other ranks may be."""
         self._drop_gathered()

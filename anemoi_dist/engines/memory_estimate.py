@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from anemoi_dist.checkpoint.manifest import AVERAGE
 from anemoi_dist.config.optimizer_states import is_ademamix, narrow_states
 from anemoi_dist.config.schema import Config, EngineConfig, TrainingConfig
 from anemoi_dist.config.tree import Tree
@@ -94,7 +95,7 @@ class ExpectedMemory:
     master : int
         fp32 masters apart from them.
     states : Mapping[str, int]
-        Optimizer states by name; empty where the optimizer is not known.
+        Optimizer states by name, without those of an unknown optimizer, and the average of the weights.
     gradients : int
         When a backward pass has ended.
     update : int
@@ -180,6 +181,8 @@ def expected_memory(config: Config, model: ModelSize, *, world_size: int, rank: 
     """
     cut = _cut(config.engine)
     states = state_bytes(config.training.optimizer) or {}
+    if config.training.weight_averaging.decay is not None:
+        states[AVERAGE] = _FP32
     held = cut(config, model.parameters, world_size, rank)
     return ExpectedMemory(
         parameters=held.parameters,

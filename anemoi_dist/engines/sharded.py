@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from anemoi_dist.checkpoint.manifest import AVERAGE
 from anemoi_dist.checkpoint.matching import FROM_ADAMW, match
 from anemoi_dist.checkpoint.shard import Shard, ShardSource, TensorInfo
 from anemoi_dist.config.schema import Config
@@ -100,9 +101,14 @@ class ShardedEngine(ABC):
         self._declared |= {(n, "buffer"): TensorInfo(tuple(b.shape), b.dtype) for n, b in self._persistent_buffers()}
         self._trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         self._num_updates = 0
+        #: The tensors that the optimizer steps -> average of their values, in fp32. Empty: none is kept.
+        self._averages: dict[torch.Tensor, torch.Tensor] = {}
         self._wrap()
         self._set_element_ranges()
         self._create_states()
+        if config.training.weight_averaging.decay is not None:
+            owners = dict.fromkeys(shard.owner for shard in self.local_shards() if shard.fqn in self._trained)
+            self._averages = {owner: local(owner).clone() for owner in owners}
         set_num_updates(self._scheduler, 0)
 
     # Hooks that an engine fills in
@@ -153,6 +159,8 @@ class ShardedEngine(ABC):
                 loss = loss * torch.where(total.isfinite(), 1.0, math.nan)
             self._backward(loss, is_last=is_last)
         grad_norm, skipped = self._update()
+        if self._averages and not skipped:
+            self._update_averages()
         self._num_updates += 1
         set_num_updates(self._scheduler, self._num_updates)
         return StepReport(loss=float(total), grad_norm=grad_norm, lr=lr, skipped=skipped)
@@ -165,6 +173,14 @@ class ShardedEngine(ABC):
         result = self._forward(batch, **evaluation)
         self.module.train()
         return result
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Let :meth:`evaluate` compute with the averaged weights inside of ``with``, if they are kept. Collective."""
+        self._swap_averages()
+        yield
+        # Not after an error: this communicates, and the other ranks may be anywhere.
+        self._swap_averages()
 
     def shards(self) -> Iterator[Shard]:
         """Yield the shards that this rank has to save; over all ranks each element comes once. Collective."""
@@ -195,7 +211,7 @@ class ShardedEngine(ABC):
         matched = match(source, self._declared, rename=options.rename, allow_missing=options.allow_missing)
         if self.capabilities.has_all_states:
             matched.select_states({kind for kind, _ in self._held_states()}, FROM_ADAMW)
-        for note in [*matched.notes(), *self._notes_on_states(matched, num_updates)]:
+        for note in [*matched.notes(), *self._notes_on_states(matched, num_updates), *self._notes_on_average(matched)]:
             warnings.warn(note, stacklevel=2)
         self._load_tensors(matched, num_updates=num_updates)
 
@@ -204,11 +220,15 @@ class ShardedEngine(ABC):
         """Load every tensor that ``source`` has; the others keep their values."""
         available = source.tensors()
         # A state whose every tensor is 0-d counts steps: under a flat partition one counter serves many parameters.
-        kinds = sorted({kind for _, kind in available} - {"param", "buffer"})
+        kinds = sorted({kind for _, kind in available} - {"param", "buffer", AVERAGE})
         counters = {kind for kind in kinds if all(not i.global_shape for (_, k), i in available.items() if k == kind)}
         for shard in self.local_shards():
             if (shard.fqn, "param") in available:
                 source.read(shard.fqn, "param", start=shard.start, out=shard.view(shard.owner))
+            if (average := self._averages.get(shard.owner)) is not None:
+                shard.view(average).copy_(shard.view(shard.owner))
+                if (shard.fqn, AVERAGE) in available:
+                    source.read(shard.fqn, AVERAGE, start=shard.start, out=shard.view(average))
             begins = self._begins(shard, available, kinds)
             for kind in kinds:
                 if (shard.fqn, kind) in available:
@@ -230,6 +250,8 @@ class ShardedEngine(ABC):
         states: dict[str, int] = {}
         for kind, value in self._held_states():
             states[kind] = states.get(kind, 0) + local(value).nbytes
+        if self._averages:
+            states[AVERAGE] = sum(average.nbytes for average in self._averages.values())
         parameters, master = self._working_bytes()
         return MemoryReport(parameters=parameters, master=master, states=states)
 
@@ -262,6 +284,25 @@ class ShardedEngine(ABC):
                 gradient.clamp_(-largest, largest)
         elif limit is not None and float(norm) > limit:
             self.capabilities.scale_gradients(gradients, limit / (norm + 1e-6))
+
+    @torch.no_grad()
+    def _update_averages(self) -> None:
+        """Move the averages towards the weights; after the first update they are the weights, as in torch."""
+        decay = self.config.training.weight_averaging.decay
+        assert decay is not None
+        weights = [local(owner) for owner in self._averages]
+        torch._foreach_lerp_(list(self._averages.values()), weights, 1 - decay if self._num_updates else 1.0)
+
+    @torch.no_grad()
+    def _swap_averages(self) -> None:
+        """Exchange weights and averages, bit for bit; twice changes nothing. Collective."""
+        if self.config.training.weight_averaging.decay is None:
+            return
+        for owner, average in self._averages.items():
+            weights = local(owner).clone()
+            local(owner).copy_(average)
+            average.copy_(weights)
+        self._after_load()
 
     def _create_optimizer(self) -> None:
         created = self.module.configure_optimizers()
@@ -312,6 +353,8 @@ class ShardedEngine(ABC):
 
     def _tensors(self, shard: LocalShard) -> Iterator[tuple[str, torch.Tensor]]:
         yield "param", shard.owner
+        if shard.owner in self._averages:
+            yield AVERAGE, self._averages[shard.owner]
         for kind, value in sorted(self.optimizer.state.get(shard.owner, {}).items()):
             if not isinstance(value, torch.Tensor):
                 continue
@@ -329,7 +372,7 @@ class ShardedEngine(ABC):
         """Return notes on states that start at zero while others are restored, or that change their type."""
         saved: dict[str, set[torch.dtype]] = {}
         for (_, kind), info in source.tensors().items():
-            if kind not in ("param", "buffer"):
+            if kind not in ("param", "buffer", AVERAGE):
                 saved.setdefault(kind, set()).add(info.dtype)
         held: dict[str, set[torch.dtype]] = {}
         for kind, value in self._held_states():
@@ -342,6 +385,15 @@ class ShardedEngine(ABC):
         if "exp_avg_slow" in absent:
             note += late_start(self.optimizer.param_groups[0], num_updates=num_updates)
         return [*notes, note]
+
+    def _notes_on_average(self, source: ShardSource) -> list[str]:
+        is_saved = any(kind == AVERAGE for _, kind in source.tensors())
+        is_kept = self.config.training.weight_averaging.decay is not None
+        if is_saved == is_kept:
+            return []
+        if is_kept:
+            return ["the checkpoint has no averaged weights: the average starts from its weights"]
+        return ["the averaged weights of the checkpoint are left out (training.weight_averaging.decay)"]
 
     def _begins(self, shard: LocalShard, available: Mapping[tuple[str, str], TensorInfo], kinds: Sequence[str]) -> bool:
         """Whether the optimizer's state of a parameter starts at zero: it is new, or was frozen."""

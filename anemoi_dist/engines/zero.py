@@ -408,11 +408,11 @@ class Zero3Engine(_PartitionedEngine):
 
     def _after_load(self) -> None:
         zero = self._zero
-        if persistent := zero.persistent_parameters:  # gathered copies of small parameters: drop, then gather again
-            persistent[0].partition(persistent)
+        # Gathered copies, of small parameters and of what an evaluation has left for a backward pass, are dropped.
+        zero._partition_all_parameters()
         for group in range(len(zero.fp16_groups)):
             self._rewrite(group)
-        zero.checkpoint_event_epilogue()
+        zero.checkpoint_event_epilogue()  # gathers the small ones again
 
     def _working_bytes(self) -> tuple[int, int]:
         parameters = self._parameters()

@@ -75,7 +75,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
             # Last: its workers read ahead from the step that the trainer continues with.
             loader = _start_loader(trainer, plan)
         trainer.fit(loader)
-        with recorder.phase("validation"):
+        with recorder.phase("validation"), trainer.engine.averaged_weights():
             task.export(run.report_dir, evaluate=trainer.engine.evaluate, world=world)
         recorder.message(f"finished; for figures and maps: anemoi-dist report {run.path}")
         code = ExitCode.FINISHED

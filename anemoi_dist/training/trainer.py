@@ -154,7 +154,7 @@ class Trainer:
         return interval_steps is not None and step % interval_steps == 0 and step < self.config.training.max_steps
 
     def _validate(self, split: str) -> None:
-        with self.recorder.phase("validation"):
+        with self.recorder.phase("validation"), self.engine.averaged_weights():
             evaluation = self.task.evaluate(split, evaluate=self.engine.evaluate, world=self.world)
             self.recorder.validation(self.progress.step, split, evaluation)
         if split == "validation":

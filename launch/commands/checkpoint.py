@@ -202,7 +202,14 @@ def _export(options: argparse.Namespace) -> int:
     from anemoi_dist.checkpoint.export import export  # may import torch, which no other action needs
 
     checkpoint = _open(options.run, options.root, options.step)
-    export(checkpoint, options.out, with_optimizer=options.with_optimizer, dtype=options.dtype, force=options.force)
+    export(
+        checkpoint,
+        options.out,
+        with_optimizer=options.with_optimizer,
+        averaged=options.averaged,
+        dtype=options.dtype,
+        force=options.force,
+    )
     print(f"{options.out}: step {checkpoint.manifest.step}, {options.out.stat().st_size} bytes")
     return ExitCode.FINISHED
 

@@ -48,6 +48,27 @@ def test_states_beside_the_weights(checkpoint: SavedCheckpoint, tmp_path: Path) 
     assert torch.equal(saved["optimizer"]["net.weight"]["exp_avg_sq"], loaded["net.weight:exp_avg_sq"])
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_averaged_weights(tmp_path: Path, suffix: str) -> None:
+    tensors = example_tensors()
+    average = tensors["net.weight", "weight_average"] = tensors["net.weight", "param"] / 3
+    checkpoint = SavedCheckpoint(save_tensors(tmp_path / "checkpoints", tensors))
+    out = tmp_path / f"w{suffix}"
+    export(checkpoint, out, averaged=True, dtype="BF16", force=False)
+    loaded = load_file(out) if suffix == ".safetensors" else torch.load(out, weights_only=True)
+    assert set(loaded) == {"net.weight", "net.bias", "net.calls"}
+    assert torch.equal(loaded["net.weight"], average.bfloat16())
+    assert torch.equal(loaded["net.bias"], tensors["net.bias", "param"]), "frozen: there is no average"
+    export(checkpoint, out, force=True)
+    loaded = load_file(out) if suffix == ".safetensors" else torch.load(out, weights_only=True)
+    assert torch.equal(loaded["net.weight"], tensors["net.weight", "param"]) and len(loaded) == 3
+
+
+def test_without_averaged_weights(checkpoint: SavedCheckpoint, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--averaged.*has none.*\n.*weight_averaging"):
+        export(checkpoint, tmp_path / "w.pt", averaged=True, force=False)
+
+
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16)])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_parameters_in_another_type(checkpoint, tmp_path: Path, dtype: str, torch_dtype, suffix: str) -> None:

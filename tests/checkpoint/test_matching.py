@@ -280,8 +280,12 @@ def load_lazily(world: World, folder: Path) -> dict[str, list[float]]:
     return steps
 
 
+AVERAGING = {"decay": 0.9}
+EMAS = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+
+
 def save_adamw(world: World, folder: Path) -> None:
-    config = toy.make_config("ddp", optimizer={"_target_": "torch.optim.AdamW"})
+    config = toy.make_config("ddp", optimizer={"_target_": "torch.optim.AdamW"}, weight_averaging=AVERAGING)
     built = toy.build(world, config)
     for step in range(3):
         built.train_step(toy.micro_batches(config, world, step))
@@ -306,7 +310,8 @@ def test_states_that_appear_at_the_first_gradient(ranks, of_adamw: Path) -> None
 
 def go_on_with(world: World, engine: str, folder: Path, optimizer: dict | None) -> dict:
     """Load what :func:`save_adamw` has saved into a run with AdEMAMix, and take a step."""
-    config = toy.make_config(engine, **({"optimizer": optimizer} if optimizer else {}))
+    training = {"weight_averaging": AVERAGING, **({"optimizer": optimizer} if optimizer else {})}
+    config = toy.make_config(engine, **training)
     built = toy.build(world, config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -330,7 +335,7 @@ def test_from_adamw_to_ademamix(ranks, of_adamw: Path, engine: str) -> None:
         assert torch.equal(loaded[ours].flatten().double(), out.double()), ours
     assert not any(value.any() for key, value in loaded.items() if key.endswith("exp_avg_slow"))
     for result in results:
-        assert result["kinds"] - {"buffer"} == {"param", "step", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq"}
+        assert result["kinds"] - {"buffer"} == {"param", "weight_average", "step", *EMAS}
         assert "exp_avg of the checkpoint continues as exp_avg_fast" in result["notes"]
         assert any("no exp_avg_slow" in note and "schedule_start=3" in note for note in result["notes"])
 
@@ -339,7 +344,7 @@ def test_states_that_the_optimizer_does_not_know_are_left(ranks, written) -> Non
     optimizer = {**toy.make_config("ddp").training.optimizer, "betas": [0.0, 0.999, 0.9999]}
     (result,) = ranks(1).run(go_on_with, "ddp", written[0], optimizer)
     assert "the optimizer has no exp_avg_fast: not taken from the checkpoint" in result["notes"]
-    assert result["kinds"] == {"param", "buffer", "step", "exp_avg_slow", "exp_avg_sq"}
+    assert result["kinds"] == {"param", "weight_average", "buffer", "step", "exp_avg_slow", "exp_avg_sq"}
 
 
 def test_renaming_states_needs_a_checkpoint_with_no_others() -> None:

@@ -16,11 +16,12 @@ from anemoi_dist.distributed.world import World
 
 SIZES = (1, 2, 3, 4)
 NUM_STEPS = 2
+AVERAGING = {"decay": 0.9}
 Written = dict[tuple[str, int], tuple[Path, dict[str, torch.Tensor]]]
 
 
 def write(world: World, engine: str, folder: Path) -> list:
-    config = reshard.make_config(engine)
+    config = reshard.make_config(engine, weight_averaging=AVERAGING)
     built = reshard.build(world, config)
     for step in range(NUM_STEPS):
         built.train_step(toy.micro_batches(config, world, step))
@@ -40,7 +41,7 @@ def write(world: World, engine: str, folder: Path) -> list:
 
 def read(world: World, engine: str, folders: list[Path]) -> list[list]:
     """Load each of the checkpoints into one engine, which has other values before."""
-    built = reshard.build(world, reshard.make_config(engine))
+    built = reshard.build(world, reshard.make_config(engine, weight_averaging=AVERAGING))
     loaded = []
     for folder in folders:
         checkpoint = select(LocalStore(folder), world=world).checkpoint
@@ -64,6 +65,18 @@ def written(ranks, tmp_path_factory: pytest.TempPathFactory) -> Written:
     return result
 
 
+@pytest.mark.parametrize(("engine", "size"), [("ddp", 1), ("zero1", 3), ("zero3_offload", 3), ("fsdp2", 3)])
+def test_some_of_it(ranks, tmp_path: Path, engine: str, size: int) -> None:
+    """2 ranks, then 1, then 3."""
+    expected = toy.whole_tensors(ranks(2).run(write, "zero2", tmp_path))
+    for num_ranks in (1, size):
+        [actual] = zip(*ranks(num_ranks).run(read, engine, [tmp_path]), strict=True)
+        actual = toy.whole_tensors(list(actual))
+        assert actual.keys() == expected.keys() and "model.head.weight:weight_average" in actual
+        for key, value in expected.items():
+            assert torch.equal(actual[key], value) and actual[key].dtype == value.dtype, key
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("engine", toy.ENGINES)
@@ -83,7 +96,7 @@ def test_all_that_was_written_loads(ranks, written: Written, engine: str, size: 
 def test_what_was_written_is_worth_comparing(written: Written) -> None:
     for _, whole in written.values():
         kinds = {key.split(":")[1] for key in whole}
-        assert kinds == {"param", "buffer", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq", "step"}
+        assert kinds == {"param", "buffer", "weight_average", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq", "step"}
         assert "model.again.weight:param" not in whole and "model.first.weight:param" in whole
         assert "model.frozen:param" in whole and "model.frozen:exp_avg_slow" not in whole
         assert all(whole[key].abs().sum() > 0 for key in whole if not key.startswith("model.offsets"))

@@ -37,7 +37,7 @@ class WideModel(nn.Module):
 
 
 def make_config(engine: str, precision: str, **training: Any):
-    config = toy.make_config(engine, precision=precision, **training)
+    config = toy.make_config(engine, precision=precision, weight_averaging={"decay": 0.9}, **training)
     config.model = {"_target_": f"{__name__}.WideModel"}
     config.security.allowed_targets = [__name__]
     if config.engine.kind == "deepspeed" and config.engine.stage:

@@ -11,26 +11,12 @@ import torch.distributed as dist
 from support import toy
 from torch.distributed.fsdp import FSDPModule
 
-from anemoi_dist.checkpoint.shard import TensorInfo
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines import zero
 from anemoi_dist.errors import ConfigError
 
 NUM_STEPS = 6
 LIMIT = 0.05
-
-
-class Whole:
-    """Whole tensors by ``fqn:kind``, as a source to load from."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = {tuple(key.rsplit(":", 1)): tensor for key, tensor in tensors.items()}
-
-    def tensors(self) -> dict[tuple[str, str], TensorInfo]:
-        return {key: TensorInfo(tuple(x.shape), x.dtype) for key, x in self._tensors.items()}  # type: ignore[misc]
-
-    def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
-        out.copy_(self._tensors[fqn, kind].reshape(-1)[start : start + out.numel()])
 
 
 def build(world: World, engine_name: str, *, overlap: bool, **training: Any) -> Any:
@@ -55,7 +41,7 @@ def train(
 ) -> tuple[list, list, int]:
     engine = build(world, engine_name, overlap=overlap, **training)
     if loaded is not None:
-        engine.load(Whole(loaded), num_updates=steps[0])
+        engine.load(toy.Whole(loaded), num_updates=steps[0])
     reports = []
     for step in range(*steps):
         batches = toy.micro_batches(engine.config, world, step)
@@ -210,7 +196,7 @@ def gather_ahead(world: World) -> dict[str, Any]:
     batch = toy.micro_batches(engine.config, world, 1)[0]
     forecast = engine.evaluate(batch, rollout=1)
     engine.train_step(toy.micro_batches(engine.config, world, 1))
-    engine.load(Whole(toy.whole_tensors(saved)), num_updates=1)  # makes stale what that step began to gather
+    engine.load(toy.Whole(toy.whole_tensors(saved)), num_updates=1)  # makes stale what that step began to gather
     is_same = torch.equal(engine.evaluate(batch, rollout=1), forecast)
     engine.close()
     return {"order": first_order, "num_squared": num_squared[0], "is_same": is_same}

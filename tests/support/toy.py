@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from anemoi_dist.checkpoint.shard import Shard
+from anemoi_dist.checkpoint.shard import Shard, TensorInfo
 from anemoi_dist.config.batch import plan_batches
 from anemoi_dist.config.engines import ENGINES
 from anemoi_dist.config.parse import from_container
@@ -184,6 +184,19 @@ def whole_tensors(shards_by_rank: list[list[Any]]) -> dict[str, torch.Tensor]:
             position += tensor.numel()
         whole[key] = torch.cat([tensor for _, tensor in parts]).view(shapes[key])
     return whole
+
+
+class Whole:
+    """Whole tensors by ``fqn:kind``, as a source to load from."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = {tuple(key.rsplit(":", 1)): tensor for key, tensor in tensors.items()}
+
+    def tensors(self) -> dict[tuple[str, str], TensorInfo]:
+        return {key: TensorInfo(tuple(x.shape), x.dtype) for key, x in self._tensors.items()}  # type: ignore[misc]
+
+    def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
+        out.copy_(self._tensors[fqn, kind].reshape(-1)[start : start + out.numel()])
 
 
 def build(world: World, config: Config) -> Engine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,24 @@ from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.distributed.control_word import REASONS
 from anemoi_dist.engines.base import StepReport
 from anemoi_dist.errors import CheckpointError, DivergedError, StopRequestedError
-from anemoi_dist.tasks.base import Evaluation
+from anemoi_dist.tasks.base import Evaluate, Evaluation
 from anemoi_dist.training.trainer import SaveClock, Trainer
 
 
 class CountingEngine:
     def __init__(self, *, bad_steps: set[int]) -> None:
         self.bad_steps, self.count, self.draws = bad_steps, torch.zeros(1), []
+        self.is_averaged = False
 
     def train_step(self, micro_batches: Any) -> StepReport:
+        assert not self.is_averaged
         self.count += 1
         self.draws.append(torch.rand(()).item())
         bad = int(self.count) in self.bad_steps
         return StepReport(loss=math.nan if bad else 1.0, grad_norm=1.0, lr=0.1, skipped=bad)
 
     def shards(self) -> Iterator[Shard]:
+        assert not self.is_averaged
         yield Shard("count", "param", (1,), 0, self.count)
 
     def load(self, source: Checkpoint, *, num_updates: int) -> None:
@@ -46,7 +49,14 @@ class CountingEngine:
     def schedule_values(self) -> dict[str, Any]:
         return {}
 
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        self.is_averaged = True
+        yield
+        self.is_averaged = False
+
     def evaluate(self, batch: Any, **evaluation: Any) -> torch.Tensor:
+        assert self.is_averaged
         return self.count
 
 
@@ -60,7 +70,8 @@ class CountingTask:
     def begin_step(self, step: int) -> None:
         self.begun.append(step)
 
-    def evaluate(self, split: str, **_: Any) -> Evaluation:
+    def evaluate(self, split: str, *, evaluate: Evaluate, **_: Any) -> Evaluation:
+        evaluate(None)
         self.num_evaluated += 1
         return Evaluation(summary=self.summary)
 

@@ -64,7 +64,7 @@ class AnemoiTask:
         """Let anemoi-training build model, processors, losses and scalers."""
         from anemoi.training.utils.compile import prepare_compilation
 
-        settings = self._builder.config
+        settings: Any = self._builder.config
         method = prepare_compilation(self._builder.model, settings.model, settings.training)
         self._module = AnemoiModule(method, self._config, world_size=world_size)
         return self._module

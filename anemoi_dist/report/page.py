@@ -136,6 +136,7 @@ def write_report(run: RunDirectory) -> Path:
         memory=memory(events),
         curves=sections.curves(events),
         skill=skill,
+        named=sections.named_scores(events),
         maps=sections.maps(run.report_dir / "forecast.npz"),
         time=time_spent(events),
         config_text=redact(config_text),

@@ -165,7 +165,7 @@ def curves(events: Sequence[Event]) -> list[Card]:
     steps = latest_by_step(events, "step")
     resumed, skipped = sorted(set(restarts(events))), list(latest_by_step(events, "skipped_update"))
     wanted = (
-        ("loss", "Loss", "cos-latitude-weighted, of the normalised tendency", "log", True),
+        ("loss", "Loss", "as trained", "log", True),
         ("grad_norm", "Gradient norm", "global L2 norm, before clipping", "log", True),
         ("lr", "Learning rate", "of the first parameter group", "linear", False),
         ("alpha", "alpha", "weight of AdEMAMix's slow EMA", "linear", False),
@@ -202,6 +202,49 @@ def _first(values: Sequence[float]) -> float:
     return next(value for value in values if math.isfinite(value))
 
 
+@dataclass(frozen=True)
+class NamedScores:
+    """Scores that are one number each, as a task with losses and metrics of its own has them.
+
+    Attributes
+    ----------
+    split : str
+        The split of ``rows``, scored after ``step``.
+    rows : list[tuple[str, str]]
+        Name and value.
+    charts : list[Card]
+        The first of them during training, on the validation split.
+    """
+
+    split: str
+    step: int
+    rows: list[tuple[str, str]]
+    charts: list[Card]
+
+
+def named_scores(events: Sequence[Event]) -> NamedScores | None:
+    """Return the last scores by name, those of the test split if there are any; None if none has been scored."""
+    scored = [event for event in events if event["event"] == "validation" and _are_named(event)]
+    if not scored:
+        return None
+    last = scored[-1]
+    history = [event for event in scored if event["split"] == "validation"]
+    charts = []
+    for name in [score["name"] for score in last["scores"]][:MAX_CHARTED_VARIABLES]:
+        points = {e["step"]: s["value"] for e in history for s in e["scores"] if s["name"] == name}
+        x, y = list(points), [math.nan if value is None else float(value) for value in points.values()]
+        if any(math.isfinite(value) for value in y):
+            scale = _fitting_scale("log", y)
+            chart = Chart(name=f"score-{len(charts)}", alt=f"{name} by step", curves=[Curve(name, x, y)], scale=scale)
+            charts.append(Card(name, "validation split", draw_chart(chart)))
+    rows = [(s["name"], "–" if s["value"] is None else f"{s['value']:.6g}") for s in last["scores"]]
+    return NamedScores(last["split"], last["step"], rows, charts)
+
+
+def _are_named(event: Event) -> bool:
+    return bool(event["scores"]) and "name" in event["scores"][0]
+
+
 def _fitting_scale(scale: str, values: Sequence[float]) -> str:
     known = [value for value in values if math.isfinite(value)]
     # A logarithmic axis over less than a factor of 5 has no two powers of ten to read it by.
@@ -221,7 +264,7 @@ def skill(events: Sequence[Event]) -> Skill | None:
     tests = latest_by_step(events, "validation", split="test")
     # The test split is scored once, at the end: until then the validation split is the best there is.
     scored = list((tests or validations).values())
-    if not scored:
+    if not scored or _are_named(scored[-1]) or not scored[-1]["scores"]:
         return None
     split, step, scores = scored[-1]["split"], scored[-1]["step"], _scores(scored[-1])
     names = list(dict.fromkeys(score.variable for score in scores))

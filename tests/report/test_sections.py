@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from support.recorded import scores, write_forecast
 
-from anemoi_dist.report.sections import curves, lead_label, maps, restarts, skill, unit_of
+from anemoi_dist.report.sections import curves, lead_label, maps, named_scores, restarts, skill, unit_of
 from anemoi_dist.run.events import read_events
 
 
@@ -103,3 +103,14 @@ def test_units(variable, symbol):
 
 def test_lead_times():
     assert [lead_label(seconds) for seconds in (1800, 21600, 864000)] == ["+0.5 h", "+6 h", "+240 h"]
+
+
+def test_scores_with_a_name_are_a_table_and_curves():
+    events = [
+        {"event": "validation", "step": step, "split": split, "scores": [{"name": "loss", "value": value}]}
+        for step, split, value in ((10, "validation", 2.0), (20, "validation", None), (20, "test", 0.5))
+    ]
+    found = named_scores(events)
+    assert (found.split, found.step, found.rows) == ("test", 20, [("loss", "0.5")])
+    assert [card.title for card in found.charts] == ["loss"]
+    assert skill(events) is None and named_scores([]) is None

@@ -128,7 +128,7 @@ def _composed(task: TaskConfig, hardware: dict[str, int], *, allowed: tuple[str,
     check_target_names(settings, allowed=allowed)
     # All that can be refused without the data is refused before the seconds that they take.
     translate(composed, Facts(10**9, 10**9), precision=precision)
-    layer = translate(composed, facts.describe(settings, allowed=allowed), precision=precision)
+    layer = translate(composed, facts.describe(settings, config=str(task.config), allowed=allowed), precision=precision)
     layer.messages.append(f"left out, for it does not change the result: {', '.join(left_out)}")
     layer.settings = settings
     return layer

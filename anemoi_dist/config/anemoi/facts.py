@@ -22,13 +22,15 @@ class Facts:
     validation: int
 
 
-def describe(settings: Tree, *, allowed: Iterable[str] = ()) -> Facts:
+def describe(settings: Tree, *, config: str, allowed: Iterable[str] = ()) -> Facts:
     """Open the datasets of a composed configuration and count its samples. It takes about ten seconds.
 
     Parameters
     ----------
     settings : Tree
         ``task.settings``.
+    config : str
+        ``task.config``, for errors.
     allowed : Iterable[str]
         ``security.allowed_targets``.
 
@@ -50,5 +52,5 @@ def describe(settings: Tree, *, allowed: Iterable[str] = ()) -> Facts:
         said = "\n".join(done.stderr.splitlines()[-20:])
         raise PreflightError(f"{' '.join(command)} ended with code {done.returncode} and no answer:\n{said}") from None
     if error is not None:
-        raise ConfigError("task.config", "its data", f"cannot be read by anemoi-training: {error}")
+        raise ConfigError("task.config", config, f"is refused, or its data cannot be read: {error}")
     return Facts(training=samples["training"], validation=samples["validation"])

@@ -17,6 +17,7 @@ from anemoi_dist.config.parse import from_yaml, to_yaml
 from anemoi_dist.config.tree import find
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.launch.commands.sweep import expand
+from anemoi_dist.run.prepare import prepare_run
 
 composed_by_hydra = composition._composed_by_hydra
 CONFIGS = packaged_configs()
@@ -113,6 +114,8 @@ def test_a_directory_of_the_user(tmp_path):
         processor = composed.config.task.settings["model"]["processor"]["_target_"]
         assert processor.endswith(".GraphTransformerProcessor")
     assert by_directory.config.task.settings == by_file.config.task.settings
+    # The way to a configuration is not what is computed.
+    assert by_directory.config.run.id == by_file.config.run.id
 
 
 def test_a_run_goes_on_with_what_was_composed(tmp_path, monkeypatch):
@@ -132,6 +135,20 @@ def test_a_run_goes_on_with_what_was_composed(tmp_path, monkeypatch):
     monkeypatch.setattr(facts, "describe", lambda settings, **_: Facts(84, 16))
     other = build("launcher.ranks=2", *named, overrides=["model.num_channels=8"])
     assert other.config.task.settings["model"]["num_channels"] == 8
+
+
+def test_a_run_is_guarded_by_what_was_composed(tmp_path):
+    """Not by the way to it: a moved directory is the same run, another model is not."""
+    config = build(f"run.root={tmp_path}", "run.id=one").config
+    config.task.settings["data"]["note"] = "a ${not.a.key}"
+    run = prepare_run(config)
+    (run.checkpoints_dir / "step-00000001").mkdir(parents=True)
+    config.task.config = "/moved"
+    prepare_run(config)
+    assert {change.key for change in run.read_state().changes} == {"task.config"}
+    config.task.settings["model"]["num_channels"] = 8
+    with pytest.raises(ConfigError, match=r"allow_changed=\[task\]"):
+        prepare_run(config)
 
 
 def test_a_frozen_file_is_whole(tmp_path):

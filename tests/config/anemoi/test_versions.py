@@ -54,7 +54,7 @@ def test_facts(monkeypatch, capsys):
     asked = answered(
         monkeypatch, 'a library prints\n{"num_samples": {"training": 84, "validation": 16}, "error": null}\n'
     )
-    assert describe({"a": 1}, allowed=["mine"]) == Facts(84, 16)
+    assert describe({"a": 1}, config="c", allowed=["mine"]) == Facts(84, 16)
     ((command, settings),) = asked
     assert (command[1:], settings) == (["-m", "anemoi_dist.tasks.anemoi.inspect", "mine"], {"a": 1})
     assert "reading the data" in capsys.readouterr().err
@@ -63,11 +63,11 @@ def test_facts(monkeypatch, capsys):
 def test_an_error_about_the_data(monkeypatch):
     answered(monkeypatch, '{"num_samples": {}, "error": "FileNotFoundError: /data.zarr"}')
     with pytest.raises(ConfigError, match=r"/data\.zarr"):
-        describe({})
+        describe({}, config="c")
 
 
 @pytest.mark.parametrize("stdout", ["", "nonsense", "[]", "{}"])
 def test_no_answer(monkeypatch, stdout):
     answered(monkeypatch, stdout, code=1)
     with pytest.raises(PreflightError, match="last line"):
-        describe({})
+        describe({}, config="c")

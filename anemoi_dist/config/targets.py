@@ -84,14 +84,13 @@ def resolve_target(
     return target
 
 
-def nested_targets(node: Any, *, key: str) -> Iterator[tuple[str, Any]]:
+def nested_targets(node: Any, *, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield key and value of every ``_target_`` below ``node``: Hydra would call each of them unchecked."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             if name == "_target_":
                 yield f"{key}._target_", value
-            else:
-                yield from nested_targets(value, key=f"{key}.{name}")
+            yield from nested_targets(value, key=f"{key}.{name}" if key else str(name))
     elif isinstance(node, Sequence) and not isinstance(node, str):
         for index, value in enumerate(node):
             yield from nested_targets(value, key=f"{key}[{index}]")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from anemoi_dist.config.anemoi.layouts import ZERO_OPTIMIZER
-from anemoi_dist.config.targets import ALIASES, BUILT_IN_ALLOWED, resolve_target
-from anemoi_dist.config.tree import Tree, is_below
+from anemoi_dist.config.targets import ALIASES, BUILT_IN_ALLOWED, nested_targets, resolve_target
+from anemoi_dist.config.tree import Tree, find, is_below
 from anemoi_dist.errors import ConfigError
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -88,7 +88,7 @@ PLACES = {
     "model.model": Kind("anemoi.models.models.base.BaseGraphModel", ("anemoi.models.models.*",)),
     "model.model.transport.noise_embedder": Kind("torch.nn.Module", (f"{_LAYERS}.diffusion",)),
     "model.**.layer_kernels.*": _KERNEL,
-    "model.compile": Kind("torch.nn.Module", ("anemoi.models.*",)),
+    "model.compile": Kind("torch.nn.Module", (f"{_LAYERS}.*", "anemoi.models.models.*", "anemoi.training.losses.*")),
     # NoOpProcessor is not derived from BaseProcessor.
     "model.processor": Kind("torch.nn.Module", (f"{_LAYERS}.processor",)),
     "model.encoders.*.mapper": _MAPPER,
@@ -118,16 +118,12 @@ PLACES = {
 }
 
 
-def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield key and value of every entry below ``node`` that names a class, wherever it is."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            if name == "_target_" or (name == "module" and key.startswith("model.compile[")):
-                yield f"{key}.{name}", value
-            yield from targets(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from targets(value, f"{key}[{index}]")
+def targets(settings: Tree) -> Iterator[tuple[str, Any]]:
+    """Yield key and value of every entry that names a class to Hydra, by ``_target_`` or to be compiled."""
+    yield from nested_targets(settings)
+    for index, entry in enumerate(find(settings, "model.compile")[1] or ()):
+        if isinstance(entry, dict) and "module" in entry:
+            yield f"model.compile[{index}].module", entry["module"]
 
 
 def find_kind(key: str) -> Kind | None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from anemoi_dist.config.anemoi.facts import Facts
 from anemoi_dist.config.anemoi.layouts import translate_training
-from anemoi_dist.config.parse import schema_keys
 from anemoi_dist.config.tree import Tree, find, is_below
 from anemoi_dist.errors import ConfigError
 
@@ -55,8 +54,6 @@ class Layer:
     def put(self, source: str, **values: Any) -> None:
         """Set keys of ours, written with ``__`` for a dot, from one rule."""
         keys = {name.replace("__", "."): value for name, value in values.items()}
-        for key in [key for key in keys if key not in schema_keys()]:  # until these keys of the loop are there
-            self.messages.append(f"{source} is left out for now: {key}={keys.pop(key)}")
         self.values |= keys
         self.origins |= dict.fromkeys(keys, source)
         said = ", ".join(f"{key}={'null' if value is None else value}" for key, value in keys.items())
@@ -247,12 +244,14 @@ def _update(layer: Layer, source: _Source, precision: str | None) -> None:
         training__clip_grad_norm=value if algorithm == "norm" else None,
         training__clip_grad_value=value if algorithm == "value" else None,
     )
-    if averaging := source.get("training.weight_averaging"):
-        _weight_averaging(layer, dict(averaging))
+    _weight_averaging(layer, dict(source.get("training.weight_averaging") or {}))
 
 
 def _weight_averaging(layer: Layer, node: Tree) -> None:
     key = "training.weight_averaging"
+    if not node:
+        layer.put(key, training__weight_averaging__decay=None)
+        return
     if node.pop("_target_", None) not in _AVERAGING:
         rule = "is not done here; the exponential moving average is"
         raise ConfigError(key, node, rule, fix=f"task.overrides=[{key}._target_={_AVERAGING[0]}]", valid=_AVERAGING)

@@ -12,7 +12,8 @@ import yaml
 from support.anemoi_configs import packaged_configs
 
 from anemoi_dist.config.anemoi import places
-from anemoi_dist.config.anemoi.places import PLACES, Kind, check_target_bases, check_target_names, find_kind, targets
+from anemoi_dist.config.anemoi.places import PLACES, Kind, check_target_bases, check_target_names, find_kind
+from anemoi_dist.config.targets import nested_targets
 from anemoi_dist.config.tree import is_below, place
 from anemoi_dist.errors import ConfigError
 
@@ -67,7 +68,7 @@ def is_refused(pattern, name, check=check_target_names):
 
 def test_every_pattern_finds_its_own_kind():
     for pattern, kind in PLACES.items():
-        ((key, _),) = targets(settings_with(pattern, "x"))
+        ((key, _),) = nested_targets(settings_with(pattern, "x"))
         assert find_kind(key) is kind, key
 
 
@@ -135,6 +136,14 @@ def test_targets_in_lists_and_at_any_depth():
     with pytest.raises(ConfigError, match="nothing is built") as caught:
         check_target_names(settings)
     assert caught.value.key == "graph.edges[0].edge_builders[0].x[0].y._target_"
+
+
+def test_modules_to_compile():
+    """Hydra imports them, although they are no targets."""
+    check_target_names({"model": {"compile": [{"module": "anemoi.training.losses.CRPS"}]}})
+    with pytest.raises(ConfigError) as caught:
+        check_target_names({"model": {"compile": [{}, {"module": "os.system"}]}})
+    assert caught.value.key == "model.compile[1].module"
 
 
 def test_what_the_user_allows():

@@ -83,6 +83,16 @@ def values(facts=FACTS, precision=None, **changes):
         ({}, {"training.clip_grad_value": 32.0}),
         ({"training__gradient_clip": None}, {"training.clip_grad_norm": None}),
         ({}, {"training.clip_grad_norm": None}),
+        (
+            {
+                "training__weight_averaging": {
+                    "_target_": "pytorch_lightning.callbacks.EMAWeightAveraging",
+                    "decay": 0.9,
+                }
+            },
+            {"training.weight_averaging.decay": 0.9},
+        ),
+        ({"training__weight_averaging": None}, {"training.weight_averaging.decay": None}),
         # Validation.
         ({}, {"validation.interval_steps": 12, "validation.max_samples": None}),
         ({"diagnostics__check_val_every_n_epoch": 3}, {"validation.interval_steps": 36}),
@@ -220,6 +230,16 @@ def test_seed(monkeypatch):
             {"training__weight_averaging": {"_target_": "pytorch_lightning.callbacks.StochasticWeightAveraging"}},
             "training.weight_averaging",
             "EMAWeightAveraging",
+        ),
+        (
+            {
+                "training__weight_averaging": {
+                    "_target_": "pytorch_lightning.callbacks.EMAWeightAveraging",
+                    "update_starting_at_step": 100,
+                }
+            },
+            "training.weight_averaging.update_starting_at_step",
+            "not done here",
         ),
     ],
 )

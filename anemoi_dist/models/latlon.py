@@ -142,7 +142,7 @@ class LatLonCNN(nn.Module):
 def _global_grid(data: DataSpec) -> tuple[tuple[int, int], tuple[bool, bool]]:
     """Return (rows, columns) and which of the first and last rows lie on a pole."""
     shape = tuple(data.field_shape)
-    fix = "choose a model for this grid, such as model=anemoi_graph_transformer"
+    fix = "choose a model for this grid, or task=anemoi, whose graphs take any"
     if len(shape) != 2:
         raise ConfigError("model", "LatLonCNN", f"needs a latitude-longitude grid, not {shape}", fix=fix)
     latitudes = data.latitudes.reshape(shape)

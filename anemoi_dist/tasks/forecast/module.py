@@ -198,9 +198,9 @@ def build_model(node: Tree, spec: DataSpec, allowed: Iterable[str] = ()) -> nn.M
     """
     target = node["_target_"]
     build, arguments = split_node(node, key="model", allowed=allowed, base=nn.Module)
-    if not target.startswith("anemoi_dist."):  # our own models check their nested targets
-        for key, nested in nested_targets(arguments, key="model"):
-            resolve_target(nested, key=key, allowed=allowed)
+    # A model may let Hydra build what is nested: nothing that the user has not named belongs there.
+    for key, nested in nested_targets(arguments, key="model"):
+        resolve_target(nested, key=key, allowed=allowed, built_in=())
     takes_data = "data" in inspect.signature(build).parameters
     if takes_data and "data" in arguments:
         raise ConfigError("model.data", arguments["data"], "is filled in from the dataset", fix="remove it")

@@ -11,7 +11,7 @@ from anemoi_dist.checkpoint.store import Store
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import CheckpointError
 
-_MORE_IS_BETTER = {"rmse": False, "acc": True}
+_MORE_IS_BETTER = {"rmse": False, "acc": True, "loss": False}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from anemoi_dist.config.engines import ENGINES
 from anemoi_dist.config.identity import check_run_id
 from anemoi_dist.config.launcher_checks import check_launcher
 from anemoi_dist.config.optimizer_states import checked_state_dtype, is_ademamix
-from anemoi_dist.config.schema import GUARDED, Config, EngineConfig, MlflowConfig, TrainingConfig
+from anemoi_dist.config.schema import GUARDED, SAVE_METRICS, Config, EngineConfig, MlflowConfig, TrainingConfig
 from anemoi_dist.config.secrets import redact
 from anemoi_dist.config.tree import Tree, is_below
 from anemoi_dist.errors import ConfigError
@@ -138,6 +138,9 @@ def _check_checkpoint(config: Config) -> None:
             )
     if checkpoint.keep_best is None:
         return
+    if checkpoint.keep_best not in (valid := SAVE_METRICS[config.task.kind]):
+        rule = f"is no score of task={config.task.kind}"
+        raise ConfigError("checkpoint.keep_best", checkpoint.keep_best, rule, valid=valid)
     # A checkpoint without a score can never be the best, and the user would wonder which one is kept.
     interval, scored = checkpoint.interval_steps, config.validation.interval_steps
     if interval is not None and (scored is None or interval % scored):

@@ -13,8 +13,8 @@ from anemoi_dist.config.tree import Tree
 
 TASK_KINDS = ("forecast", "anemoi")
 LAUNCHER_KINDS = ("local", "slurm", "mpi")
-#: Scores by which the best checkpoint can be chosen.
-SAVE_METRICS = ("rmse", "acc")
+#: Scores of each task by which the best checkpoint can be chosen.
+SAVE_METRICS = {"forecast": ("rmse", "acc"), "anemoi": ("loss",)}
 #: What an existing run may only change when ``run.allow_changed`` names it, with the keys that each name stands for.
 GUARDED = {"model": "model", "data": "data", "seed": "run.seed", "task": "task"}
 
@@ -210,8 +210,9 @@ class CheckpointConfig:
     keep_last: int | None = bounded(3, minimum=1)
     #: Never delete the checkpoints whose step is a multiple of this.
     keep_every: int | None = bounded(None, minimum=1)
-    #: Keep the best checkpoint by ``rmse`` or ``acc`` on the validation split; null: none.
-    keep_best: str | None = one_of(None, valid=SAVE_METRICS)
+    #: Keep the best checkpoint by ``rmse`` or ``acc`` on the validation split, by ``loss`` with ``task=anemoi``; null:
+    #: none.
+    keep_best: str | None = None
     #: Write in a thread, from a copy in host memory, while training continues.
     asynchronous: bool = True
     #: If a checkpoint is due while another is being written: ``wait`` for that one, or ``skip`` the new one.

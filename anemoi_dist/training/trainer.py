@@ -154,6 +154,8 @@ class Trainer:
         return interval_steps is not None and step % interval_steps == 0 and step < self.config.training.max_steps
 
     def _validate(self, split: str) -> None:
+        # Noise in the model (an ensemble's) is the same at this step whatever has been drawn before.
+        seed_step(self.config.run.seed, step=self.progress.step, rank=self.world.rank)
         with self.recorder.phase("validation"), self.engine.averaged_weights():
             evaluation = self.task.evaluate(split, evaluate=self.engine.evaluate, world=self.world)
             self.recorder.validation(self.progress.step, split, evaluation)

@@ -194,6 +194,10 @@ def train_theirs(world: World, ours: Config) -> dict[str, Any]:
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
             losses.append(float(outputs["loss"]))
 
+        def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+            if batch_idx == 0:
+                seed_step(ours.run.seed, step=trainer.global_step, rank=world.rank)
+
         def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
             validated.append(trainer)
 
@@ -239,6 +243,7 @@ def train_ours(world: World, config: Config) -> dict[str, Any]:
     task = create_task(config)
     engine = create_engine(task.create_module(world_size=world.world_size), config=config, world=world)
     losses = [engine.train_step(batches).loss for _, batches in steps_of(task, config, world)]
+    seed_step(config.run.seed, step=config.training.max_steps, rank=world.rank)  # as the trainer does
     evaluation = task.evaluate("validation", evaluate=engine.evaluate, world=world)
     parameters = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     engine.close()

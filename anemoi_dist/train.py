@@ -83,7 +83,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[RunDirectory, Hold | None]:
     composed = compose(arguments.overrides, config_file=arguments.config, config_dir=arguments.config_dir)
     for message in composed.messages:
         print(message, flush=True)  # noqa: T201
-    plan_batches(composed.config.training, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    plan_batches(composed.config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     return claim_run(composed.config)
 
 

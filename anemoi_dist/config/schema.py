@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from anemoi_dist.config.engines import ENGINE_KINDS, EngineSpec, find_engine
+from anemoi_dist.config.groups import GroupSizes, group_sizes
 from anemoi_dist.config.tree import Tree
 
 TASK_KINDS = ("forecast", "anemoi")
@@ -154,6 +155,11 @@ class TaskConfig:
     translated: Tree = field(default_factory=dict)
     #: Optimizer steps of an epoch, which validation, checkpoints and the rollout curriculum count by. Filled in.
     steps_per_epoch: int | None = bounded(None, minimum=1)
+
+    @property
+    def groups(self) -> GroupSizes:
+        """Sizes of the groups of ranks that share a model or a sample."""
+        return group_sizes(self.settings)
 
 
 @dataclass

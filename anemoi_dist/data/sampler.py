@@ -53,7 +53,7 @@ class MicroBatchSampler:
     """The micro-batches of one rank, step after step, without end.
 
     Optimizer step ``s`` (from 0) takes global samples ``[s G, (s + 1) G)``; rank ``r`` has the ``r``-th share of
-    them, cut into micro-batches in order.
+    them, cut into micro-batches in order. Where ranks share their samples, each group has one share.
 
     Parameters
     ----------
@@ -86,6 +86,6 @@ class MicroBatchSampler:
     def samples(self, step: int, micro: int) -> list[int]:
         """Return the samples of micro-batch ``micro`` in optimizer step ``step``."""
         # Consecutive shares, so that a step has the same samples on any number of ranks and any micro-batch size.
-        size = self.plan.micro_size
-        first = step * self.plan.global_size + self.rank * self.plan.rank_size + micro * size
+        size, share = self.plan.micro_size, self.rank // self.plan.group_size
+        first = step * self.plan.global_size + share * self.plan.rank_size + micro * size
         return [self.order[index] for index in range(first, first + size)]

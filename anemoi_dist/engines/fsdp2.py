@@ -24,6 +24,9 @@ class Fsdp2Engine(ShardedEngine):
     # Muon needs whole matrices; Rprop writes by index, which DTensor cannot.
     refused_optimizers = (*ShardedEngine.refused_optimizers, "Muon", "Rprop")
 
+    def _install_gradient_factors(self) -> None:
+        """Do nothing yet: hooks of parameters are not run, and gradients are multiplied once they are reduced."""
+
     def _wrap(self) -> None:
         policy = MixedPrecisionPolicy()
         if self.config.training.precision == "bf16":
@@ -39,6 +42,7 @@ class Fsdp2Engine(ShardedEngine):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self.module, mesh=mesh, mp_policy=policy)
         self._create_optimizer()
+        self._factors = {self.module.get_parameter(name): f for name, f in self.module.gradient_factors.items()}
         self._squares: dict[nn.Parameter, torch.Tensor] = {}
         self._is_last = False
         self._under_way: dict[FSDPModule, Any] = {}
@@ -53,7 +57,7 @@ class Fsdp2Engine(ShardedEngine):
             ahead = {parameter for _, parameters in self._ahead for parameter in parameters}
             self._rest = [parameter for parameter in self._rest if parameter not in ahead]
             for parameter in self.module.parameters():
-                if parameter.requires_grad:
+                if parameter.requires_grad and parameter not in self._factors:
                     parameter.register_post_accumulate_grad_hook(self._square)
 
     def _forward(self, batch: Batch, **evaluation: Any) -> torch.Tensor:
@@ -75,6 +79,8 @@ class Fsdp2Engine(ShardedEngine):
 
     def _update(self) -> tuple[float, bool]:
         gradients = {p: local(p.grad) for p in self.module.parameters() if p.grad is not None}
+        for parameter in self._factors.keys() & gradients.keys():
+            gradients[parameter] *= self._factors[parameter]
         square = torch.zeros((), dtype=torch.float64, device=self.world.device)
         if gradients:
             square += sum_of_squares(gradients, self._squares)

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,6 +104,7 @@ class ShardedEngine(ABC):
         self._num_updates = 0
         #: The tensors that the optimizer steps -> average of their values, in fp32. Empty: none is kept.
         self._averages: dict[torch.Tensor, torch.Tensor] = {}
+        self._install_gradient_factors()
         self._wrap()
         self._set_element_ranges()
         self._create_states()
@@ -112,6 +114,11 @@ class ShardedEngine(ABC):
         set_num_updates(self._scheduler, 0)
 
     # Hooks that an engine fills in
+
+    def _install_gradient_factors(self) -> None:
+        """Let ``module.gradient_factors`` multiply gradients, before anything adds or squares them."""
+        for name, factor in self.module.gradient_factors.items():
+            self.module.get_parameter(name).register_hook(partial(torch.mul, other=factor))
 
     @abstractmethod
     def _wrap(self) -> None:

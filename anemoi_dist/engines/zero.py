@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from anemoi_dist.checkpoint.shard import TensorInfo
+from anemoi_dist.config.batch import plan_batches
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.engines.memory_estimate import REDUCE_BUCKET
 from anemoi_dist.engines.replicated import replicated_shards, step_replicated
@@ -65,12 +66,12 @@ class _ZeroEngine(ShardedEngine):
             self._engine.step()  # counts the micro-batch; the last one is stepped by _update
 
     def _base_config(self) -> Tree:
-        per_rank = self.config.training.global_batch_size // self.world.world_size
-        micro = self.config.training.micro_batch_size or per_rank
+        plan = plan_batches(self.config, world_size=self.world.world_size)
         return {
-            "train_batch_size": self.config.training.global_batch_size,
-            "train_micro_batch_size_per_gpu": micro,
-            "gradient_accumulation_steps": per_rank // micro,
+            # DeepSpeed counts every rank's samples, also where ranks share them.
+            "train_batch_size": plan.rank_size * plan.world_size,
+            "train_micro_batch_size_per_gpu": plan.micro_size,
+            "gradient_accumulation_steps": plan.accumulation,
             # Any element-wise optimizer works on a flat partition; without these DeepSpeed refuses all but its own.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

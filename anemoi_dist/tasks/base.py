@@ -48,7 +48,7 @@ class TaskModule(nn.Module, ABC):
     config : Config
         The whole configuration; ``training`` and ``security`` are used.
     world_size : int
-        Data-parallel ranks, for ``training.lr.scale_with: world_size``.
+        Data-parallel ranks (or groups of ranks that share a sample), for ``training.lr.scale_with: world_size``.
 
     Attributes
     ----------
@@ -56,6 +56,8 @@ class TaskModule(nn.Module, ABC):
         Type of the model's input. An engine that casts the model's weights sets this too.
     autocast_dtype : torch.dtype or None
         Type that the model computes in under autocast. For an engine that keeps float32 weights.
+    gradient_factors : dict[str, float]
+        Name of a parameter -> factor for its gradient, for those whose mean over the ranks is not their gradient.
     """
 
     def __init__(self, config: Config, *, world_size: int) -> None:
@@ -65,6 +67,7 @@ class TaskModule(nn.Module, ABC):
         # Set by the engine: bf16 weights need bf16 input, while statistics and loss stay in float32.
         self.compute_dtype = torch.float32
         self.autocast_dtype: torch.dtype | None = None
+        self.gradient_factors: dict[str, float] = {}
 
     @abstractmethod
     def forward(self, batch: Any, **evaluation: Any) -> Tensor:
@@ -153,7 +156,7 @@ class Task(Protocol):
         Parameters
         ----------
         world_size : int
-            Data-parallel ranks, for ``training.lr.scale_with``.
+            Data-parallel ranks (or groups of ranks that share a sample), for ``training.lr.scale_with``.
         """
 
     def begin_step(self, step: int) -> None:

@@ -51,7 +51,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
     selection = select(store, world=world, strict=config.checkpoint.strict)
     first_step = selection.checkpoint.manifest.step if selection.checkpoint else 0
     recorder = Recorder(run, config, is_main=world.is_main, first_step=first_step)
-    plan = plan_batches(config.training, world_size=world.world_size)
+    plan = plan_batches(config, world_size=world.world_size)
     code, trainer, loader = ExitCode.INTERNAL, None, None
     try:
         _report_passed_over(selection, recorder)
@@ -124,7 +124,7 @@ def _create_engine(task: Task, config: Config, world: World) -> Engine:
     torch.manual_seed(config.run.seed)  # the same initial parameters on every rank
     # Each of these may take long for a large model; the watchdog must not take them together for a hang.
     beat()
-    module = task.create_module(world_size=world.world_size)
+    module = task.create_module(world_size=world.world_size // config.task.groups.sample)
     beat()
     engine = create_engine(module, config=config, world=world)
     beat()
@@ -133,8 +133,9 @@ def _create_engine(task: Task, config: Config, world: World) -> Engine:
 
 
 def _resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    was, step = checkpoint.manifest.world_size, checkpoint.manifest.step
-    _note_scaled_rate(trainer.config, trainer.recorder, step=step, was=was, now=trainer.world.world_size)
+    step, shared_by = checkpoint.manifest.step, trainer.config.task.groups.sample
+    was, now = checkpoint.manifest.world_size // shared_by, trainer.world.world_size // shared_by
+    _note_scaled_rate(trainer.config, trainer.recorder, step=step, was=was, now=now)
     trainer.resume(checkpoint)
     checkpoint.close()
 
@@ -181,13 +182,14 @@ def _announce(
         **asdict(origin),
     )
     if world.is_main:
+        sharing = "ranks" if plan.group_size == 1 else f"groups of {plan.group_size} ranks"
         # Four show whether the states are sharded; thousands would fill the screen.
         states = "\n".join(f"  rank {rank}: {_states_text(report)}" for rank, report in enumerate(memory[:4]))
         trainer.recorder.message(
             f"run {run.run_id} in {run.path}\n"
             f"{'resumes at step ' + str(step) if resumed else 'starts'}: {origin.engine} on "
             f"{world.world_size} ranks ({_device_name(world.device)}), {trainer.engine.num_parameters()} parameters, "
-            f"{num_samples} samples, {plan.global_size} a step = {world.world_size} ranks x {plan.accumulation} x "
+            f"{num_samples} samples, {plan.global_size} a step = {plan.num_shares} {sharing} x {plan.accumulation} x "
             f"{plan.micro_size}\noptimizer states:\n{states}" + ("\n  ..." if len(memory) > 4 else "")
         )
 

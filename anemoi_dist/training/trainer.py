@@ -81,6 +81,7 @@ class Trainer:
         self.config, self.world, self.engine = config, world, engine
         self.task, self.saver, self.recorder, self.stop = task, saver, recorder, stop
         self.progress = Progress()
+        self._seed_rank = world.rank // config.task.groups.model
         saver.report = self._record_save
         self._clock = SaveClock(config.checkpoint.interval_minutes if world.is_main else None)
         self._saved_step: int | None = None
@@ -111,9 +112,10 @@ class Trainer:
             with self.recorder.phase("data"):
                 micro_batches = [batch.to(self.world.device) for batch in next(batches)]
             with self.recorder.phase("step"):
-                # Dropout depends on (seed, step, rank) alone, so a resumed run repeats an uninterrupted one.
+                # Dropout depends on (seed, step, rank) alone, so a resumed run repeats an uninterrupted one. Ranks that
+                # share a model draw the same, of which each takes its part.
                 self.task.begin_step(self.progress.step)
-                seed_step(self.config.run.seed, step=self.progress.step, rank=self.world.rank)
+                seed_step(self.config.run.seed, step=self.progress.step, rank=self._seed_rank)
                 report = self.engine.train_step(micro_batches)
             self.progress.step += 1
             self._record(report)

@@ -111,7 +111,7 @@ def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
         kind="local",
         nodes=1,
         ranks_per_node=ranks,
-        batches=plan_batches(config.training, world_size=ranks),
+        batches=plan_batches(config, world_size=ranks),
         environment={k: v for k, v in ranks_environment.items() if machine.environ.get(k) != v},
         rendezvous="127.0.0.1, on a port that is reserved when the ranks start",
         command=(machine.python, *torchrun_command(run, ranks)[1:]),

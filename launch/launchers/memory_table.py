@@ -63,7 +63,7 @@ def _settings(spec: EngineSpec, configured: EngineConfig) -> EngineConfig:
 def _batch_problem(config: Config, world_size: int) -> str:
     # The memory is of interest even so: a row with a remark is better than a refusal.
     try:
-        plan_batches(config.training, world_size=world_size)
+        plan_batches(config, world_size=world_size)
     except ConfigError as error:
         return f"{error.key}={error.value} {error.rule}"
     return ""

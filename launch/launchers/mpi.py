@@ -76,7 +76,7 @@ def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
             "mpirun knows the hosts from a file or from the job it runs in, and there is neither",
             fix="launcher.hostfile=FILE with one host a line, or start this inside a job of your queue",
         )
-    batches = plan_batches(config.training, world_size=launcher.nodes * ranks)
+    batches = plan_batches(config, world_size=launcher.nodes * ranks)
     mpirun = machine.mpirun or Mpirun(path="mpirun", family="openmpi")
     environment = {
         k: v for k, v in _environment(machine.environ, nodes=launcher.nodes).items() if machine.environ.get(k) != v

@@ -51,7 +51,7 @@ def plan(config: Config, run: RunDirectory, machine: Machine) -> Plan:
         kind="slurm",
         nodes=launcher.nodes,
         ranks_per_node=ranks,
-        batches=plan_batches(config.training, world_size=launcher.nodes * ranks),
+        batches=plan_batches(config, world_size=launcher.nodes * ranks),
         environment={},
         rendezvous="the job's first node, on a port that is bound there",
         command=SBATCH,

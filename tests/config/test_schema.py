@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from anemoi_dist.config.batch import BatchPlan, plan_batches
 from anemoi_dist.config.parse import from_container, from_yaml, nearest_keys, schema_keys, to_yaml
-from anemoi_dist.config.schema import Config, TrainingConfig
+from anemoi_dist.config.schema import Config, TaskConfig, TrainingConfig
 from anemoi_dist.errors import ConfigError
 
 MINIMAL = {
@@ -25,8 +25,9 @@ def minimal(**nodes):
     return {name: {**MINIMAL.get(name, {}), **nodes.get(name, {})} for name in {*MINIMAL, *nodes}}
 
 
-def training(total: int, micro: int | None = None) -> TrainingConfig:
-    return TrainingConfig(max_steps=1, global_batch_size=total, micro_batch_size=micro, optimizer={"_target_": "x"})
+def batch(total: int, micro: int | None = None, **task) -> Config:
+    training = TrainingConfig(max_steps=1, global_batch_size=total, micro_batch_size=micro, optimizer={"_target_": "x"})
+    return Config(training=training, task=TaskConfig(**task))
 
 
 @pytest.mark.parametrize(
@@ -55,17 +56,17 @@ def test_checkpoint_keys_are_checked(checkpoint, message):
 @given(total=st.integers(1, 4096), world=st.integers(1, 512))
 def test_every_plan_multiplies_to_the_global_batch(total, world):
     try:
-        plan = plan_batches(training(total), world_size=world)
+        plan = plan_batches(batch(total), world_size=world)
     except ConfigError as error:
         assert total % world
         suggested = [int(word.rstrip(",")) for word in error.fix.split(", or a number")[0].split() if word[0].isdigit()]
         assert suggested
         for size in suggested:
-            assert plan_batches(training(size), world_size=world).global_size == size
+            assert plan_batches(batch(size), world_size=world).global_size == size
             assert abs(size - total) < world
         ranks = [int(number) for number in error.fix.split(": ")[1].split(",")]
         for number in ranks:
-            assert plan_batches(training(total), world_size=number).global_size == total
+            assert plan_batches(batch(total), world_size=number).global_size == total
     else:
         assert plan.global_size == total == plan.world_size * plan.accumulation * plan.micro_size
         assert plan.rank_size * world == total
@@ -78,11 +79,11 @@ def test_a_micro_batch_divides_or_is_refused_with_those_that_do(total, world, mi
     if rest:
         return
     try:
-        plan = plan_batches(training(total, micro), world_size=world)
+        plan = plan_batches(batch(total, micro), world_size=world)
     except ConfigError as error:
         assert error.key == "training.micro_batch_size"
         for size in (int(number) for number in error.fix.removeprefix("use one of ").split(",")):
-            fitting = plan_batches(training(total, size), world_size=world)
+            fitting = plan_batches(batch(total, size), world_size=world)
             assert fitting == BatchPlan(total, size, share // size, world)
     else:
         assert plan == BatchPlan(total, micro, share // micro, world)

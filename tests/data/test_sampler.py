@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anemoi_dist.config.batch import BatchPlan, plan_batches
-from anemoi_dist.config.schema import TrainingConfig
+from anemoi_dist.config.schema import Config, TrainingConfig
 from anemoi_dist.data.sampler import GlobalSampleOrder, MicroBatchSampler
 
 SEEDS = st.integers(0, 2**63)
@@ -24,7 +24,7 @@ def plans(global_size: int) -> list[BatchPlan]:
                 training = TrainingConfig(
                     max_steps=1, global_batch_size=global_size, micro_batch_size=micro, optimizer={}
                 )
-                result.append(plan_batches(training, world_size=world_size))
+                result.append(plan_batches(Config(training=training), world_size=world_size))
     return result
 
 

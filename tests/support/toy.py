@@ -131,7 +131,7 @@ def make_batch(step: int, *, rollout: int = 1, size: int = GLOBAL_BATCH) -> Batc
 
 
 def micro_batches(config: Config, world: World, step: int) -> list[Batch]:
-    plan = plan_batches(config.training, world_size=world.world_size)
+    plan = plan_batches(config, world_size=world.world_size)
     whole = make_batch(step, rollout=config.training.rollout, size=config.training.global_batch_size)
     first = world.rank * plan.rank_size
     cuts = [first + i * plan.micro_size for i in range(plan.accumulation)]

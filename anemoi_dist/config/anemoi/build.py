@@ -16,6 +16,7 @@ from anemoi_dist.config.anemoi.layouts import newer_layout
 from anemoi_dist.config.anemoi.places import check_target_names
 from anemoi_dist.config.anemoi.translate import Layer, translate
 from anemoi_dist.config.anemoi.versions import check_versions
+from anemoi_dist.config.groups import group_sizes
 from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.config.schema import TaskConfig
 from anemoi_dist.config.tree import Tree, find, is_below, leaves, place, remove
@@ -168,7 +169,7 @@ def _fit_micro_batch(values: Tree, settings: Tree, hardware: dict[str, int]) -> 
     theirs = settings["system"]["hardware"]
     ranks = {name: hardware.get(name, theirs.get(name) or 1) for name in HARDWARE}
     num_ranks = ranks["num_nodes"] * ranks["num_gpus_per_node"]
-    share, rest = divmod(values["training.global_batch_size"], num_ranks)
+    share, rest = divmod(values["training.global_batch_size"], num_ranks // group_sizes(settings).sample or 1)
     if rest or share % (values["training.micro_batch_size"] or 1):
         values["training.micro_batch_size"] = None
 

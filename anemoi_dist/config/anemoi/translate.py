@@ -9,6 +9,7 @@ from typing import Any
 
 from anemoi_dist.config.anemoi.facts import Facts
 from anemoi_dist.config.anemoi.layouts import translate_training
+from anemoi_dist.config.groups import check_ranks
 from anemoi_dist.config.tree import Tree, find, is_below
 from anemoi_dist.errors import ConfigError
 
@@ -68,15 +69,12 @@ class Ranks:
     ----------
     nodes, per_node : int
         Their product is the number of ranks.
-    per_model : int
-        Ranks that share a model.
     per_sample : int
         Ranks that share a sample: those of a model, or of an ensemble.
     """
 
     nodes: int
     per_node: int
-    per_model: int
     per_sample: int
 
     @property
@@ -105,18 +103,7 @@ class _Source:
     def ranks(self) -> Ranks:
         hardware = "system.hardware"
         nodes, per_node = self.count(f"{hardware}.num_nodes", 1), self.count(f"{hardware}.num_gpus_per_node", 1)
-        per_model = self.count(f"{hardware}.num_gpus_per_model", 1)
-        key, per_sample = f"{hardware}.num_gpus_per_model", per_model
-        if self.is_ensemble:
-            key, per_sample = f"{hardware}.num_gpus_per_ensemble", self.count(f"{hardware}.num_gpus_per_ensemble", 1)
-        if (nodes * per_node) % per_sample or per_sample % per_model:
-            rule = f"must divide the {nodes * per_node} ranks, and be a multiple of num_gpus_per_model={per_model}"
-            raise ConfigError(key, per_sample, rule, fix=f"task.overrides=[{key}=1]")
-        return Ranks(nodes, per_node, per_model, per_sample)
-
-    @property
-    def is_ensemble(self) -> bool:
-        return str(self.get("training.method._target_")).endswith(".EnsembleTraining")
+        return Ranks(nodes, per_node, check_ranks(self._settings, nodes * per_node).sample)
 
     def batches(self, split: str, available: int) -> int:
         """Return how many of the available batches of one epoch are taken."""
@@ -194,10 +181,9 @@ def _optimization(layer: Layer, source: _Source, ranks: Ranks) -> None:
     if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
         raise ConfigError(f"{key}.lr", rate, "must be a number", fix=f"task.overrides=[{key}.lr=1e-4]")
     # In their order of multiplication, so that the last bit is the same.
-    share = ranks.per_sample if source.is_ensemble else ranks.per_model
-    effective = ranks.nodes * ranks.per_node * rate / share
+    effective = ranks.nodes * ranks.per_node * rate / ranks.per_sample
     layer.put(
-        f"{key}.lr x {ranks.nodes * ranks.per_node // share}",
+        f"{key}.lr x {ranks.parallel}",
         training__lr__rate=effective,
         # The rest is the scheduler's; with other ranks the rate stays.
         training__lr__iterations=None,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anemoi_dist.config.schema import Config
+from anemoi_dist.tasks.anemoi.groups import undivided_parameters
 from anemoi_dist.tasks.anemoi.samples import AnemoiBatch
 from anemoi_dist.tasks.base import TaskModule
 
@@ -23,7 +25,7 @@ class AnemoiModule(TaskModule):
     config : Config
         The run's configuration.
     world_size : int
-        Data-parallel ranks.
+        Data-parallel ranks, or groups of ranks that share a sample.
 
     Attributes
     ----------
@@ -35,6 +37,12 @@ class AnemoiModule(TaskModule):
         super().__init__(config, world_size=world_size)
         self.method = method
         self.score_names: list[str] = []
+        #: Ranks that share the model.
+        self._shared_by = config.task.groups.model
+        if self._shared_by > 1:
+            # Engines take the mean over all ranks, where the parts of a group's gradient have to be added: the loss is
+            # multiplied, and what must not be is divided again.
+            self.gradient_factors = dict.fromkeys(undivided_parameters(self), 1 / self._shared_by)
 
     def forward(self, batch: AnemoiBatch, *, validation: bool = False) -> Tensor:  # type: ignore[override]
         """Return the loss of a batch; with ``validation``, the loss and all metrics.
@@ -59,6 +67,8 @@ class AnemoiModule(TaskModule):
             output = self.method._step(fields, validation_mode=validation)
         loss = output.loss.reshape(()).float()
         if not validation:
+            if self._shared_by > 1:
+                loss.register_hook(partial(torch.mul, other=self._shared_by))
             return loss
         self.score_names = ["loss", *output.metrics]
         return torch.stack([loss, *(value.reshape(()).float() for value in output.metrics.values())])

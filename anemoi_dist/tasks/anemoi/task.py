@@ -16,6 +16,7 @@ from anemoi_dist.data.fields import evenly_spaced
 from anemoi_dist.distributed.world import World
 from anemoi_dist.tasks.anemoi.build import create_builder
 from anemoi_dist.tasks.anemoi.curriculum import Curriculum
+from anemoi_dist.tasks.anemoi.groups import divide_reading, join_groups
 from anemoi_dist.tasks.anemoi.module import AnemoiModule
 from anemoi_dist.tasks.anemoi.samples import AnemoiBatch, AnemoiSamples, collate
 from anemoi_dist.tasks.base import Evaluate, Evaluation
@@ -50,6 +51,7 @@ class AnemoiTask:
         """Return the samples of a split, read by a curriculum of their own that starts where training stands."""
         attribute, mode = _SPLITS[split]
         dataset = getattr(self._builder.datamodule, attribute)
+        divide_reading(dataset, self._config.task.groups)
         return AnemoiSamples(dataset, curriculum=self._curriculum.copy(), mode=mode)
 
     def collate(self, samples: Sequence[AnemoiBatch]) -> AnemoiBatch:
@@ -62,10 +64,16 @@ class AnemoiTask:
 
     def create_module(self, *, world_size: int) -> AnemoiModule:
         """Let anemoi-training build model, processors, losses and scalers."""
+<<<<<<< HEAD
         from anemoi.training.utils.compile import prepare_compilation
 
         settings: Any = self._builder.config
         method = prepare_compilation(self._builder.model, settings.model, settings.training)
+=======
+        method, groups = self._builder.model, self._config.task.groups
+        if groups.sample > 1 and dist.is_initialized():  # else only the sizes of its parameters are asked for
+            join_groups(method, groups)
+>>>>>>> 1df5bef (feat(tasks): ranks that share a model or a sample of anemoi-training)
         self._module = AnemoiModule(method, self._config, world_size=world_size)
         return self._module
 
@@ -77,18 +85,21 @@ class AnemoiTask:
         """Return the means of loss and metrics over the samples of a split. Collective."""
         if split in self._unscored:
             return Evaluation(table=f"not scored: {self._unscored[split]}")
-        samples = self.samples(split)
+        samples, groups = self.samples(split), self._config.task.groups
         size = int(self._config.task.settings["dataloader"]["batch_size"][_SPLITS[split][1]])
+        size = size if groups.model == 1 else 1  # a shared model takes one sample at a time
         scored = evenly_spaced(len(samples), at_most=self._config.validation.max_samples)
+        num_shares = world.world_size // groups.sample
         sums = torch.zeros(())
-        for batch in range(-(-len(scored) // (size * world.world_size))):
+        for batch in range(-(-len(scored) // (size * num_shares))):
             beat()  # the watchdog must see progress between calls
-            mine = scored[world.rank :: world.world_size][batch * size :][:size]
+            mine = scored[world.rank // groups.sample :: num_shares][batch * size :][:size]
             # The forward pass is collective: a rank without samples left repeats one, which does not count.
             read = [samples.read(int(index), step=0) for index in (mine if len(mine) else scored[:1])]
             values = evaluate(collate(read).to(world.device), validation=True)
             sums = sums + values.detach().double().cpu() * len(mine)
         dist.all_reduce(sums, group=world.control_group)
+        sums /= groups.sample  # every rank of a group has scored the group's samples
         assert self._module is not None, "a module has been evaluated"
         means = dict(zip(self._module.score_names, (sums / len(scored)).tolist(), strict=True))
         return Evaluation(

@@ -100,7 +100,7 @@ class ForecastTask:
 
     def _validator(self, split: str, world: World) -> Validator:
         if split not in self._validators:
-            plan = plan_batches(self._config.training, world_size=world.world_size)
+            plan = plan_batches(self._config, world_size=world.world_size)
             self._validators[split] = Validator(
                 self._scored[split],
                 baselines=self._baselines(world),

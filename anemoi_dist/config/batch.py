@@ -30,6 +30,12 @@ class BatchPlan:
         """Parts that the global batch is divided into: one for each group, or for each rank alone."""
         return self.world_size // self.group_size
 
+    def shares_text(self) -> str:
+        """Return number and kind of those parts, for a reader."""
+        if self.group_size > 1:
+            return f"{self.num_shares} {'group' if self.num_shares == 1 else 'groups'} of {self.group_size} ranks"
+        return f"{self.num_shares} {'rank' if self.num_shares == 1 else 'ranks'}"
+
     @property
     def rank_size(self) -> int:
         """Samples that one rank sees in one optimizer step."""

@@ -50,9 +50,13 @@ def group_sizes(settings: Tree) -> GroupSizes:
             raise _refused("training.ensemble_size_per_device", members, rule, 1)
     if model % reader:
         raise _refused("dataloader.read_group_size", reader, f"must divide num_gpus_per_model={model}", model)
-    if find(settings, "model.keep_batch_sharded")[1] and reader != model:
-        rule = f"must be num_gpus_per_model={model} with model.keep_batch_sharded=true"
-        raise _refused("dataloader.read_group_size", reader, rule, model)
+    if find(settings, "model.keep_batch_sharded")[1]:
+        if reader != model:
+            rule = f"must be num_gpus_per_model={model} with model.keep_batch_sharded=true"
+            raise _refused("dataloader.read_group_size", reader, rule, model)
+    elif model > 1 and _decodes_encoded_data(settings):
+        rule = f"does not work where {model} ranks share a model: anemoi-models divides a decoder's encoded_data twice"
+        raise _refused("model.keep_batch_sharded", False, rule, "true")
     return GroupSizes(reader, model, sample)
 
 
@@ -76,6 +80,12 @@ def is_ensemble(settings: Tree) -> bool:
     return str(find(settings, "training.method._target_")[1]).endswith(".EnsembleTraining")
 
 
+def _decodes_encoded_data(settings: Tree) -> bool:
+    decoders = find(settings, "model.decoders")[1]
+    nodes = decoders.values() if isinstance(decoders, dict) else ()
+    return any("encoded_data" in (node.get("target_node_features") or ()) for node in nodes if isinstance(node, dict))
+
+
 def _size(settings: Tree, key: str) -> int:
     value = find(settings, key)[1]
     value = 1 if value is None else value
@@ -84,5 +94,5 @@ def _size(settings: Tree, key: str) -> int:
     return value
 
 
-def _refused(key: str, value: object, rule: str, better: int) -> ConfigError:
+def _refused(key: str, value: object, rule: str, better: object) -> ConfigError:
     return ConfigError(key, value, rule, fix=f"task.overrides=[{key}={better}]")

@@ -41,6 +41,13 @@ HARMLESS = (
     "task.name",
     "task.overrides",
     "task.translated",
+    # Ranks, and how they share a model: checkpoints do not depend on them.
+    "task.settings.system.hardware.num_nodes",
+    "task.settings.system.hardware.num_gpus_per_node",
+    "task.settings.system.hardware.num_gpus_per_model",
+    "task.settings.dataloader.read_group_size",
+    "task.settings.model.keep_batch_sharded",
+    "task.settings.training.strategy",
 )
 
 

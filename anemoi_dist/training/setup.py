@@ -182,14 +182,13 @@ def _announce(
         **asdict(origin),
     )
     if world.is_main:
-        sharing = "ranks" if plan.group_size == 1 else f"groups of {plan.group_size} ranks"
         # Four show whether the states are sharded; thousands would fill the screen.
         states = "\n".join(f"  rank {rank}: {_states_text(report)}" for rank, report in enumerate(memory[:4]))
         trainer.recorder.message(
             f"run {run.run_id} in {run.path}\n"
             f"{'resumes at step ' + str(step) if resumed else 'starts'}: {origin.engine} on "
             f"{world.world_size} ranks ({_device_name(world.device)}), {trainer.engine.num_parameters()} parameters, "
-            f"{num_samples} samples, {plan.global_size} a step = {plan.num_shares} {sharing} x {plan.accumulation} x "
+            f"{num_samples} samples, {plan.global_size} a step = {plan.shares_text()} x {plan.accumulation} x "
             f"{plan.micro_size}\noptimizer states:\n{states}" + ("\n  ..." if len(memory) > 4 else "")
         )
 

@@ -223,7 +223,7 @@ def _plan_lines(config: Config, run: RunDirectory, planned: Plan, sizes: Sizes) 
     yield f"run         {run.run_id} in {run.path}"
     yield f"launcher    {planned.kind}: {_count(planned.nodes, 'node')} x {_count(planned.ranks_per_node, 'rank')}"
     yield (
-        f"batch       {_count(batches.global_size, 'sample')} a step = {_count(batches.world_size, 'rank')} x "
+        f"batch       {_count(batches.global_size, 'sample')} a step = {batches.shares_text()} x "
         f"{_count(batches.accumulation, 'micro-batch', 'micro-batches')} x {batches.micro_size}"
     )
     overlap = ", overlap" if config.engine.overlap else ""

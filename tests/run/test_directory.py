@@ -194,6 +194,18 @@ def test_what_would_break_a_run_is_refused_unless_named(override, name):
     assert from_yaml(run.config_file.read_text()) == composed.config
 
 
+def test_ranks_may_share_a_model_in_another_way_than_before():
+    config = compose(["run.id=r"]).config
+    config.task.settings = {"system": {"hardware": {"num_gpus_per_model": 2, "num_gpus_per_ensemble": 4}}}
+    run = prepare_run(config)
+    (run.checkpoints_dir / "step-00000001").mkdir()
+    config.task.settings["system"]["hardware"]["num_gpus_per_model"] = 1
+    assert from_yaml(prepare_run(config).config_file.read_text()) == config
+    config.task.settings["system"]["hardware"]["num_gpus_per_ensemble"] = 2  # has another number of members
+    with pytest.raises(ConfigError, match=r"run.allow_changed=\[task\]"):
+        prepare_run(config)
+
+
 def test_a_run_that_has_done_nothing_takes_another_model_data_and_seed():
     _, run = prepare("run.seed=1")
     log = EventLog(run.events_file)

@@ -182,14 +182,16 @@ def train_theirs(world: World, ours: Config) -> dict[str, Any]:
     class Scored(Told):
         def __iter__(self):
             # Before the end of the epoch counts: theirs validates first.
-            mine, size = range(len(scored))[world.rank :: world.world_size], 2
+            shared_by, size = ours.task.groups.sample, 2 if ours.task.groups.model == 1 else 1
+            mine = range(len(scored))[world.rank // shared_by :: world.world_size // shared_by]
             for first in range(0, len(mine), size):
                 step = (self.module.epoch + 1) * per_epoch - 1
                 yield task.collate([scored.read(i, step=step) for i in mine[first : first + size]]).fields
 
     class Watch(pl.Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            seed_step(ours.run.seed, step=trainer.global_step, rank=world.rank)  # the same noise
+            rank = world.rank // ours.task.groups.model
+            seed_step(ours.run.seed, step=trainer.global_step, rank=rank)  # the same noise
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
             losses.append(float(outputs["loss"]))
@@ -221,7 +223,7 @@ def order_of(task: Task, config: Config, world: World) -> tuple[Samples, MicroBa
     """Return the samples of training, and this rank's sampler."""
     samples = task.samples("train")
     order = GlobalSampleOrder(len(samples), seed=config.run.seed)
-    plan = plan_batches(config.training, world_size=world.world_size)
+    plan = plan_batches(config, world_size=world.world_size)
     return samples, MicroBatchSampler(order, plan=plan, rank=world.rank)
 
 
@@ -234,14 +236,15 @@ def steps_of(task: Task, config: Config, world: World, *, start: int = 0) -> Ite
     samples, sampler = order_of(task, config, world)
     for step in range(start, config.training.max_steps):
         task.begin_step(step)
-        seed_step(config.run.seed, step=step, rank=world.rank)
+        seed_step(config.run.seed, step=step, rank=world.rank // config.task.groups.model)
         yield step, [read(task, samples, sampler, step, micro) for micro in range(sampler.plan.accumulation)]
 
 
 def train_ours(world: World, config: Config) -> dict[str, Any]:
     """Train ``config`` by this package's engine and return the same as :func:`train_theirs`."""
     task = create_task(config)
-    engine = create_engine(task.create_module(world_size=world.world_size), config=config, world=world)
+    module = task.create_module(world_size=world.world_size // config.task.groups.sample)
+    engine = create_engine(module, config=config, world=world)
     losses = [engine.train_step(batches).loss for _, batches in steps_of(task, config, world)]
     seed_step(config.run.seed, step=config.training.max_steps, rank=world.rank)  # as the trainer does
     evaluation = task.evaluate("validation", evaluate=engine.evaluate, world=world)

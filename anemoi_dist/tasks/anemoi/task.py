@@ -64,16 +64,13 @@ class AnemoiTask:
 
     def create_module(self, *, world_size: int) -> AnemoiModule:
         """Let anemoi-training build model, processors, losses and scalers."""
-<<<<<<< HEAD
         from anemoi.training.utils.compile import prepare_compilation
 
         settings: Any = self._builder.config
         method = prepare_compilation(self._builder.model, settings.model, settings.training)
-=======
-        method, groups = self._builder.model, self._config.task.groups
+        groups = self._config.task.groups
         if groups.sample > 1 and dist.is_initialized():  # else only the sizes of its parameters are asked for
             join_groups(method, groups)
->>>>>>> 1df5bef (feat(tasks): ranks that share a model or a sample of anemoi-training)
         self._module = AnemoiModule(method, self._config, world_size=world_size)
         return self._module
 

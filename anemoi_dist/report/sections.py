@@ -229,7 +229,7 @@ def named_scores(events: Sequence[Event]) -> NamedScores | None:
         return None
     last = scored[-1]
     history = [event for event in scored if event["split"] == "validation"]
-    charts = []
+    charts: list[Card] = []
     for name in [score["name"] for score in last["scores"]][:MAX_CHARTED_VARIABLES]:
         points = {e["step"]: s["value"] for e in history for s in e["scores"] if s["name"] == name}
         x, y = list(points), [math.nan if value is None else float(value) for value in points.values()]

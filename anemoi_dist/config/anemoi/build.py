@@ -28,7 +28,6 @@ _INEFFECTIVE = {
     "model": "task.overrides=[model...]",
     "training.rollout": "task.overrides=[task.rollout.start=N,task.rollout.maximum=N]",
     "validation.lead_steps": "task.overrides=[task.validation_rollout=N]",
-    "checkpoint.keep_best": "checkpoint.keep_last=N, checkpoint.keep_every=N",
     "task.settings": "task.overrides=[...]",
     "task.translated": "the keys themselves",
     "task.steps_per_epoch": "task.overrides=[dataloader.limit_batches.training=N]",

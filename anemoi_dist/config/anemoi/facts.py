@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import yaml
+
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import ConfigError, PreflightError, print_message
 
@@ -43,7 +45,7 @@ def describe(settings: Tree, *, config: str, allowed: Iterable[str] = ()) -> Fac
     """
     print_message("note: reading the data of the anemoi configuration")
     command = [sys.executable, "-m", _MODULE, *allowed]
-    done = subprocess.run(command, input=json.dumps(settings), capture_output=True, text=True)
+    done = subprocess.run(command, input=yaml.safe_dump(settings), capture_output=True, text=True)
     try:
         # Libraries print, too: the answer is the last line.
         answer = json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,7 @@
 """Facts about the data of an anemoi-training configuration, for the control side, which imports no torch.
 
-``python -m anemoi_dist.tasks.anemoi.inspect`` reads ``task.settings`` as JSON from standard input and prints one line:
+``python -m anemoi_dist.tasks.anemoi.inspect ALLOWED...`` reads ``task.settings`` as YAML from standard input, takes
+``security.allowed_targets`` as its arguments, and prints one line of JSON:
 ``{"num_samples": {"training": n, "validation": m}, "error": null}``.
 """
 
@@ -10,7 +11,9 @@ import json
 import sys
 from contextlib import redirect_stdout
 
-from anemoi_dist.config.schema import Config, RunConfig, TaskConfig
+import yaml
+
+from anemoi_dist.config.schema import Config, RunConfig, SecurityConfig, TaskConfig
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import AnemoiDistError
 from anemoi_dist.tasks.anemoi.build import create_builder
@@ -20,10 +23,10 @@ from anemoi_dist.tasks.anemoi.samples import AnemoiSamples
 
 def main() -> None:
     """Read the settings, open the data and print what they hold, or what is wrong."""
-    settings = json.load(sys.stdin)
+    settings = yaml.safe_load(sys.stdin)  # not JSON: an imputer's keys are numbers
     with redirect_stdout(sys.stderr):  # the answer alone goes to standard output
         try:
-            answer: Tree = {"num_samples": _count(settings), "error": None}
+            answer: Tree = {"num_samples": _count(settings, allowed=sys.argv[1:]), "error": None}
         except AnemoiDistError as error:
             answer = {"num_samples": {}, "error": str(error)}
         except Exception as error:
@@ -32,8 +35,11 @@ def main() -> None:
     print(json.dumps(answer), flush=True)  # noqa: T201
 
 
-def _count(settings: Tree) -> dict[str, int]:
-    builder = create_builder(Config(run=RunConfig(id="inspect", seed=1), task=TaskConfig(settings=settings)))
+def _count(settings: Tree, *, allowed: list[str]) -> dict[str, int]:
+    security = SecurityConfig(allowed_targets=allowed)
+    builder = create_builder(
+        Config(run=RunConfig(id="inspect", seed=1), task=TaskConfig(settings=settings), security=security)
+    )
     curriculum = Curriculum(builder.task, steps_per_epoch=1)
     counts = {"training": len(AnemoiSamples(builder.datamodule.ds_train, curriculum=curriculum, mode="training"))}
     try:

@@ -180,7 +180,6 @@ def test_what_stays_literal(tmp_path):
         (["+model.width=3"], "model.width", "task.overrides"),
         (["training.rollout=2"], "training.rollout", "task.rollout"),
         (["validation.lead_steps=[1]"], "validation.lead_steps", "validation_rollout"),
-        (["checkpoint.keep_best=rmse"], "checkpoint.keep_best", "keep_last"),
         (["task.steps_per_epoch=3"], "task.steps_per_epoch", "limit_batches"),
     ],
 )

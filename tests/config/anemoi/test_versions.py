@@ -1,10 +1,10 @@
 """The oldest supported versions of Anemoi, and the process that reads the data."""
 
-import json
 import subprocess
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+import yaml
 
 from anemoi_dist.config.anemoi import facts, versions
 from anemoi_dist.config.anemoi.facts import Facts, describe
@@ -43,7 +43,7 @@ def answered(monkeypatch, stdout, *, code=0):
     asked = []
 
     def run(command, **options):
-        asked.append((command, json.loads(options["input"])))
+        asked.append((command, yaml.safe_load(options["input"])))
         return subprocess.CompletedProcess(command, code, stdout, "first\nlast line")
 
     monkeypatch.setattr(facts.subprocess, "run", run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -156,8 +156,11 @@ def compose_small(name: str, *overrides: str, root: Path, ranks: int = 1, ours: 
         return compose(["task=anemoi", *asked, f"launcher.ranks={ranks}", "run.seed=1234", *ours]).config
 
 
-def train_theirs(world: World, ours: Config) -> dict[str, Any]:
-    """Train ``ours`` by anemoi-training's own Trainer on the same batches; return what it computed."""
+def train_theirs(world: World, ours: Config, after_batch: Callable[[float], None] | None = None) -> dict[str, Any]:
+    """Train ``ours`` by anemoi-training's own Trainer on the same batches; return what it computed.
+
+    ``after_batch`` is called with the loss of each batch when the Trainer is done with it.
+    """
     import pytorch_lightning as pl
 
     trainer_class = import_anemoi_training().AnemoiTrainer
@@ -195,6 +198,8 @@ def train_theirs(world: World, ours: Config) -> dict[str, Any]:
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
             losses.append(float(outputs["loss"]))
+            if after_batch is not None:
+                after_batch(losses[-1])
 
         def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
             if batch_idx == 0:

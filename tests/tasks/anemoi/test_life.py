@@ -71,12 +71,12 @@ def assert_equal(actual: dict[Any, torch.Tensor], expected: dict[Any, torch.Tens
     ("engine", "precision"),
     [
         ("zero2", "fp32"),
-        *(
-            pytest.param(engine, precision, marks=pytest.mark.slow)
-            for engine in ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
-            for precision in ("fp32", "bf16")
-            if (engine, precision) != ("zero2", "fp32")
-        ),
+        pytest.param("ddp", "bf16", marks=pytest.mark.slow),
+        pytest.param("zero1", "fp32", marks=pytest.mark.slow),
+        pytest.param("zero2", "bf16", marks=pytest.mark.slow),
+        pytest.param("zero3", "bf16", marks=pytest.mark.slow),
+        pytest.param("zero3_offload", "fp32", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "bf16", marks=pytest.mark.slow),
     ],
 )
 def test_goes_on_exactly_over_the_growth_of_the_rollout(ranks, tmp_path: Path, engine: str, precision: str) -> None:

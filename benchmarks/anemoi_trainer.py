@@ -135,8 +135,8 @@ def main() -> None:
         )
     table = "\n".join(lines)
     print(table)
-    text = f"Two gloo ranks, {arguments.channels} channels, {arguments.steps} steps of each, {machine()['cpu']}.\n\n{table}\n"
-    arguments.output.with_suffix(".md").write_text(text)
+    about = f"Two gloo ranks, {arguments.channels} channels, {arguments.steps} steps of each, {machine()['cpu']}."
+    arguments.output.with_suffix(".md").write_text(f"{about}\n\n{table}\n")
     arguments.output.with_suffix(".json").write_text(json.dumps(measured) + "\n")
 
 

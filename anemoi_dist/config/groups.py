@@ -54,8 +54,8 @@ def group_sizes(settings: Tree) -> GroupSizes:
         if reader != model:
             rule = f"must be num_gpus_per_model={model} with model.keep_batch_sharded=true"
             raise _refused("dataloader.read_group_size", reader, rule, model)
-    elif model > 1 and _decodes_encoded_data(settings):
-        rule = f"does not work where {model} ranks share a model: anemoi-models divides a decoder's encoded_data twice"
+    elif model > 1 and _divides_encoded_data_twice(settings):
+        rule = f"does not work where {model} ranks share a model: GNNForwardMapper leaves encoded_data divided"
         raise _refused("model.keep_batch_sharded", False, rule, "true")
     return GroupSizes(reader, model, sample)
 
@@ -80,10 +80,12 @@ def is_ensemble(settings: Tree) -> bool:
     return str(find(settings, "training.method._target_")[1]).endswith(".EnsembleTraining")
 
 
-def _decodes_encoded_data(settings: Tree) -> bool:
-    decoders = find(settings, "model.decoders")[1]
-    nodes = decoders.values() if isinstance(decoders, dict) else ()
-    return any("encoded_data" in (node.get("target_node_features") or ()) for node in nodes if isinstance(node, dict))
+def _divides_encoded_data_twice(settings: Tree) -> bool:
+    """Whether a decoder divides once more what an encoder has left divided; so anemoi-models 0.19 fails."""
+    encoders, decoders = (find(settings, f"model.{part}")[1] or {} for part in ("encoders", "decoders"))
+    mappers = [str(find(node, "mapper._target_")[1]) for node in encoders.values()]
+    features = [find(node, "target_node_features")[1] or () for node in decoders.values()]
+    return any(name.endswith(".GNNForwardMapper") for name in mappers) and any("encoded_data" in f for f in features)
 
 
 def _size(settings: Tree, key: str) -> int:

@@ -16,18 +16,17 @@ MODEL, ENSEMBLE, READER = (
     "system.hardware.num_gpus_per_ensemble",
     "dataloader.read_group_size",
 )
-KEPT, FEATURES = "model.keep_batch_sharded", "model.decoders.0.target_node_features"
+KEPT = "model.keep_batch_sharded"
+ENCODER, FEATURES = "model.encoders.0.mapper._target_", "model.decoders.0.target_node_features"
+GNN, GRAPH_TRANSFORMER = (f"anemoi.models.layers.mapper.{name}ForwardMapper" for name in ("GNN", "GraphTransformer"))
 MEMBERS = "training.ensemble_size_per_device"
 CRPS = {"training.method._target_": "anemoi.training.train.methods.EnsembleTraining"}
 
 
 def settings(values: Tree) -> Tree:
-    tree: Tree = {"model": {"decoders": {"0": {}}}}
+    tree: Tree = {}
     for key, value in values.items():
-        if key == FEATURES:
-            tree["model"]["decoders"]["0"]["target_node_features"] = value
-        else:
-            place(tree, key, value)
+        place(tree, key, value)
     return tree
 
 
@@ -41,8 +40,9 @@ def config(total: int, micro: int | None, values: Tree) -> Config:
     [
         ({}, (1, 1, 1)),
         ({MODEL: 4, READER: 2}, (2, 4, 4)),
-        ({MODEL: 2, READER: 2, KEPT: True, FEATURES: ["encoded_data"]}, (2, 2, 2)),
-        ({MODEL: 2, KEPT: False, FEATURES: ["forcings"]}, (1, 2, 2)),
+        ({MODEL: 2, READER: 2, KEPT: True, ENCODER: GNN, FEATURES: ["encoded_data"]}, (2, 2, 2)),
+        ({MODEL: 2, KEPT: False, ENCODER: GNN, FEATURES: ["forcings"]}, (1, 2, 2)),
+        ({MODEL: 2, KEPT: False, ENCODER: GRAPH_TRANSFORMER, FEATURES: ["encoded_data"]}, (1, 2, 2)),
         ({ENSEMBLE: 4}, (1, 1, 1)),
         ({**CRPS, ENSEMBLE: 4, MEMBERS: 2}, (1, 1, 4)),
         ({**CRPS, MODEL: 2, ENSEMBLE: 4, MEMBERS: 1}, (1, 2, 4)),
@@ -61,7 +61,7 @@ def test_sizes(values, sizes):
         ({MODEL: 4, READER: 3}, READER, "=4"),
         ({READER: 2}, READER, "=1"),
         ({MODEL: 4, READER: 2, KEPT: True}, READER, "=4"),
-        ({MODEL: 2, KEPT: False, FEATURES: ["encoded_data"]}, KEPT, "=true"),
+        ({MODEL: 2, KEPT: False, ENCODER: GNN, FEATURES: ["encoded_data"]}, KEPT, "=true"),
         ({**CRPS, MODEL: 2, ENSEMBLE: 3}, ENSEMBLE, "=2"),
         ({**CRPS, MODEL: 2, ENSEMBLE: 2, MEMBERS: 2}, MEMBERS, "=1"),
     ],

@@ -37,7 +37,8 @@ def join_groups(method: Any, groups: GroupSizes) -> None:
             model_comm_group_size=groups.model,
             read_group_size=groups.reader,
             ens_comm_group_size=groups.sample,
-            use_local_synchronization=True,
+            # All ranks take part in each: NCCL splits a group off the whole one, and would wait for those left out.
+            use_local_synchronization=False,
         )
     )
 

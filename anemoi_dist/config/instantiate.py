@@ -8,7 +8,7 @@ from typing import Any
 
 from anemoi_dist.config.targets import resolve_target
 from anemoi_dist.config.tree import Tree
-from anemoi_dist.errors import ConfigError
+from anemoi_dist.errors import AnemoiDistError, ConfigError
 
 
 def split_node(
@@ -52,9 +52,16 @@ def call(target: Callable[..., Any], *, key: str, arguments: Tree) -> Any:
         return target(**arguments)
     except ConfigError as error:  # our own classes name the argument only; the user needs the whole key
         raise ConfigError(f"{key}.{error.key}", error.value, error.rule, fix=error.fix, valid=error.valid) from error
-    except (TypeError, ValueError, AssertionError) as error:
+    except AnemoiDistError:
+        raise
+    except Exception as error:  # IndexError, ZeroDivisionError, ...: libraries index and divide before they check
         shown = {name: value for name, value in arguments.items() if name not in ("params", "optimizer")}
-        raise ConfigError(key, shown, f"{target.__qualname__} refuses it: {error or type(error).__name__}") from error
+        raise ConfigError(key, shown, f"{target.__qualname__} refuses it: {describe(error)}") from error
+
+
+def describe(error: Exception) -> str:
+    """Return type and text of an exception of somebody else's code; the text alone may be empty, or just a key."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _shown(parameter: inspect.Parameter) -> str:

@@ -203,11 +203,13 @@ class AdEMAMix(Optimizer):
                 raise ConfigError("params", str(p.dtype), rule, fix=fix)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
+        self.defaults = defaults  # torch adds an option, differentiable, that this class does not have
         self.__dict__.setdefault("copies", {})
         self.__dict__.setdefault("_element_ranges", {})
         for group in self.param_groups:
-            for name, value in {**self.defaults, **_ABSENT}.items():
+            for name, value in {**defaults, **_ABSENT}.items():
                 group.setdefault(name, value)
             group.update(checked_options(group))
             for p in group["params"]:

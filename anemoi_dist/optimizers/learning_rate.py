@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from anemoi_dist.config.instantiate import call, check_arguments, split_node
+from anemoi_dist.config.instantiate import call, check_arguments, describe, split_node
 from anemoi_dist.config.schema import LrConfig
 from anemoi_dist.config.timm_scheduler import load_timm_scheduler
 from anemoi_dist.config.tree import Tree
@@ -76,7 +77,7 @@ def create_scheduler(
     ------
     ConfigError
         The target is refused, an argument is unknown or breaks a rule, or the rate would depend on more than the
-        number of updates.
+        number of updates, or fails, is negative or not finite at some step of the run.
     """
     if node is None:
         _warn_of_unused(lr, used=(), name="a constant rate (training.scheduler=null)")
@@ -98,8 +99,25 @@ def create_scheduler(
     if not hasattr(scheduler, "step_update"):
         options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
         _beginnings[scheduler] = (copy.deepcopy(scheduler.state_dict()), copy.deepcopy(options))
+    _check_rates(scheduler, optimizer, arguments, max_steps=max_steps)
     set_num_updates(scheduler, 0)
     return scheduler
+
+
+def _check_rates(scheduler: Any, optimizer: Optimizer, arguments: Tree, *, max_steps: int) -> None:
+    """Go through the whole schedule: what fails or turns negative only later would do so hours into the run."""
+    largest, error = 0.0, ""
+    for step in range(max_steps + 1):
+        try:
+            set_num_updates(scheduler, step)
+            rates = [float(group["lr"]) for group in optimizer.param_groups]
+        except Exception as raised:  # of timm's, torch's or the user's code
+            rates, error = [], describe(raised)
+        largest = max([largest, *rates])
+        # A cosine may end below zero by a rounding error.
+        if error or not all(-1e-12 * largest <= rate < math.inf for rate in rates):
+            rule = f"has no rate for the update after step {step}: {error or f'it gives {rates}'}"
+            raise ConfigError(KEY, arguments, rule, fix=f"a rate of 0 or more up to training.max_steps={max_steps}")
 
 
 def set_num_updates(scheduler: Any, num_updates: int) -> None:
@@ -163,6 +181,15 @@ def _injections(lr: LrConfig, optimizer: Optimizer, given: Tree, *, max_steps: i
 def _refuse_unsteady(target: Any, given: Tree, parameters: Mapping[str, inspect.Parameter], *, name: str) -> None:
     """Refuse what makes the rate depend on more than the number of updates."""
     fix = "use timm.scheduler.CosineLRScheduler"
+    for argument, value in given.items():
+        if "_target_" in str(value) or callable(value):
+            rule = "schedulers and functions within a scheduler are not built"
+            write = (
+                "timm.scheduler.CosineLRScheduler, which has a warm-up (training.lr.warmup) and restarts; or a class "
+                "of yours, class Mine(torch.optim.lr_scheduler.SequentialLR), that takes the optimizer and numbers and "
+                "builds the others itself, from a module that security.allowed_targets names"
+            )
+            raise ConfigError(f"{KEY}.{argument}", value, rule, fix=write)
     if given.get("t_in_epochs"):
         raise ConfigError(f"{KEY}.t_in_epochs", True, "the rate is set every optimizer step", fix="give times in steps")
     if "last_epoch" in given:

@@ -17,9 +17,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a parameter group that need another type, after checking all of them."""
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ConfigError(
-            "lr", tuple(lr.shape), "a tensor learning rate must have one element", fix="lr=torch.tensor(1e-3)"
-        )
+        raise ConfigError("lr", tuple(lr.shape), "Tensor lr must be 1-element", fix="lr=torch.tensor(1e-3)")
     _number("lr", float(lr) if isinstance(lr, Tensor) else lr, fix="lr=1e-3")
     betas = _checked_betas(options["betas"])
     checked: dict[str, Any] = {"betas": betas}

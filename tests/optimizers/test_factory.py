@@ -100,6 +100,9 @@ def test_unknown_argument_lists_the_valid_ones_with_defaults():
         {"_target_": "torch.optim.adamw.adamw"},
         {"_target_": "anemoi_dist.optimizers.ademamix_schedules.half_life", "beta": 0.9, "form": "paper"},
         {"_target_": "torch.optim.AdamW", "betas": [2.0, 0.9]},
+        {"_target_": "torch.optim.AdamW", "betas": [0.9]},  # IndexError
+        {"_target_": "torch.optim.AdamW", "fused": True, "foreach": True},  # RuntimeError
+        {"_target_": "torch.optim.Muon"},  # refuses the parameters
         {"_target_": "torch.nn.Linear"},
         {"betas": [0.9, 0.95]},
     ],

@@ -28,6 +28,10 @@ NODES = {
 }
 
 
+def torch_node(name):
+    return {"_target_": f"torch.optim.lr_scheduler.{name}"}
+
+
 def optimizer(lr=0.02, **options):
     return AdEMAMix([torch.zeros(2)], lr=lr, **options)
 
@@ -148,6 +152,33 @@ def test_settings_without_effect_are_a_warning():
         ({"_target_": "timm.scheduler.create_scheduler"}, "must be a kind of"),
         ({"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.1, "total_steps": 5}, "ends before"),
         ({"_target_": "timm.create_model"}, "allow-list"),
+        # What a library raises that indexes, divides or compares before it checks, now or later, with text or none.
+        ({**torch_node("CyclicLR"), "base_lr": 0.1, "max_lr": 0.2, "step_size_up": 0}, "ZeroDivisionError"),
+        ({"_target_": "timm.scheduler.StepLRScheduler", "decay_t": 0}, "ZeroDivisionError"),
+        ({**COSINE, "t_initial": 0}, "AssertionError"),
+        ({**COSINE, "cycle_mul": 0.5, "t_initial": 4, "cycle_limit": 9}, "has no rate for the update after step"),
+        ({**torch_node("OneCycleLR"), "max_lr": 0.1, "epochs": 1, "steps_per_epoch": 5}, "after step 6: ValueError"),
+        ({**torch_node("StepLR"), "step_size": "7"}, "after step 1: TypeError"),
+        ({**torch_node("StepLR"), "step_size": 0}, "after step 1: ZeroDivisionError"),
+        ({**torch_node("CosineAnnealingLR"), "T_max": 0}, "ZeroDivisionError"),
+        ({**torch_node("ExponentialLR"), "gamma": -0.5}, r"after step 1: it gives \[-0\.01\]"),
+        ({**torch_node("ExponentialLR"), "gamma": math.nan}, "after step 1: it gives"),
+        ({**torch_node("ExponentialLR"), "gamma": 1e200}, "after step 2: it gives"),
+        ({**torch_node("LambdaLR"), "lr_lambda": "x"}, "is not callable"),
+        # Nested ones.
+        ({**torch_node("LambdaLR"), "lr_lambda": {"_target_": "my_module.rate"}}, "class of yours"),
+        (
+            {
+                **torch_node("SequentialLR"),
+                "schedulers": [torch_node("LinearLR"), torch_node("ConstantLR")],
+                "milestones": [5],
+            },
+            r"class Mine\(torch",
+        ),
+        (
+            {**torch_node("ChainedScheduler"), "schedulers": [torch_node("LinearLR")], "milestones": [5]},
+            "CosineLRScheduler",
+        ),
     ],
 )
 def test_refusals(node, message):

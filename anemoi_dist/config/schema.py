@@ -153,6 +153,8 @@ class TaskConfig:
     settings: Tree = field(default_factory=dict)
     #: Keys of this configuration, with dots, that those settings set where the user has not. Filled in.
     translated: Tree = field(default_factory=dict)
+    #: With ``anemoi``, write ``inference.ckpt``, which anemoi-inference loads, into the run at its end.
+    inference: bool = True
     #: Optimizer steps of an epoch, which validation, checkpoints and the rollout curriculum count by. Filled in.
     steps_per_epoch: int | None = bounded(None, minimum=1)
 

@@ -199,9 +199,12 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    checkpoint = _open(options.run, options.root, options.step)
+    if options.to == "inference":
+        _export_inference(options, checkpoint)
+        return ExitCode.FINISHED
     from anemoi_dist.checkpoint.export import export  # may import torch, which no other action needs
 
-    checkpoint = _open(options.run, options.root, options.step)
     export(
         checkpoint,
         options.out,
@@ -212,6 +215,21 @@ def _export(options: argparse.Namespace) -> int:
     )
     print(f"{options.out}: step {checkpoint.manifest.step}, {options.out.stat().st_size} bytes")
     return ExitCode.FINISHED
+
+
+def _export_inference(options: argparse.Namespace, checkpoint: SavedCheckpoint) -> None:
+    from anemoi_dist.config.parse import from_yaml
+    from anemoi_dist.tasks.anemoi.inference import export_inference  # imports torch and anemoi-training
+
+    for option in ("with_optimizer", "dtype"):
+        if value := getattr(options, option):
+            raise ConfigError(
+                f"--{option.replace('_', '-')}", value, "has no effect with --to inference", fix="remove it"
+            )
+    run = locate_run(options.run.partition("@")[0], options.root)
+    config = from_yaml(run.config_file.read_text(encoding="utf-8"))
+    export_inference(checkpoint, options.out, config=config, averaged=options.averaged, force=options.force)
+    print(f"{options.out}: step {checkpoint.manifest.step}, for anemoi-inference")
 
 
 def _import(options: argparse.Namespace) -> int:

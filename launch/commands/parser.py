@@ -197,6 +197,9 @@ def _add_checkpoint_actions(checkpoint: argparse.ArgumentParser) -> None:
     choice.add_argument("--averaged", action="store_true", help="the averaged weights (training.weight_averaging)")
     export.add_argument("--dtype", choices=("F32", "BF16", "F16"), help="type of the parameters (default: as saved)")
     export.add_argument("--force", action="store_true", help="replace an existing file")
+    export.add_argument(
+        "--to", choices=("weights", "inference"), default="weights", help="inference: the file of anemoi-inference"
+    )
     _add_import(_add_action(actions, "import", "convert another program's checkpoint to one that train resumes from"))
 
 

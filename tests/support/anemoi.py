@@ -140,6 +140,8 @@ PROCESSED = (
     "[pressure_level,general_variable,nan_mask_weights,node_weights,time_steps]",
     "training.gradient_clip.val=0.01",
 )
+#: Nothing that a forecast cannot start from: sea temperature is missing on land.
+SMALL_GAPS = "dataloader.dataset={dataset:${system.input.dataset},drop:[sst]}"
 #: Samples of the small dataset's splits, as the process that opens the data would report them.
 SAMPLES = Facts(training=42, validation=14)
 

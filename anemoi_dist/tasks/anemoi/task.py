@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,17 +12,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from anemoi_dist.checkpoint.store import open_store
+from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.config.schema import Config
 from anemoi_dist.data.fields import evenly_spaced
 from anemoi_dist.distributed.world import World
+from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.tasks.anemoi.build import create_builder
 from anemoi_dist.tasks.anemoi.curriculum import Curriculum
 from anemoi_dist.tasks.anemoi.groups import divide_reading, join_groups
+from anemoi_dist.tasks.anemoi.inference import export_inference
 from anemoi_dist.tasks.anemoi.module import AnemoiModule
 from anemoi_dist.tasks.anemoi.samples import AnemoiBatch, AnemoiSamples, collate
 from anemoi_dist.tasks.base import Evaluate, Evaluation
 from anemoi_dist.telemetry.heartbeat import beat
 
+#: Name in the run directory of what anemoi-inference loads.
+INFERENCE = "inference.ckpt"
 _SPLITS = {"train": ("ds_train", "training"), "validation": ("ds_valid", "validation"), "test": ("ds_test", "test")}
 
 
@@ -107,7 +114,18 @@ class AnemoiTask:
         )
 
     def export(self, directory: Path, *, evaluate: Evaluate, world: World) -> None:
-        """Write nothing: anemoi-training has no map that the report shows."""
+        """Write the last checkpoint for anemoi-inference, into the run. Rank 0 writes."""
+        if not (world.is_main and self._config.task.inference):
+            return
+        run = RunDirectory(directory.parent)
+        store = open_store(run, self._config.checkpoint.url)
+        checkpoint = SavedCheckpoint(store.path(store.steps()[0]))
+        averaged = self._config.training.weight_averaging.decay is not None
+        beat()
+        try:
+            export_inference(checkpoint, run.path / INFERENCE, config=self._config, averaged=averaged, force=True)
+        except OSError as error:  # a full disk, say: what was trained is saved, and can be exported later
+            warnings.warn(f"{run.path / INFERENCE} was not written: {error}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epochs done and the task's own runtime state (rollout)."""

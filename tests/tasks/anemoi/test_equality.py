@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from support.anemoi import PROCESSED, compose_small, train_ours, train_theirs
+from support.anemoi import PROCESSED, SMALL_GAPS, compose_small, train_ours, train_theirs
 
 TRI_NODES = ("~graph.nodes.hidden.node_builder.grid", "+graph.nodes.hidden.node_builder.resolution=1")
-WITHOUT_GAPS = "dataloader.dataset={dataset:${system.input.dataset},drop:[sst]}"
 #: Configuration and overrides of anemoi-training.
 ROWS = {
-    "deterministic": ("config", WITHOUT_GAPS, "graph.nodes.hidden.node_builder.resolution=1"),
+    "deterministic": ("config", SMALL_GAPS, "graph.nodes.hidden.node_builder.resolution=1"),
     "ensemble": (
         "ensemble_crps",
-        WITHOUT_GAPS,
+        SMALL_GAPS,
         *TRI_NODES,
         "graph.nodes.hidden.node_builder._target_=anemoi.graphs.nodes.TriNodes",
         "model.num_channels=16",

@@ -1,0 +1,122 @@
+"""The file that anemoi-inference loads, from a checkpoint of any engine; needs neither ranks nor a GPU."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import anemoi_dist
+from anemoi_dist.checkpoint.manifest import AVERAGE, Manifest
+from anemoi_dist.checkpoint.shard import DTYPES
+from anemoi_dist.checkpoint.verified import SavedCheckpoint
+from anemoi_dist.config.schema import Config
+from anemoi_dist.errors import CheckpointError, ConfigError
+from anemoi_dist.tasks.anemoi.build import create_builder
+
+#: ``training.precision`` -> its name in anemoi-inference, which computes in it.
+_PRECISIONS = {"fp32": "32", "bf16": "bf16-mixed"}
+#: Names in our checkpoints begin with it; see :class:`~anemoi_dist.tasks.anemoi.module.AnemoiModule`.
+_PREFIX = "method."
+
+
+def export_inference(
+    checkpoint: SavedCheckpoint, out: Path, *, config: Config, averaged: bool = False, force: bool = False
+) -> None:
+    """Write model, metadata and supporting arrays as anemoi-training does for anemoi-inference.
+
+    Parameters
+    ----------
+    checkpoint : SavedCheckpoint
+        Every hash block is verified as it is read.
+    out : Path
+        Written under a temporary name until it is complete.
+    config : Config
+        The run's frozen configuration.
+    averaged : bool
+        The averaged weights in the place of the weights.
+    force : bool
+        Replace an existing file.
+
+    Raises
+    ------
+    ConfigError
+        The run trains another task, the file exists, or there are no averaged weights.
+    CheckpointError
+        The checkpoint is damaged or does not fit the model; no file is left behind.
+    """
+    if config.task.kind != "anemoi":
+        raise ConfigError("--to", "inference", f"needs a run of task=anemoi, and this one trains {config.task.kind}")
+    if out.exists() and not force:
+        raise ConfigError("OUT", str(out), "exists", fix="take another name, or --force to replace it")
+    if not out.parent.is_dir():
+        raise ConfigError("OUT", str(out), f"{out.parent} is no directory")
+    builder = create_builder(config)
+    method = builder.model
+    _load(method, checkpoint, averaged=averaged)
+    _write(method.model, out, metadata=_metadata(builder.metadata, config, checkpoint.manifest))
+
+
+def _load(method: torch.nn.Module, checkpoint: SavedCheckpoint, *, averaged: bool) -> None:
+    """Fill parameters and buffers from a checkpoint, all of them."""
+    records = {(r.fqn, r.kind): r for r in checkpoint.manifest.tensors}
+    if averaged and not any(kind == AVERAGE for _, kind in records):
+        raise ConfigError(
+            "--averaged", True, "the checkpoint has none", fix="train with training.weight_averaging.decay=0.999"
+        )
+    tensors: list[tuple[str, str, torch.Tensor]] = [
+        (name, "param", parameter) for name, parameter in method.named_parameters()
+    ]
+    persistent = method.state_dict().keys()
+    tensors += [(name, "buffer", buffer) for name, buffer in method.named_buffers() if name in persistent]
+    for name, kind, tensor in tensors:
+        fqn = f"{_PREFIX}{name}"
+        record = records.get((fqn, AVERAGE)) if averaged else None  # frozen weights have no average
+        record = record or records.get((fqn, kind))
+        if record is None or record.shape != list(tensor.shape):
+            found = "is missing" if record is None else f"has shape {record.shape}"
+            raise CheckpointError(f"{fqn} {found} in the checkpoint, and shape {list(tensor.shape)} in the model")
+        values = torch.empty(record.numel, dtype=DTYPES[record.dtype])
+        checkpoint.read_bytes(fqn, record.kind, start=0, out=values.view(torch.uint8).numpy().data)
+        tensor.data.copy_(values.view(record.shape))
+
+
+def _metadata(metadata: dict[str, Any], config: Config, manifest: Manifest) -> dict[str, Any]:
+    """Return anemoi-training's metadata with what has really run."""
+    assert config.task.steps_per_epoch is not None
+    metadata["config"]["training"]["precision"] = _PRECISIONS[config.training.precision]
+    metadata["uuid"] = str(uuid.uuid4())  # of this file: a catalogue tells two of one run apart by it
+    metadata["training"] = {
+        "current_epoch": manifest.step // config.task.steps_per_epoch,
+        "global_step": manifest.step,
+    }
+    metadata["anemoi_dist"] = {
+        "version": anemoi_dist.__version__,
+        "run_id": config.run.id,
+        "step": manifest.step,
+        "engine": manifest.engine,
+        "checkpoint": manifest.save_id,
+    }
+    return metadata
+
+
+def _write(interface: Any, out: Path, *, metadata: dict[str, Any]) -> None:
+    from anemoi.training.utils.checkpoint import clear_imputer_runtime_state
+    from anemoi.utils.checkpoints import save_metadata
+
+    arrays = interface.supporting_arrays
+    interface.config = interface.metadata = interface.supporting_arrays = None
+    clear_imputer_runtime_state(interface)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        torch.save(interface, temporary)
+        save_metadata(str(temporary), metadata, supporting_arrays=arrays)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,102 @@
+"""anemoi-inference forecasts with what was trained here."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import toy
+from support.anemoi import PROCESSED, compose_small, steps_of
+from support.saving import save
+
+from anemoi_dist.checkpoint.store import LocalStore
+from anemoi_dist.checkpoint.verified import SavedCheckpoint
+from anemoi_dist.config.schema import Config
+from anemoi_dist.distributed.world import World
+from anemoi_dist.engines.registry import create_engine
+from anemoi_dist.errors import ConfigError
+from anemoi_dist.tasks import create_task
+from anemoi_dist.tasks.anemoi.inference import _load, export_inference
+
+LEADS = 4
+#: anemoi-inference computes these itself, and those of the small dataset are made up.
+COMPUTED = "insolation,cos_julian_day,sin_julian_day,cos_local_time,sin_local_time"
+PLACES = "lsm,cos_latitude,cos_longitude,sin_latitude,sin_longitude"
+GIVEN = (
+    f"dataloader.dataset={{dataset:${{system.input.dataset}},drop:[sst,{COMPUTED}]}}",
+    f"data.datasets.data.forcing=[z,{PLACES}]",
+    f"data.datasets.data.processors.normalizer.config.none=[{PLACES}]",
+)
+
+
+def train(world: World, config: Config, folder: Path) -> None:
+    task = create_task(config)
+    engine = create_engine(task.create_module(world_size=world.world_size), config=config, world=world)
+    for _, micro_batches in steps_of(task, config, world):
+        engine.train_step(micro_batches)
+    trainer = {"task": task.state_dict()}
+    save(LocalStore(folder), engine.shards(), world=world, step=config.training.max_steps, trainer=trainer)
+    engine.close()
+
+
+def own_forecast(config: Config, checkpoint: SavedCheckpoint) -> tuple[np.datetime64, dict[str, Any]]:
+    """The first validation sample, and the trained module's forecast of it by variable: shape (lead, grid)."""
+    task = create_task(config)
+    method = task.create_module(world_size=1).method
+    _load(method, checkpoint, averaged=False)
+    method.eval()
+    samples = task.samples("validation")
+    fields = method.on_after_batch_transfer(dict(task.collate([samples.read(0, step=0)]).fields), 0)
+    with torch.no_grad():
+        predictions = method._step(fields, validation_mode=True).predictions
+    physical = [method.model.post_processors["data"](p["data"], in_place=False)[0, 0, 0] for p in predictions]
+    names = method.data_indices["data"].model.output.name_to_index
+    position = samples._dataset.anchors[0][1]
+    date = samples._dataset.data_readers["data"].data.dates[position]
+    return date, {name: torch.stack([p[:, index] for p in physical]).numpy() for name, index in names.items()}
+
+
+@pytest.mark.slow
+def test_the_runner_of_anemoi_inference_forecasts_what_the_module_forecasts(ranks, tmp_path: Path) -> None:
+    from anemoi.inference.config.run import RunConfiguration
+    from anemoi.inference.runners import create_runner
+
+    processed = [override for override in PROCESSED if "processors.imputer" not in override]
+    overrides = (*processed, *GIVEN, "training.max_steps=3", f"task.validation_rollout={LEADS}")
+    config = compose_small("config", *overrides, root=tmp_path, ranks=2, ours=("engine=zero2",))
+    ranks(2).run(train, config, tmp_path)
+    checkpoint = SavedCheckpoint(tmp_path / "step-00000003")
+    out = tmp_path / "inference.ckpt"
+    export_inference(checkpoint, out, config=config)
+    date, expected = own_forecast(config, checkpoint)
+    begin = str(date.astype("datetime64[s]")) if isinstance(date, np.datetime64) else date.isoformat()
+    asked = {
+        "checkpoint": str(out),
+        "date": begin,
+        "lead_time": f"{6 * LEADS}h",
+        "device": "cpu",
+        "input": {"dataset": str(tmp_path / "small.zarr")},
+        "output": {"raw": {"dir": str(tmp_path / "raw")}},
+        "allow_nans": True,
+    }
+    runner = create_runner(RunConfiguration.load(asked))
+    runner.execute()
+    for lead in range(LEADS):
+        at = datetime.datetime.fromisoformat(begin) + datetime.timedelta(hours=6 * (lead + 1))
+        found = np.load(tmp_path / "raw" / f"{at:%Y%m%d%H%M%S}.npz")
+        for name, forecast in expected.items():
+            np.testing.assert_allclose(found[f"field_{name}"], forecast[lead], rtol=1e-5, err_msg=name)
+    metadata = runner.checkpoint
+    assert metadata.timestep == datetime.timedelta(hours=6)
+    assert (metadata.precision, len(metadata.lagged)) == ("32", 2)
+    said = metadata._metadata._metadata["anemoi_dist"]
+    assert (said["run_id"], said["step"]) == (config.run.id, 3)
+
+
+def test_only_a_run_of_this_task_has_such_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a run of task=anemoi"):
+        export_inference(None, tmp_path / "a.ckpt", config=toy.make_config("ddp"))  # type: ignore[arg-type]

@@ -159,6 +159,9 @@ class Task(Protocol):
             Data-parallel ranks (or groups of ranks that share a sample), for ``training.lr.scale_with``.
         """
 
+    def load_initial(self, module: Any) -> list[str]:
+        """Load weights that a new run begins with into the result of :meth:`create_module`; return notes."""
+
     def begin_step(self, step: int) -> None:
         """Prepare for optimizer step ``step`` (from 0); called before every step, with ever larger numbers."""
 

@@ -63,7 +63,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
             trainer = Trainer(
                 config=config,
                 world=world,
-                engine=_create_engine(task, config, world),
+                engine=_create_engine(task, config, world, recorder if selection.checkpoint is None else None),
                 task=task,
                 saver=saver,
                 recorder=recorder,
@@ -120,11 +120,15 @@ def _open_task(config: Config, recorder: Recorder) -> Task:
     return task
 
 
-def _create_engine(task: Task, config: Config, world: World) -> Engine:
+def _create_engine(task: Task, config: Config, world: World, new: Recorder | None) -> Engine:
+    """Build module and engine; ``new`` is told what a run that is not resumed begins with."""
     torch.manual_seed(config.run.seed)  # the same initial parameters on every rank
     # Each of these may take long for a large model; the watchdog must not take them together for a hang.
     beat()
     module = task.create_module(world_size=world.world_size // config.task.groups.sample)
+    if new is not None:
+        for note in task.load_initial(module):
+            new.message(note)
     beat()
     engine = create_engine(module, config=config, world=world)
     beat()

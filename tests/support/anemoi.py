@@ -158,8 +158,10 @@ def compose_small(name: str, *overrides: str, root: Path, ranks: int = 1, ours: 
         return compose(["task=anemoi", *asked, f"launcher.ranks={ranks}", "run.seed=1234", *ours]).config
 
 
-def train_theirs(world: World, ours: Config, after_batch: Callable[[float], None] | None = None) -> dict[str, Any]:
-    """Train ``ours`` by anemoi-training's own Trainer on the same batches; return what it computed.
+def train_theirs(
+    world: World, ours: Config, after_batch: Callable[[float], None] | None = None, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """Train ``ours`` by anemoi-training's own Trainer on the same batches; return what it computed, save if asked to.
 
     ``after_batch`` is called with the loss of each batch when the Trainer is done with it.
     """
@@ -209,6 +211,10 @@ def train_theirs(world: World, ours: Config, after_batch: Callable[[float], None
 
         def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
             validated.append(trainer)
+
+        def on_train_end(self, trainer: Any, *_: Any) -> None:
+            if checkpoint is not None:
+                trainer.save_checkpoint(checkpoint)
 
     class Theirs(trainer_class):
         run_id, logger, callbacks, profiler = "theirs", False, [Watch()], None

@@ -19,8 +19,19 @@ from anemoi_dist.errors import ConfigError
 class Inert:
     """Stands for an object whose attributes are wanted, not its behaviour."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        """Take no state: nobody asks for it."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Hold nothing, where the object was a dictionary."""
+
+    def append(self, item: Any) -> None:
+        """Hold nothing, where the object was a list."""
+
+    extend = append
 
 
 #: What DeepSpeed saves with its tensors, and what is made of it. DeepSpeed itself need not be installed.
@@ -85,6 +96,18 @@ def load_torch_file(path: Path, *, trust: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=not trust, mmap=_is_zip(path))
 
 
+def load_tensors(path: Path) -> Any:
+    """Open a file that ``torch.save`` wrote for its tensors alone; every other object in it becomes an :class:`Inert`.
+
+    Raises
+    ------
+    ConfigError
+        It is no such file.
+    """
+    with _reported(path):
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_TensorPickle, mmap=_is_zip(path))
+
+
 def load_tensor(data: bytes, *, path: Path) -> torch.Tensor:
     """Open one tensor that ``torch.save`` wrote into a part of ``path``; it is never trusted with more."""
     with _reported(path):
@@ -120,6 +143,26 @@ class _MetadataUnpickler(pickle.Unpickler):
         if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name} was not an allowed global")
+
+
+#: What tensors are made of.
+_TENSOR_PARTS = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    *(("torch._utils", f"_rebuild_{name}") for name in ("tensor_v2", "parameter")),
+}
+
+
+class _TensorPickle:
+    """The module that :func:`torch.load` unpickles with, for :func:`load_tensors`."""
+
+    class Unpickler(pickle.Unpickler):
+        """Builds tensors; imports nothing else."""
+
+        def find_class(self, module: str, name: str) -> Any:
+            is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+            return super().find_class(module, name) if is_dtype or (module, name) in _TENSOR_PARTS else Inert
 
 
 def _is_zip(path: Path) -> bool:

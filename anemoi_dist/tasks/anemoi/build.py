@@ -62,4 +62,6 @@ def create_builder(config: Config) -> AnemoiTrainer:
                 dist.barrier()
             return graph
 
-    return Builder(DictConfig(copy.deepcopy(config.task.settings)))
+    builder = Builder(DictConfig(copy.deepcopy(config.task.settings)))
+    builder.load_weights_only = False  # it would unpickle the file; see weights.py
+    return builder

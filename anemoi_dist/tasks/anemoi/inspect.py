@@ -19,6 +19,7 @@ from anemoi_dist.errors import AnemoiDistError
 from anemoi_dist.tasks.anemoi.build import create_builder
 from anemoi_dist.tasks.anemoi.curriculum import Curriculum
 from anemoi_dist.tasks.anemoi.samples import AnemoiSamples
+from anemoi_dist.tasks.anemoi.weights import check_start
 
 
 def main() -> None:
@@ -36,6 +37,7 @@ def main() -> None:
 
 
 def _count(settings: Tree, *, allowed: list[str]) -> dict[str, int]:
+    check_start(settings)
     security = SecurityConfig(allowed_targets=allowed)
     builder = create_builder(
         Config(run=RunConfig(id="inspect", seed=1), task=TaskConfig(settings=settings), security=security)

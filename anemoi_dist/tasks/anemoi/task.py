@@ -24,6 +24,7 @@ from anemoi_dist.tasks.anemoi.groups import divide_reading, join_groups
 from anemoi_dist.tasks.anemoi.inference import export_inference
 from anemoi_dist.tasks.anemoi.module import AnemoiModule
 from anemoi_dist.tasks.anemoi.samples import AnemoiBatch, AnemoiSamples, collate
+from anemoi_dist.tasks.anemoi.weights import check_frozen, load_start
 from anemoi_dist.tasks.base import Evaluate, Evaluation
 from anemoi_dist.telemetry.heartbeat import beat
 
@@ -73,6 +74,7 @@ class AnemoiTask:
         """Let anemoi-training build model, processors, losses and scalers."""
         from anemoi.training.utils.compile import prepare_compilation
 
+        check_frozen(self._builder.model, self._config.task.settings)
         settings: Any = self._builder.config
         method = prepare_compilation(self._builder.model, settings.model, settings.training)
         groups = self._config.task.groups
@@ -80,6 +82,10 @@ class AnemoiTask:
             join_groups(method, groups)
         self._module = AnemoiModule(method, self._config, world_size=world_size)
         return self._module
+
+    def load_initial(self, module: AnemoiModule) -> list[str]:
+        """Load the weights of ``system.input.warm_start``."""
+        return load_start(module.method, self._config.task.settings)
 
     def begin_step(self, step: int) -> None:
         """Advance the rollout at the ends of epochs."""

@@ -66,6 +66,10 @@ class ForecastTask:
         """Build model, loss and normalisation from the statistics of the training split."""
         return BaseGraphModule(self._config, spec=self._train.spec(), world_size=world_size)
 
+    def load_initial(self, module: BaseGraphModule) -> list[str]:
+        """Load nothing: a new run begins with random weights."""
+        return []
+
     def begin_step(self, step: int) -> None:
         """Do nothing: every step is alike."""
 

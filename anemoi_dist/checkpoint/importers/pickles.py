@@ -19,11 +19,18 @@ from anemoi_dist.errors import ConfigError
 class Inert:
     """Stands for an object whose attributes are wanted, not its behaviour."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any) -> None:
         self.args = args
 
+
+class Nothing:
+    """Stands for an object of which nothing is wanted."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
     def __setstate__(self, state: Any) -> None:
-        """Take no state: nobody asks for it."""
+        pass
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Hold nothing, where the object was a dictionary."""
@@ -97,7 +104,7 @@ def load_torch_file(path: Path, *, trust: bool) -> Any:
 
 
 def load_tensors(path: Path) -> Any:
-    """Open a file that ``torch.save`` wrote for its tensors alone; every other object in it becomes an :class:`Inert`.
+    """Open a file that ``torch.save`` wrote for its tensors alone; every other object in it becomes a :class:`Nothing`.
 
     Raises
     ------
@@ -162,7 +169,7 @@ class _TensorPickle:
 
         def find_class(self, module: str, name: str) -> Any:
             is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-            return super().find_class(module, name) if is_dtype or (module, name) in _TENSOR_PARTS else Inert
+            return super().find_class(module, name) if is_dtype or (module, name) in _TENSOR_PARTS else Nothing
 
 
 def _is_zip(path: Path) -> bool:

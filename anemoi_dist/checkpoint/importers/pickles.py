@@ -29,6 +29,10 @@ class Nothing:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
+        """Make nothing, where the object was a function or a method."""
+        return self
+
     def __setstate__(self, state: Any) -> None:
         pass
 

@@ -18,6 +18,8 @@ Key = tuple[str, str]
 
 #: AdamW's EMA states by AdEMAMix's names; the slow one is not among them and begins at zero.
 FROM_ADAMW = {"exp_avg": "exp_avg_fast", "exp_avg_sq": "exp_avg_sq", "step": "step"}
+#: The other way; the slow EMA is not taken along.
+TO_ADAMW = {new: old for old, new in FROM_ADAMW.items()} | {"exp_avg_slow": "exp_avg_slow"}
 
 _KINDS = {"param": "parameter", "buffer": "buffer"}
 #: Names for which the nearest is looked up: each is compared with all names, and a different model has thousands.
@@ -66,7 +68,9 @@ class MatchedSource:
         available = source.tensors()
         self._tensors = {ours: available[theirs] for ours, theirs in names.items()}
 
-    def select_states(self, known: Collection[str], rename: Mapping[str, str]) -> None:
+    def select_states(
+        self, known: Collection[str], rename: Mapping[str, str], *, required: Collection[str] = ()
+    ) -> None:
         """Keep the states that the optimizer knows, and rename those of another optimizer that ``rename`` covers.
 
         Parameters
@@ -75,6 +79,8 @@ class MatchedSource:
             The optimizer's names.
         rename : Mapping[str, str]
             Another optimizer's state names -> this one's; used only if the checkpoint has no states but these.
+        required : Collection[str]
+            Names without which the optimizer cannot go on, and takes no state at all.
         """
         saved = {kind for _, kind in self._names} - {*_KINDS, AVERAGE}
         renames = {old: new for old, new in rename.items() if old != new and old in saved and new in known}
@@ -82,13 +88,20 @@ class MatchedSource:
         if not saved <= rename.keys():
             renames = {}
         dropped = sorted(saved - {*known} - renames.keys())
+        if missing := {*required} - saved - {*renames.values()}:
+            renames, dropped = {}, sorted(saved)
         self._names = {
             (fqn, renames.get(kind, kind)): theirs for (fqn, kind), theirs in self._names.items() if kind not in dropped
         }
         available = self._source.tensors()
         self._tensors = {ours: available[theirs] for ours, theirs in self._names.items()}
         self._state_notes += [f"{old} of the checkpoint continues as {new}" for old, new in renames.items()]
-        if dropped:
+        if dropped and missing:
+            self._state_notes.append(
+                f"{', '.join(dropped)} of the checkpoint belong to another optimizer, and this one needs "
+                f"{', '.join(sorted(missing))}: its states begin at zero"
+            )
+        elif dropped:
             self._state_notes.append(f"the optimizer has no {', '.join(dropped)}: not taken from the checkpoint")
 
     def tensors(self) -> Mapping[Key, TensorInfo]:

@@ -52,8 +52,8 @@ class GlobalSampleOrder:
 class MicroBatchSampler:
     """The micro-batches of one rank, step after step, without end.
 
-    Optimizer step ``s`` (from 0) takes global samples ``[s G, (s + 1) G)``; rank ``r`` has the ``r``-th share of
-    them, cut into micro-batches in order. Where ranks share their samples, each group has one share.
+    Each optimizer step takes the next ``G`` global samples; rank ``r`` has the ``r``-th share of them, cut into
+    micro-batches in order. Where ranks share their samples, each group has one share.
 
     Parameters
     ----------
@@ -65,6 +65,8 @@ class MicroBatchSampler:
         This rank.
     start_step : int
         Optimizer steps already done.
+    start_sample : int | None
+        Global samples that they took; None: ``G`` each.
 
     Raises
     ------
@@ -72,10 +74,20 @@ class MicroBatchSampler:
         ``rank`` is not a rank of the plan.
     """
 
-    def __init__(self, order: GlobalSampleOrder, *, plan: BatchPlan, rank: int, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        order: GlobalSampleOrder,
+        *,
+        plan: BatchPlan,
+        rank: int,
+        start_step: int = 0,
+        start_sample: int | None = None,
+    ) -> None:
         if not 0 <= rank < plan.world_size:
             raise ValueError(f"rank={rank}: must be from 0 to {plan.world_size - 1}")
         self.order, self.plan, self.rank, self.start_step = order, plan, rank, start_step
+        position = start_step * plan.global_size if start_sample is None else start_sample
+        self._first_sample = position - start_step * plan.global_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Yield (optimizer step, sample) of every sample of a micro-batch."""
@@ -87,5 +99,5 @@ class MicroBatchSampler:
         """Return the samples of micro-batch ``micro`` in optimizer step ``step``."""
         # Consecutive shares, so that a step has the same samples on any number of ranks and any micro-batch size.
         size, share = self.plan.micro_size, self.rank // self.plan.group_size
-        first = step * self.plan.global_size + share * self.plan.rank_size + micro * size
+        first = self._first_sample + step * self.plan.global_size + share * self.plan.rank_size + micro * size
         return [self.order[index] for index in range(first, first + size)]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from anemoi_dist.checkpoint.manifest import AVERAGE
-from anemoi_dist.checkpoint.matching import FROM_ADAMW, match
+from anemoi_dist.checkpoint.matching import FROM_ADAMW, TO_ADAMW, match
 from anemoi_dist.checkpoint.shard import Shard, ShardSource, TensorInfo
 from anemoi_dist.config.schema import Config
 from anemoi_dist.distributed.world import World
@@ -216,8 +216,9 @@ class ShardedEngine(ABC):
         """
         options = self.config.checkpoint
         matched = match(source, self._declared, rename=options.rename, allow_missing=options.allow_missing)
-        if self.capabilities.has_all_states:
-            matched.select_states({kind for kind, _ in self._held_states()}, FROM_ADAMW)
+        if kinds := self.capabilities.state_kinds():
+            rename = FROM_ADAMW if "exp_avg_slow" in kinds[0] else TO_ADAMW
+            matched.select_states(kinds[0], rename, required=kinds[1])
         for note in [*matched.notes(), *self._notes_on_states(matched, num_updates), *self._notes_on_average(matched)]:
             warnings.warn(note, stacklevel=2)
         self._load_tensors(matched, num_updates=num_updates)
@@ -425,7 +426,9 @@ class ShardedEngine(ABC):
         state = self.optimizer.state[shard.owner]
         info = source.tensors()[shard.fqn, kind]
         if is_counter:
-            value = torch.empty(1, dtype=info.dtype)
+            # torch's own optimizers count in float32, AdEMAMix in float64.
+            is_narrow = info.dtype == torch.float64 and not self.capabilities.is_fused
+            value = torch.empty(1, dtype=torch.float32 if is_narrow else info.dtype)
             source.read(shard.fqn, kind, start=0, out=value)
             # torch keeps counters on the CPU but where a kernel or a captured graph reads them.
             on_device = any(group.get("capturable") or group.get("fused") for group in self.optimizer.param_groups)
@@ -433,7 +436,8 @@ class ShardedEngine(ABC):
             return
         self._check_shape(shard, info.global_shape)
         if kind not in state:
-            state[kind] = torch.zeros_like(shard.owner, dtype=info.dtype, requires_grad=False)
+            dtype = torch.promote_types(info.dtype, shard.owner.dtype)  # AdEMAMix's may be bfloat16
+            state[kind] = torch.zeros_like(shard.owner, dtype=dtype, requires_grad=False)
         source.read(shard.fqn, kind, start=shard.start, out=shard.view(state[kind]))
 
     def _check_shape(self, shard: LocalShard, shape: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ State of each parameter:
 
 ================ ====================== ==================================================================
 ``step``         0-d float64            on the CPU; on the parameter's device with ``capturable``; counts to 2^53
-``exp_avg_fast`` shape of the parameter m1; absent with ``beta1 = 0``, where the gradient stands for it
+``exp_avg_fast`` shape of the parameter m1; with ``beta1 = 0`` the gradient stands for it: None in dictionaries
 ``exp_avg_slow`` shape of the parameter m2; never bias-corrected
 ``exp_avg_sq``   shape of the parameter nu
 ================ ====================== ==================================================================
@@ -226,6 +226,15 @@ class AdEMAMix(Optimizer):
             hook.remove()
         for note in conversions(_ema_dtypes(state_dict["state"]), _ema_dtypes(self.state)):
             warnings.warn(note, stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's dictionary, with None for the fast EMA where ``beta1 = 0``: other AdEMAMix classes read it."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            for index in group["params"]:
+                if not group["betas"][0] and index in saved["state"]:
+                    saved["state"][index] = {"exp_avg_fast": None, **saved["state"][index]}
+        return saved
 
     @property
     def _groups(self) -> list[ParamGroup]:

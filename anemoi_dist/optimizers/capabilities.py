@@ -6,6 +6,8 @@ optimizer is.
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, cast, runtime_checkable
 
@@ -58,6 +60,22 @@ class Capabilities:
     def allocate_states(self) -> None:
         """Create the states of the parameters that are in the groups now, where the optimizer can."""
 
+    def state_kinds(self) -> tuple[set[str], set[str]] | None:
+        """Return the names of the states, and of those without which the optimizer fails; None: they are not known."""
+        # A step of a copy on one tensor of its own: which states there are depends on the options.
+        probe = copy.copy(self._optimizer)
+        group = probe.param_groups[0]
+        device = next((p.device for p in group["params"]), None)
+        p = torch.nn.Parameter(torch.zeros(2, 2, device=device))
+        p.grad = torch.zeros_like(p)
+        probe.state, probe.param_groups = defaultdict(dict), [{**group, "params": [p]}]
+        try:
+            probe.step()
+        except Exception:  # an optimizer of the user's that wants more than a tensor: it takes what was saved
+            return None
+        kinds = {kind for kind, value in probe.state[p].items() if isinstance(value, Tensor)}
+        return kinds, kinds
+
     def set_element_ranges(self, p: Tensor, ranges: Iterable[ElementRange], *, seed: int) -> None:
         """Say which elements of which parameters ``p`` holds: what is rounded at random must not depend on ranks."""
 
@@ -95,6 +113,11 @@ class _FusedCapabilities(Capabilities):
         for group in self._optimizer.param_groups:
             for p in group["params"]:
                 self._fused.init_state(p)
+
+    def state_kinds(self) -> tuple[set[str], set[str]] | None:
+        kinds = super().state_kinds()
+        # At the step of a longer past, a second moment of zero makes the updates far too large; an EMA only small ones.
+        return kinds and (kinds[0], kinds[0] & {"exp_avg_sq"})
 
     def set_element_ranges(self, p: Tensor, ranges: Iterable[ElementRange], *, seed: int) -> None:
         self._fused.set_element_ranges(p, ranges, seed=seed)

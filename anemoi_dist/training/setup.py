@@ -153,8 +153,9 @@ def _start_loader(trainer: Trainer, plan: BatchPlan) -> BatchLoader:
             GlobalSampleOrder(len(samples), seed=config.run.seed),
             plan=plan,
             rank=world.rank,
-            # The order is a function of the step, so that a resumed run neither repeats nor skips a sample.
+            # Counted on from the checkpoint, so that a resumed run neither repeats nor skips a sample.
             start_step=trainer.progress.step,
+            start_sample=trainer.progress.samples_seen,
         ),
         collate=task.collate,
         data_config=config.data,

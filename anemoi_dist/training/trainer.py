@@ -12,7 +12,7 @@ from anemoi_dist.config.schema import Config
 from anemoi_dist.distributed.control_word import ControlWord, StopRequest
 from anemoi_dist.distributed.world import World, seed_step
 from anemoi_dist.engines.base import Engine, StepReport
-from anemoi_dist.errors import CheckpointError, DivergedError, StopRequestedError
+from anemoi_dist.errors import CheckpointError, ConfigError, DivergedError, StopRequestedError
 from anemoi_dist.tasks.base import Batch, Task
 from anemoi_dist.training.recorder import Recorder
 
@@ -23,6 +23,7 @@ class Progress:
 
     step: int = 0
     num_skipped_in_row: int = 0
+    samples_seen: int = 0
 
 
 class SaveClock:
@@ -88,9 +89,21 @@ class Trainer:
         self._scores: tuple[int, Mapping[str, float]] = (0, {})
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Load a checkpoint and continue from its step. Collective."""
-        saved = checkpoint.trainer()
-        self.progress = Progress(**saved["progress"])
+        """Load a checkpoint and continue from its step. Collective.
+
+        Raises
+        ------
+        ConfigError
+            The checkpoint is beyond ``training.max_steps``.
+        """
+        saved, training = checkpoint.trainer(), self.config.training
+        # What was read is counted on, and not computed from today's batch size. Importers know of no samples.
+        seen = checkpoint.manifest.samples_seen or checkpoint.manifest.step * training.global_batch_size
+        self.progress = Progress(**{"samples_seen": seen, **saved["progress"]})
+        if self.progress.step > training.max_steps:
+            rule = f"the newest checkpoint is of step {self.progress.step} already"
+            fix = f"training.max_steps={self.progress.step} or more, or another run.id"
+            raise ConfigError("training.max_steps", training.max_steps, rule, fix=fix)
         self.task.load_state_dict(saved.get("task", {}))  # 0.1.0 saved none
         self.engine.load(checkpoint, num_updates=self.progress.step)
         self._saved_step = self.progress.step
@@ -118,6 +131,7 @@ class Trainer:
                 seed_step(self.config.run.seed, step=self.progress.step, rank=self._seed_rank)
                 report = self.engine.train_step(micro_batches)
             self.progress.step += 1
+            self.progress.samples_seen += self.config.training.global_batch_size
             self._record(report)
             if self._is_due(self.config.validation.interval_steps):
                 self._validate("validation")
@@ -175,7 +189,7 @@ class Trainer:
         self.saver.save(
             self.progress.step,
             self.engine.shards,
-            samples_seen=self.progress.step * self.config.training.global_batch_size,
+            samples_seen=self.progress.samples_seen,
             trainer={
                 "progress": dict(vars(self.progress)),
                 # Retention ranks checkpoints by these: scores of another step would keep the wrong one.

@@ -340,6 +340,46 @@ def test_from_adamw_to_ademamix(ranks, of_adamw: Path, engine: str) -> None:
         assert any("no exp_avg_slow" in note and "schedule_start=3" in note for note in result["notes"])
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    ("target", "taken", "note"),
+    [
+        (
+            {"_target_": "torch.optim.AdamW"},
+            {"exp_avg", "exp_avg_sq", "step"},
+            "exp_avg_fast of the checkpoint continue",
+        ),
+        ({"_target_": "torch.optim.AdamW", "amsgrad": True}, set(), "this one needs max_exp_avg_sq"),
+        ({"_target_": "torch.optim.NAdam"}, set(), "this one needs mu_product"),
+        ({"_target_": "torch.optim.SGD"}, set(), "the optimizer has no exp_avg_fast, exp_avg_slow, exp_avg_sq, step"),
+        ({"_target_": "torch.optim.SGD", "momentum": 0.9}, set(), "this one needs momentum_buffer"),
+    ],
+    ids=str,
+)
+def test_from_ademamix_to_another(ranks, written, engine: str, target: dict, taken: set, note: str) -> None:
+    results = ranks(2).run(go_on_with, engine, written[0], target)
+    loaded = toy.whole_tensors([result["loaded"] for result in results])
+    assert {key.split(":")[1] for key in loaded} - {"param", "buffer", "weight_average"} == taken
+    for key, value in written[1].items():
+        fqn, kind = key.split(":")
+        ours = f"{fqn}:{'exp_avg' if kind == 'exp_avg_fast' else kind}"
+        if ours in loaded:
+            assert torch.equal(loaded[ours].double(), value.double()), ours
+    for result in results:
+        assert any(note in text for text in result["notes"]), result["notes"]
+        assert math.isfinite(result["loss"])
+
+
+def test_a_step_alone_is_not_taken() -> None:
+    """RMSprop's: with a second moment of zero at a late step, the first updates would be many times too large."""
+    source = Source()
+    source._held = {("w", kind): torch.zeros(2) for kind in ("param", "square_avg", "step")}
+    matched = match(source, {("w", "param"): TensorInfo((2,), torch.float32)}, rename={}, allow_missing=[])
+    matched.select_states(["exp_avg_slow", "exp_avg_sq", "step"], FROM_ADAMW, required={"exp_avg_sq"})
+    assert matched.tensors().keys() == {("w", "param")}
+    assert "this one needs exp_avg_sq: its states begin at zero" in matched.notes()[0]
+
+
 def test_states_that_the_optimizer_does_not_know_are_left(ranks, written) -> None:
     optimizer = {**toy.make_config("ddp").training.optimizer, "betas": [0.0, 0.999, 0.9999]}
     (result,) = ranks(1).run(go_on_with, "ddp", written[0], optimizer)

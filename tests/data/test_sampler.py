@@ -66,6 +66,15 @@ def test_resuming_continues_the_sequence(num_samples, seed, global_size, start_s
     assert list(itertools.islice(resumed, count)) == list(itertools.islice(whole, skipped, skipped + count))
 
 
+def test_a_changed_batch_neither_repeats_nor_skips():
+    order = GlobalSampleOrder(1000, seed=3)
+    before = [i for step in range(4) for i in global_batch(order, BatchPlan(4, 2, 1, 2), step)]
+    plan = BatchPlan(8, 2, 2, 2)
+    samplers = [MicroBatchSampler(order, plan=plan, rank=rank, start_step=4, start_sample=16) for rank in range(2)]
+    after = [i for step in (4, 5) for s in samplers for micro in range(2) for i in s.samples(step, micro)]
+    assert before + after == [order[i] for i in range(32)]
+
+
 def test_seed_and_epoch_change_the_order():
     first, second = GlobalSampleOrder(100, seed=0), GlobalSampleOrder(100, seed=1)
     orders = [[order[start + i] for i in range(100)] for order in (first, second) for start in (0, 100)]

@@ -21,7 +21,7 @@ from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.distributed.control_word import REASONS
 from anemoi_dist.engines.base import StepReport
-from anemoi_dist.errors import CheckpointError, DivergedError, StopRequestedError
+from anemoi_dist.errors import CheckpointError, ConfigError, DivergedError, StopRequestedError
 from anemoi_dist.tasks.base import Evaluate, Evaluation
 from anemoi_dist.training.trainer import SaveClock, Trainer
 
@@ -196,6 +196,32 @@ def test_resumes_where_it_was_saved_with_the_same_random_draws(world, tmp_path: 
     again.fit(batches())
     assert recorder.steps == list(range(5, 11))
     assert again.engine.draws == straight.engine.draws[4:]
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_samples_are_counted_on_when_the_global_batch_changes(world, tmp_path: Path, is_old: bool) -> None:
+    trainer, *_ = make(world, tmp_path, global_batch_size=4)
+    trainer.fit(batches())
+    checkpoint = Checkpoint(tmp_path / "step-00000008")
+    if is_old:  # 0.1.0 kept the number in the manifest alone
+        saved = checkpoint.trainer()
+        del saved["progress"]["samples_seen"]
+        checkpoint.trainer = lambda: saved  # type: ignore[method-assign]
+    (tmp_path / "again").mkdir()
+    again, *_ = make(world, tmp_path / "again", global_batch_size=8)
+    again.resume(checkpoint)
+    assert again.progress.samples_seen == 8 * 4
+    again.fit(batches())
+    assert Checkpoint(tmp_path / "again" / "step-00000010").manifest.samples_seen == 8 * 4 + 2 * 8
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(world, tmp_path: Path) -> None:
+    trainer, *_ = make(world, tmp_path)
+    trainer.fit(batches())
+    again, *_ = make(world, tmp_path)
+    again.config.training.max_steps = 9
+    with pytest.raises(ConfigError, match=r"training\.max_steps=9: the newest checkpoint is of step 10"):
+        again.resume(Checkpoint(tmp_path / "step-00000010"))
 
 
 def test_a_stop_is_saved_one_step_after_the_wish(world, tmp_path: Path) -> None:

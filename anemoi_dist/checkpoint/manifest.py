@@ -5,9 +5,11 @@ No torch: the control side reads manifests too.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
@@ -154,18 +156,19 @@ class Manifest:
                     "tensors": [TensorRecord(**record) for record in body["tensors"]],
                 }
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"the manifest cannot be read: {error!r}") from error
-        if checksum != _checksum({"format": FORMAT, "version": VERSION, **body}):
-            raise CheckpointError("the manifest's checksum does not match: it is damaged")
-        try:
+            if checksum != _checksum({"format": FORMAT, "version": VERSION, **body}):
+                raise CheckpointError("the manifest's checksum does not match: it is damaged")
             manifest._check()
-        except (ValueError, TypeError, AttributeError) as error:  # an entry of another type than it must have
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"the manifest cannot be read: {error!r}") from error
         return manifest
 
     def _check(self) -> None:
+        _check_whole("the manifest", self.step, self.samples_seen, self.world_size)
+        if min(self.step, self.samples_seen, self.world_size) < 0:
+            raise CheckpointError(f"the manifest is of step {self.step}, {self.samples_seen} samples")
         for name, record in self.files.items():
+            _check_whole(name, record.size_bytes)
             if name != TRAINER_FILE and not _FILE_NAME.fullmatch(name):
                 raise CheckpointError(f"the manifest names a file {name!r}, which no checkpoint has")
             # A block without a hash would be read unverified. A name with a slash could lead out of the folder.
@@ -173,9 +176,11 @@ class Manifest:
                 raise CheckpointError(f"{name}: {len(record.blocks)} block hashes for {record.size_bytes} bytes")
         # The ranges must cover each tensor once, without gap or overlap: loading reads them without another look, and a
         # gap would leave initial values in the middle of trained ones.
+        places: list[tuple[str, int, int]] = []
         for tensor in self.tensors:
             if tensor.dtype not in ITEM_BYTES:
                 raise CheckpointError(f"{tensor.fqn} {tensor.kind} has the unknown type {tensor.dtype!r}")
+            _check_whole(f"{tensor.fqn} {tensor.kind}", *tensor.shape, *(x for r in tensor.ranges for x in r[1:]))
             if any(length < 0 for length in tensor.shape):
                 raise CheckpointError(f"{tensor.fqn} {tensor.kind} has the shape {tensor.shape}")
             covered = 0
@@ -186,8 +191,21 @@ class Manifest:
                 if offset_bytes < 0 or end_bytes > self.files[file].size_bytes:
                     raise CheckpointError(f"{tensor.fqn} {tensor.kind}: its range lies outside {file}")
                 covered += numel
+                places.append((file, offset_bytes, end_bytes))
             if covered != tensor.numel:
                 raise CheckpointError(f"{tensor.fqn} {tensor.kind}: {covered} of {tensor.numel} elements are saved")
+        if twice := [key for key, count in Counter((t.fqn, t.kind) for t in self.tensors).items() if count > 1]:
+            raise CheckpointError(f"{' '.join(twice[0])} is there twice")
+        for (file, _, end), (following, begin, _) in itertools.pairwise(sorted(places)):
+            if file == following and begin < end:
+                raise CheckpointError(f"{file}: two ranges share the bytes from {begin} on")
+
+
+def _check_whole(what: str, *numbers: Any) -> None:
+    """Refuse what is no whole number: JSON has floats too, and true is 1 to Python."""
+    for number in numbers:
+        if type(number) is not int:
+            raise TypeError(f"{what}: {number!r} is no whole number")
 
 
 def _checksum(body: dict[str, Any]) -> str:

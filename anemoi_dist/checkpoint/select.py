@@ -82,6 +82,7 @@ def _verify_share(store: Store, step: int, *, rank: int, num_ranks: int) -> tupl
         if checkpoint.manifest.step != step:
             raise CheckpointError(f"its manifest is of step {checkpoint.manifest.step}")
         checkpoint.verify(share=rank, num_shares=num_ranks)
+        checkpoint.trainer()
     except CheckpointError as error:
         return checkpoint, str(error)
     return checkpoint, ""

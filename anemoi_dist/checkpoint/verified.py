@@ -145,10 +145,22 @@ class SavedCheckpoint:
                 self._open(file).read_into(offset_bytes + (low - first) * item, part)
 
     def trainer(self) -> TrainerState:
-        """Return the trainer's own state, which is saved with the tensors."""
+        """Return the trainer's own state, which is saved with the tensors.
+
+        Raises
+        ------
+        CheckpointError
+            It is damaged, or no such state.
+        """
         data = bytearray(self.manifest.files[TRAINER_FILE].size_bytes)
         self._open(TRAINER_FILE).read_into(0, memoryview(data))
-        return json.loads(data)
+        try:
+            state = json.loads(data)
+            if any(type(count) is not int or count < 0 for count in state.get("progress", {}).values()):
+                raise ValueError(f"progress={state['progress']}")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{TRAINER_FILE} cannot be read: {error!r}") from error
+        return state
 
     def check_sizes(self) -> None:
         """Raise :class:`CheckpointError` for the first file that is missing or has another size than it was saved."""

@@ -99,7 +99,9 @@ class Trainer:
         saved, training = checkpoint.trainer(), self.config.training
         # What was read is counted on, and not computed from today's batch size. Importers know of no samples.
         seen = checkpoint.manifest.samples_seen or checkpoint.manifest.step * training.global_batch_size
-        self.progress = Progress(**{"samples_seen": seen, **saved["progress"]})
+        self.progress = Progress(
+            **{"step": checkpoint.manifest.step, "samples_seen": seen, **saved.get("progress", {})}
+        )
         if self.progress.step > training.max_steps:
             rule = f"the newest checkpoint is of step {self.progress.step} already"
             fix = f"training.max_steps={self.progress.step} or more, or another run.id"

@@ -27,7 +27,7 @@ FILES = ("rank-00000.safetensors", "rank-00001.safetensors", TRAINER_FILE, MANIF
 HALF = HASH_BLOCK_BYTES // 4 + 5000  # elements of each rank: two blocks
 
 
-def save_two_ranks(folder: Path, *, step: int, fill: float) -> Path:
+def save_two_ranks(folder: Path, *, step: int, fill: float, trainer: Any = None) -> Path:
     store = LocalStore(folder)
     save_id = f"{step:016x}"
     save = store.begin(step, save_id)
@@ -41,7 +41,7 @@ def save_two_ranks(folder: Path, *, step: int, fill: float) -> Path:
         )
         for rank in range(2)
     ]
-    trainer = {"progress": {"step": step}, "fill": fill}
+    trainer = {"progress": {"step": step}, "fill": fill} if trainer is None else trainer
     writer.commit(store, save, reports, save_id=save_id, step=step, samples_seen=0, origin=ORIGIN, trainer=trainer)
     return store.path(step)
 
@@ -137,6 +137,16 @@ def _rename_file(body: dict[str, Any], name: str) -> None:
         (lambda b: b["files"][FILES[0]].update(blocks=[]), "hashes for"),
         (lambda b: b["tensors"][0].update(shape=[2**40, 2**40]), "elements are saved"),
         (lambda b: b["tensors"][0].update(shape=[-1]), "has the shape"),
+        (lambda b: b["tensors"][0].update(shape=[True, 2 * HALF]), "True is no whole number"),
+        (lambda b: b["tensors"][0].update(shape=[2.0 * HALF]), "is no whole number"),
+        (lambda b: b["tensors"][0]["ranges"][0].__setitem__(3, 8.5), "8.5 is no whole number"),
+        (lambda b: b["tensors"][0]["ranges"][0].__setitem__(1, None), "None is no whole number"),
+        (lambda b: b["tensors"].append(b["tensors"][0]), "w param is there twice"),
+        (lambda b: b["tensors"].append({**b["tensors"][0], "fqn": "v"}), "two ranges share the bytes"),
+        (lambda b: b["tensors"][0].update(shape=[10**4000, 10**4000]), "cannot be read"),
+        (lambda b: b.update(step=-2), "of step -2"),
+        (lambda b: b.update(step=True), "True is no whole number"),
+        (lambda b: b.update(samples_seen=1.5), "1.5 is no whole number"),
         (lambda b: b["tensors"][0]["ranges"][0].__setitem__(2, 2**60), "outside|in no file"),
         (lambda b: b["tensors"][0]["ranges"][0].__setitem__(3, -8), "outside"),
         (lambda b: b["tensors"][0]["ranges"].append(["rank-00000.safetensors", 0, 5, 0]), "in no file"),
@@ -152,6 +162,26 @@ def test_a_hostile_manifest_is_refused_unopened(pristine: Path, tmp_path: Path, 
     forge(folder / MANIFEST_FILE, change)
     with pytest.raises(CheckpointError, match=message):
         Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"step": ' + "1" * 5000 + "}", "[" * 100_000, '{"versions": ' + '{"a":' * 900 + "1" + "}" * 901]
+)
+def test_json_that_python_cannot_hold_is_one_error(pristine: Path, tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "step-00000002"
+    shutil.copytree(pristine / "run" / folder.name, folder)
+    (folder / MANIFEST_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("trainer", [{"progress": 3}, {"progress": {"step": True}}, {"progress": {"step": -1}}, []])
+def test_a_trainer_state_that_is_none_is_passed_over(tmp_path: Path, trainer: Any) -> None:
+    for step in (1, 2):
+        save_two_ranks(tmp_path, step=step, fill=1.0, trainer=trainer if step == 2 else None)
+    selection = select(LocalStore(tmp_path), world=SingleRank())
+    assert selection.checkpoint is not None and selection.checkpoint.manifest.step == 1
+    assert f"{TRAINER_FILE} cannot be read" in selection.passed_over[2]
 
 
 def test_a_planted_pickle_is_never_executed(pristine: Path, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from anemoi_dist.checkpoint.importers.foreign import ForeignCheckpoint, kind_of, whole
+from anemoi_dist.checkpoint.importers.foreign import ForeignCheckpoint, checked, kind_of, whole
 from anemoi_dist.checkpoint.importers.pickles import load_dcp_metadata, load_tensor
 from anemoi_dist.errors import ConfigError
 
@@ -68,8 +70,10 @@ def _places(metadata: Any) -> dict[str, dict[tuple[int, ...], Any]]:
 def _read(source: Path, metadata: Any, key: str, places: dict[tuple[int, ...], Any]) -> torch.Tensor:
     """Join the chunks of one tensor."""
     info = metadata.state_dict_metadata[key]
+    if math.prod(info.size) * info.properties.dtype.itemsize > _num_bytes(source):
+        raise ConfigError("SOURCE", str(source), f"{key} of {tuple(info.size)} is larger than all the files")
     out = torch.empty(info.size, dtype=info.properties.dtype)
-    filled = 0
+    is_filled = torch.zeros(info.size, dtype=torch.bool)
     for chunk in info.chunks:
         # A tensor that was saved whole has one entry, without an offset.
         place = places.get(tuple(chunk.offsets)) or places.get(())
@@ -78,14 +82,19 @@ def _read(source: Path, metadata: Any, key: str, places: dict[tuple[int, ...], A
         piece = _load_chunk(source, place, key)
         if piece.shape != chunk.sizes:
             raise ConfigError("SOURCE", str(source), f"{key} has {tuple(piece.shape)}, saved was {tuple(chunk.sizes)}")
-        target = out
+        target, filled = out, is_filled
         for dimension, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-            target = target.narrow(dimension, offset, size)
-        target.copy_(piece)
-        filled += piece.numel()
-    if filled != out.numel():
-        raise ConfigError("SOURCE", str(source), f"{key} has {filled} of {out.numel()} elements")
+            target, filled = target.narrow(dimension, offset, size), filled.narrow(dimension, offset, size)
+        target.copy_(checked(key, piece))
+        filled.fill_(True)
+    if not is_filled.all():  # counting elements would take overlapping chunks for whole
+        raise ConfigError("SOURCE", str(source), f"{key} has {int(is_filled.sum())} of {out.numel()} elements")
     return out
+
+
+@functools.cache
+def _num_bytes(source: Path) -> int:
+    return sum(file.stat().st_size for file in source.iterdir())
 
 
 def _load_chunk(source: Path, place: Any, key: str) -> torch.Tensor:

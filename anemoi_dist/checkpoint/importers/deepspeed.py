@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from anemoi_dist.checkpoint.importers.foreign import ForeignCheckpoint, state_tensors, whole
+from anemoi_dist.checkpoint.importers.foreign import ForeignCheckpoint, checked, state_tensors, whole
 from anemoi_dist.checkpoint.importers.pickles import load_torch_file
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.errors import ConfigError
@@ -121,6 +121,7 @@ def _cut(
     flat: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...], start: int, offset: int, numel: int
 ) -> Iterator[Shard]:
     for kind, tensor in flat.items():
+        checked(name, tensor)
         if tensor.dim() == 0:
             if start == 0 and numel:
                 yield Shard(name, kind, (), 0, tensor.detach().reshape(1))

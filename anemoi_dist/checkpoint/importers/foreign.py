@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from anemoi_dist.checkpoint.shard import Shard
+from anemoi_dist.checkpoint.safetensors_format import TYPES
+from anemoi_dist.checkpoint.shard import DTYPE_NAMES, Shard
+from anemoi_dist.errors import ConfigError
 
 #: Floating buffers of torch's own normalisation layers, which lie among the parameters.
 _BUFFERS = ("running_mean", "running_var")
@@ -33,9 +35,24 @@ class ForeignCheckpoint:
     shards: list[Shard]
 
 
+def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that a checkpoint can hold.
+
+    Raises
+    ------
+    ConfigError
+        It is sparse, nested, quantised, of a type that is not saved, or has no data.
+    """
+    kind = "nested" if tensor.is_nested else str(tensor.layout)
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES or tensor.is_meta:
+        what = "a meta tensor, which has no data" if tensor.is_meta else f"{tensor.dtype}, {kind}"
+        raise ConfigError("SOURCE", name, f"is {what}: only dense tensors of plain types are read", valid=TYPES)
+    return tensor
+
+
 def whole(fqn: str, kind: str, tensor: torch.Tensor) -> Shard:
     """Return a whole tensor as a shard."""
-    return Shard(fqn, kind, tuple(tensor.shape), 0, tensor.detach().reshape(-1))
+    return Shard(fqn, kind, tuple(tensor.shape), 0, checked(fqn, tensor).detach().reshape(-1))
 
 
 def kind_of(name: str, tensor: torch.Tensor, *, trained: Collection[str]) -> str:
@@ -50,4 +67,4 @@ def kind_of(name: str, tensor: torch.Tensor, *, trained: Collection[str]) -> str
 def state_tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return the tensors of one parameter's optimizer state; a counter that is a number becomes a 0-d tensor."""
     numbers = {kind: torch.tensor(float(x)) for kind, x in state.items() if isinstance(x, int | float)}
-    return numbers | {kind: x for kind, x in state.items() if isinstance(x, torch.Tensor)}
+    return numbers | {kind: checked(kind, x) for kind, x in state.items() if isinstance(x, torch.Tensor)}

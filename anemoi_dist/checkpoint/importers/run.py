@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import Folder, store_of
 from anemoi_dist.config.schema import CheckpointConfig
 from anemoi_dist.config.tree import is_below
-from anemoi_dist.errors import ConfigError
+from anemoi_dist.errors import AnemoiDistError, ConfigError
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.lock import owned
 from anemoi_dist.run.versions import installed_versions
@@ -150,7 +151,9 @@ def _commit(run: RunDirectory, shards: list[Shard], *, step: int, format: str) -
 def _read(source: Path, format: str, *, trust: bool, weights_only: bool) -> ForeignCheckpoint:
     try:
         return READERS[format](source, trust=trust, weights_only=weights_only)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except AnemoiDistError:
+        raise
+    except Exception as error:  # sizes, offsets and layouts are whatever the file says
         rule = f"is not laid out as a {format} checkpoint: {error!r}"
         raise ConfigError("SOURCE", str(source), rule, valid=READERS) from error
 
@@ -186,12 +189,13 @@ def _near(name: str, names: Iterable[str]) -> list[str]:
     return near or sorted({prefix for prefix in prefixes if "." not in prefix})
 
 
-def _step(given: int | None, said: int | None, shards: list[Shard]) -> int:
+def _step(given: int | None, said: Any, shards: list[Shard]) -> int:
     """Return the step: what the user gives, what the source says, or the furthest counter."""
-    if given is not None:
-        return given
-    counters = [int(shard.tensor) for shard in shards if shard.kind == "step"]
-    step = said if said is not None else max(counters, default=None)
+    counters = [float(shard.tensor) for shard in shards if shard.kind == "step" and shard.tensor.numel() == 1]
+    step = next((x for x in (given, said, max(counters, default=None)) if x is not None), None)
     if step is None:
         raise ConfigError("--step", None, "the source does not say how many optimizer steps were done", fix="--step N")
-    return step
+    # float counts to 2^53; true is 1 to Python.
+    if isinstance(step, bool) or not isinstance(step, int | float) or not 0 <= step <= 2**53 or step != int(step):
+        raise ConfigError("--step", step, "is no number of optimizer steps", fix="--step N")
+    return int(step)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from anemoi_dist.checkpoint.importers.foreign import ForeignCheckpoint, kind_of, state_tensors, whole
+from anemoi_dist.checkpoint.importers.foreign import ForeignCheckpoint, checked, kind_of, state_tensors, whole
 from anemoi_dist.checkpoint.importers.pickles import load_torch_file
 from anemoi_dist.errors import ConfigError
 
@@ -45,7 +45,7 @@ def read_torch_file(source: Path, *, trust: bool, weights_only: bool) -> Foreign
         states = _named_states(source, optimizer, weights)
     shards = [whole(name, kind_of(name, t, trained=states), t) for name, t in weights.items()]
     shards += [whole(name, kind, t) for name, held in states.items() for kind, t in held.items()]
-    step = next((int(content[key]) for key in _STEP_KEYS if isinstance(content.get(key), int)), None)
+    step = next((content[key] for key in _STEP_KEYS if isinstance(content.get(key), int)), None)
     return ForeignCheckpoint("lightning" if is_lightning else "torch", step, shards)
 
 
@@ -57,6 +57,7 @@ def _weights(source: Path, content: Mapping[str, Any]) -> dict[str, torch.Tensor
     for name, tensor in found.items():
         if not isinstance(tensor, torch.Tensor):
             continue
+        checked(name, tensor)
         # Tied weights are saved under each of their names, and are one parameter of the model. Two empty tensors may
         # share an address by chance.
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())

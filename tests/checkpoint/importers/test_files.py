@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +327,61 @@ def test_deepspeed_with_a_rank_missing(ranks, tmp_path: Path) -> None:
     (tmp_path / "ds" / "latest").write_text("../elsewhere")
     with pytest.raises(ConfigError, match="which is not in it"):
         imported(tmp_path / "ds", tmp_path)
+
+
+@pytest.mark.parametrize("step", [-5, 10**30, True, 2.5, "7", math.nan, math.inf])
+def test_a_step_that_is_none_is_refused_and_leaves_nothing(tmp_path: Path, step: Any) -> None:
+    counter = {"step": torch.tensor(step)} if isinstance(step, float) else {}
+    content = {"model": {"w": torch.ones(2)}, "optimizer": {"w": {**counter, "exp_avg": torch.ones(2)}}}
+    torch.save(content if counter else {**content, "global_step": step}, tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match="step"):
+        imported(tmp_path / "x.pt", tmp_path)
+    if isinstance(step, int):
+        with pytest.raises(ConfigError, match=r"^--step"):
+            imported(tmp_path / "x.pt", tmp_path, step=step)
+    assert not (tmp_path / "run").exists()
+
+
+UNFIT = {
+    "meta": torch.ones(2, device="meta"),
+    "sparse_coo": torch.ones(2).to_sparse(),
+    "sparse_csr": torch.eye(2).to_sparse_csr(),
+    "qint8": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    "float8": torch.ones(2).to(torch.float8_e4m3fn),
+    "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", ["weight", "state"])
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_tensor_that_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path: Path, what: str, place: str) -> None:
+    weights = {"v": torch.ones(2), "w": UNFIT[what] if place == "weight" else torch.ones(2)}
+    states = {"w": {"exp_avg": UNFIT[what]}} if place == "state" else {}
+    torch.save({"model": weights, "optimizer": states}, tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match=f"{what}|cannot be read"):
+        imported(tmp_path / "x.pt", tmp_path, step=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dcp_of_other_sizes_than_its_files_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "dcp"
+    dcp.save({"w": torch.arange(4.0)}, checkpoint_id=source)
+    whole = (source / ".metadata").read_bytes()
+
+    def refuse(change: Callable[[Any, Any], object], said: str) -> None:
+        metadata = pickle.loads(whole)
+        info = metadata.state_dict_metadata["w"]
+        change(info, next(iter(metadata.storage_data.values())))
+        (source / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises(ConfigError, match=said):
+            imported(source, tmp_path, step=1)
+        assert not (tmp_path / "run").exists()
+
+    refuse(lambda info, place: setattr(info, "size", torch.Size([2**45])), "larger than all the files")
+    refuse(lambda info, place: setattr(info, "size", torch.Size([8])), "4 of 8 elements")
+    refuse(lambda info, place: info.chunks.append(info.chunks[0]) or setattr(info, "size", torch.Size([8])), "4 of 8")
+    refuse(lambda info, place: setattr(info.chunks[0], "offsets", torch.Size([2**62])), "no data at")
+    refuse(lambda info, place: setattr(place, "offset", 2**70), "not laid out as a dcp")
+    refuse(lambda info, place: setattr(info.chunks[0], "sizes", torch.Size([2**62])), "saved was")
+    refuse(lambda info, place: setattr(place, "length", -3), "SOURCE")

@@ -354,7 +354,7 @@ def test_from_adamw_to_ademamix(ranks, of_adamw: Path, engine: str) -> None:
         ({"_target_": "torch.optim.SGD"}, set(), "the optimizer has no exp_avg_fast, exp_avg_slow, exp_avg_sq, step"),
         ({"_target_": "torch.optim.SGD", "momentum": 0.9}, set(), "this one needs momentum_buffer"),
     ],
-    ids=str,
+    ids=["AdamW", "AMSGrad", "NAdam", "SGD", "momentum"],
 )
 def test_from_ademamix_to_another(ranks, written, engine: str, target: dict, taken: set, note: str) -> None:
     results = ranks(2).run(go_on_with, engine, written[0], target)

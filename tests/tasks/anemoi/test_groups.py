@@ -114,9 +114,13 @@ def assert_same(results: list[dict], expected: list[dict], *, steps: slice = sli
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
 @pytest.mark.parametrize(
-    ("reader", "overrides"), [(2, KEPT), (1, WHOLE), (2, WHOLE)], ids=["kept sharded", "read whole", "gathered"]
+    ("engine", "reader", "overrides"),
+    [
+        *(pytest.param(engine, 2, KEPT, id=f"{engine} kept sharded") for engine in ("ddp", "zero2", "zero3", "fsdp2")),
+        pytest.param("zero2", 1, WHOLE, id="zero2 read whole"),
+        pytest.param("fsdp2", 2, WHOLE, id="fsdp2 gathered"),
+    ],
 )
 def test_groups_of_two_compute_what_one_rank_computes(trained, engine, reader, overrides):
     results = trained(engine, 4, *overrides, model=2, reader=reader)

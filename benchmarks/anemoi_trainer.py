@@ -1,6 +1,6 @@
 """What a step costs here and under anemoi-training's own Trainer: the same model, data and ranks, one step in turn.
 
-    python benchmarks/anemoi_trainer.py [--engine ddp zero2 fsdp2] [--channels 64] [--steps 30]
+    python benchmarks/anemoi_trainer.py [--engine ddp zero2 fsdp2] [--channels 32] [--steps 20]
 
 Two gloo ranks train anemoi-training's default configuration on the sample. After every batch of their Trainer the same
 ranks take one step of ours, so that whatever else the machine does slows both. Their step is timed from the end of ours
@@ -40,7 +40,7 @@ def compose(engine: str, channels: int, steps: int) -> Any:
     theirs = [
         *(item for item in overrides(Path("unused"), ranks=2) if not item.startswith("hydra.")),
         f"model.num_channels={channels}",
-        "graph.nodes.hidden.node_builder.resolution=3",
+        "graph.nodes.hidden.node_builder.resolution=2",
         "dataloader.num_workers={training:0,validation:0,test:0}",
         "training/optimization/optimizer=ademamix",
         f"training.max_steps={steps}",
@@ -115,8 +115,8 @@ def main() -> None:
     """Measure each engine, print the table and write it with the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine", nargs="+", default=["ddp", "zero2", "zero3", "fsdp2"])
-    parser.add_argument("--channels", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--channels", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

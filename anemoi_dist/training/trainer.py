@@ -173,7 +173,7 @@ class Trainer:
 
     def _validate(self, split: str) -> None:
         # Noise in the model (an ensemble's) is the same at this step whatever has been drawn before.
-        seed_step(self.config.run.seed, step=self.progress.step, rank=self.world.rank)
+        seed_step(self.config.run.seed, step=self.progress.step, rank=self._seed_rank)
         with self.recorder.phase("validation"), self.engine.averaged_weights():
             evaluation = self.task.evaluate(split, evaluate=self.engine.evaluate, world=self.world)
             self.recorder.validation(self.progress.step, split, evaluation)

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from anemoi_dist.config.secrets import redact
+from anemoi_dist.config.secrets import redact, redact_values
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,21 @@ from anemoi_dist.config.secrets import redact
 def test_what_is_sent_of_secrets(text: str, sent: str) -> None:
     assert redact(text) == sent
     yaml.safe_load(sent)
+
+
+def test_values_of_a_tree_without_secrets() -> None:
+    options = {"key": "id", "secret": "s", "token": None, "pin_password": 12}
+    tree = {
+        "dataset": {"path": "s3://me:word@bucket/a.zarr", "options": options},
+        "list": ["a", ("http://t@h",)],
+        3: 4.5,
+    }
+    assert redact_values(tree) == {
+        "dataset": {
+            "path": "s3://***@bucket/a.zarr",
+            "options": {"key": "id", "secret": "***", "token": None, "pin_password": "***"},
+        },
+        "list": ["a", ["http://***@h"]],
+        3: 4.5,
+    }
+    assert options["secret"] == "s"

@@ -20,6 +20,7 @@ from anemoi_dist.checkpoint.saver import Saver
 from anemoi_dist.checkpoint.shard import Shard
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.distributed.control_word import REASONS
+from anemoi_dist.distributed.world import seed_step
 from anemoi_dist.engines.base import StepReport
 from anemoi_dist.errors import CheckpointError, ConfigError, DivergedError, StopRequestedError
 from anemoi_dist.tasks.base import Evaluate, Evaluation
@@ -73,6 +74,7 @@ class CountingTask:
     def evaluate(self, split: str, *, evaluate: Evaluate, **_: Any) -> Evaluation:
         evaluate(None)
         self.num_evaluated += 1
+        self.draw = torch.rand(()).item()
         return Evaluation(summary=self.summary)
 
     def state_dict(self) -> dict[str, Any]:
@@ -336,3 +338,11 @@ def test_what_the_task_remembers_is_saved_and_given_back(world, tmp_path: Path) 
     again.resume(checkpoint)
     checkpoint.close()
     assert again.task.num_evaluated == num_evaluated
+
+
+def test_ranks_that_share_a_model_draw_the_same_noise_in_a_validation(world, tmp_path: Path) -> None:
+    trainer, _, _ = make(world, tmp_path)
+    trainer._seed_rank = 5  # the group's, whatever this rank's own number
+    trainer._validate("validation")
+    seed_step(trainer.config.run.seed, step=0, rank=5)
+    assert trainer.task.draw == torch.rand(()).item()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import secrets
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from anemoi_dist.checkpoint.manifest import AVERAGE, Manifest
 from anemoi_dist.checkpoint.shard import DTYPES
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.config.schema import Config
+from anemoi_dist.config.secrets import redact_values
 from anemoi_dist.errors import CheckpointError, ConfigError
 from anemoi_dist.tasks.anemoi.build import create_builder
 
@@ -86,8 +89,9 @@ def _load(method: torch.nn.Module, checkpoint: SavedCheckpoint, *, averaged: boo
 
 
 def _metadata(metadata: dict[str, Any], config: Config, manifest: Manifest) -> dict[str, Any]:
-    """Return anemoi-training's metadata with what has really run."""
+    """Return anemoi-training's metadata with what has really run, and without secrets."""
     assert config.task.steps_per_epoch is not None
+    metadata = redact_values(metadata)
     metadata["config"]["training"]["precision"] = _PRECISIONS[config.training.precision]
     metadata["uuid"] = str(uuid.uuid4())  # of this file: a catalogue tells two of one run apart by it
     metadata["training"] = {
@@ -113,10 +117,29 @@ def _write(interface: Any, out: Path, *, metadata: dict[str, Any]) -> None:
     clear_imputer_runtime_state(interface)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
-        torch.save(interface, temporary)
+        torch.save(interface, temporary, pickle_module=_ModelPickle)
         save_metadata(str(temporary), metadata, supporting_arrays=arrays)
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.replace(out)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class _ModelPickle:
+    """The module that :func:`torch.save` pickles a model with."""
+
+    class Pickler(pickle.Pickler):
+        """Cuts nodes of a configuration off from the rest of it.
+
+        Layers keep nodes of OmegaConf, and each node its parent: with them goes the whole configuration.
+        """
+
+        def reducer_override(self, value: Any) -> Any:
+            from omegaconf import DictConfig, ListConfig, OmegaConf
+
+            if isinstance(value, DictConfig | ListConfig):
+                # A node may hold arrays, such as statistics, of which OmegaConf has to be told.
+                build = partial(type(value), flags={"allow_objects": True})
+                return build, (redact_values(OmegaConf.to_container(value, resolve=True)),)
+            return NotImplemented

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 from support import toy
 from support.anemoi import PROCESSED, compose_small, steps_of
 from support.saving import save
 
+from anemoi_dist.checkpoint.manifest import Manifest
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.config.schema import Config
@@ -20,7 +23,7 @@ from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.registry import create_engine
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.tasks import create_task
-from anemoi_dist.tasks.anemoi.inference import _load, export_inference
+from anemoi_dist.tasks.anemoi.inference import _load, _metadata, _write, export_inference
 
 LEADS = 4
 #: anemoi-inference computes these itself, and those of the small dataset are made up.
@@ -95,6 +98,35 @@ def test_the_runner_of_anemoi_inference_forecasts_what_the_module_forecasts(rank
     assert (metadata.precision, len(metadata.lagged)) == ("32", 2)
     said = metadata._metadata._metadata["anemoi_dist"]
     assert (said["run_id"], said["step"]) == (config.run.id, 3)
+
+
+class Layer(torch.nn.Module):
+    """A layer that keeps its own node of the configuration, as some of anemoi-models do."""
+
+    def __init__(self, node: DictConfig) -> None:
+        super().__init__()
+        self.node, self.supporting_arrays = node, {}
+
+
+def test_a_model_takes_no_more_of_the_configuration_than_its_own_node(tmp_path: Path) -> None:
+    settings = OmegaConf.create({"store": {"path": "elsewhere"}, "layer": {"size": 3, "token": "t0p"}})
+    _write(Layer(settings.layer), tmp_path / "a.ckpt", metadata={})
+    with zipfile.ZipFile(tmp_path / "a.ckpt") as archive:
+        content = b"".join(archive.read(name) for name in archive.namelist())
+    assert b"elsewhere" not in content and b"t0p" not in content
+    loaded = torch.load(tmp_path / "a.ckpt", weights_only=False)
+    assert loaded.node == {"size": 3, "token": "***"}
+
+
+def test_metadata_hold_no_secrets() -> None:
+    config = toy.make_config("ddp", precision="bf16")
+    config.task.steps_per_epoch = 5
+    metadata = {"config": {"training": {}, "dataset": {"secret": "s3cret", "url": "https://me:word@host/a"}}}
+    manifest = Manifest(step=12, samples_seen=0, world_size=1, save_id="s", engine="ddp")
+    made = _metadata(metadata, config, manifest)
+    assert made["config"]["dataset"] == {"secret": "***", "url": "https://***@host/a"}
+    assert made["config"]["training"]["precision"] == "bf16-mixed"
+    assert made["training"] == {"current_epoch": 2, "global_step": 12}
 
 
 def test_only_a_run_of_this_task_has_such_a_file(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import xxhash
 from support.saving import ORIGIN, SingleRank, read_all, save_values, shard
+from support.waiting import PATIENCE_S, wait_until
 
 from anemoi_dist.checkpoint import saver as saver_module
 from anemoi_dist.checkpoint import staging, worker, writer
@@ -59,7 +60,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     write = writer.write_rank
 
     def gated(*args: Any, **kwargs: Any) -> str:
-        assert event.wait(600)
+        assert event.wait(PATIENCE_S)
         return write(*args, **kwargs)
 
     monkeypatch.setattr(saver_module, "write_rank", gated)
@@ -76,10 +77,7 @@ def test_training_goes_on_while_the_values_of_that_step_are_written(tmp_path: Pa
         assert boundary(saver).written == 0 and not outcomes
     assert select(LocalStore(tmp_path), world=SingleRank()).checkpoint is None
     gate.set()
-    deadline = time.monotonic() + 600
-    while not outcomes and time.monotonic() < deadline:
-        boundary(saver)
-        time.sleep(0.001)
+    assert wait_until(lambda: (boundary(saver), outcomes)[1], every_s=0.001)
     (outcome,) = outcomes
     assert (outcome.step, outcome.name, outcome.error) == (1, "step-00000001", "")
     assert outcome.stalled_s < outcome.seconds

@@ -3,11 +3,11 @@ import signal
 import sys
 import textwrap
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.waiting import is_alive, wait_until
 from support.warm import Script, WarmInterpreter
 
 from anemoi_dist.config.batch import BatchPlan
@@ -34,18 +34,8 @@ def steps(data, count, **arguments):
         batches.close()
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def wait_until_dead(pids):
-    deadline = time.monotonic() + 60
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, f"still alive: {[pid for pid in pids if is_alive(pid)]}"
-        time.sleep(0.02)
+    assert wait_until(lambda: not any(map(is_alive, pids))), f"still alive: {list(filter(is_alive, pids))}"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from support.minislurm import wait_until
+from support.waiting import wait_until
 
 from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.errors import ExitCode
@@ -181,7 +181,7 @@ def test_an_owner_on_another_host_is_known_by_its_touch(run, monkeypatch):
     hold = hold_launch(run)
     assert time.monotonic() - before > 0.5, "silence is waited for"
     touched = run.launch_lock_file.stat().st_mtime_ns
-    is_touched = wait_until(lambda: run.launch_lock_file.stat().st_mtime_ns > touched, timeout_s=60)
+    is_touched = wait_until(lambda: run.launch_lock_file.stat().st_mtime_ns > touched)
     assert is_touched, "the holder gives signs of life"
     hold.release()
 

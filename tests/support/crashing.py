@@ -25,13 +25,13 @@ from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.config.schema import CheckpointConfig
 from support.saving import ORIGIN, SingleRank, read_all, save_values, shard
+from support.waiting import PATIENCE_S
 
 #: Those that this kernel knows; strace passes over the others.
 CALLS = ("write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renameat2")
 CALLS += ("mkdir", "mkdirat", "unlink", "unlinkat", "rmdir")
 FAULTS = {"SIGKILL": "signal=KILL", "ENOSPC": "error=ENOSPC", "EIO": "error=EIO"}
 OLD, NEW = 10, 20
-TIMEOUT_S = 600
 SAVED, FAILED = 0, 3
 
 
@@ -72,7 +72,7 @@ def run_traced(folder: Path, log: Path, *inject: str) -> int:
     trace = ",".join(f"?{name}" for name in CALLS)
     command = ["strace", "-f", "-qq", "-p", str(child), "-e", f"trace={trace}", "-e", "signal=none", "-o", str(log)]
     tracer = subprocess.Popen([*command, *inject], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + PATIENCE_S
     try:
         while "TracerPid:\t0\n" in Path(f"/proc/{child}/status").read_text():
             if tracer.poll() is not None or time.monotonic() > deadline:

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anemoi_dist.run.events import read_events
-from support.minislurm import MiniSlurm, wait_until
+from support.minislurm import MiniSlurm
 from support.runs import ENVIRONMENT, SMALL
+from support.waiting import wait_until
 
 #: Long enough to be hit in the middle, on an idle machine too.
 STEPS, INTERVAL = 40, 5

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from support.waiting import PATIENCE_S
+
 #: There is one such server in a process, and one list of what it imports.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["support.preloaded"])
-#: Only broken ranks take as long.
-TIMEOUT_S = 300.0
 
 
 @dataclass
@@ -65,7 +65,7 @@ def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, output: 
         process = context.Process(target=_run_module, args=(module, [*arguments], own, str(output)))
         process.start()
         ranks.append(process)
-    deadline, failed_at = time.monotonic() + TIMEOUT_S, None
+    deadline, failed_at = time.monotonic() + PATIENCE_S, None
     while any(process.exitcode is None for process in ranks):
         if failed_at is None and any(process.exitcode for process in ranks):
             failed_at = time.monotonic()

@@ -38,10 +38,10 @@ from anemoi_dist.engines.zero import _import_deepspeed
 from anemoi_dist.tasks.base import Evaluation
 from anemoi_dist.training.trainer import Trainer
 from support import reshard, toy
+from support.waiting import PATIENCE_S
 
 MAX_STEPS, INTERVAL = 12, 2
 ATTEMPTS = 5
-TIMEOUT_S = 900
 
 
 class Silence:
@@ -96,7 +96,7 @@ def die_at(countdown: int) -> None:
 
 def run_rank(folder: Path, engine_name: str, attempt: int) -> None:
     """Train on this rank to the end."""
-    world = World.join(timeout_s=TIMEOUT_S)
+    world = World.join(timeout_s=PATIENCE_S)
     config = reshard.make_config(engine_name, max_steps=MAX_STEPS)
     config.checkpoint.interval_steps, config.checkpoint.keep_last = INTERVAL, 2
     engine = reshard.build(world, config)
@@ -212,7 +212,7 @@ def attempt(folder: Path, engine: str, size: int, number: int, *, victim: int, c
         port = probe.getsockname()[1]
     ranks = {start(r, size, port, victim, countdown, folder, engine, number): r for r in range(size)}
     codes: dict[int, int] = {}
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + PATIENCE_S
     while len(codes) < size:
         child, status = os.waitpid(-1, os.WNOHANG)
         if child:

@@ -20,9 +20,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from support.waiting import wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "munged")
 #: Debian keeps daemons where the PATH of a user may not look.
@@ -307,16 +307,6 @@ class MiniSlurm:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not Path("/proc", str(pid)).exists(), timeout_s=5)
         pid_file.unlink()
-
-
-def wait_until(condition: Callable[[], object], *, timeout_s: float, every_s: float = 0.05) -> bool:
-    """Ask until it holds; return whether it did."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(every_s)
-    return True
 
 
 def _field(text: str, name: str) -> str:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from anemoi_dist.distributed.world import World
 from support.forked import start_server
+from support.waiting import PATIENCE_S
 
-TIMEOUT_S = 900
 #: How long the others are waited for where one has raised: they may be waiting for it.
 GRACE_S = 10
 
@@ -49,7 +49,7 @@ class RankPool:
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         silent = {pipe: rank for rank, pipe in enumerate(self._pipes)}
-        while silent and (ready := wait(list(silent), GRACE_S if failures else TIMEOUT_S)):
+        while silent and (ready := wait(list(silent), GRACE_S if failures else PATIENCE_S)):
             for pipe in ready:
                 rank = silent.pop(pipe)
                 try:
@@ -72,7 +72,7 @@ class RankPool:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(TIMEOUT_S)
+            process.join(PATIENCE_S)
         self.kill()
 
     def kill(self) -> None:
@@ -94,7 +94,7 @@ def _serve(pipe: Connection, rank: int, num_ranks: int, port: int) -> None:
         TORCHELASTIC_USE_AGENT_STORE="True",  # connect to the pool's store, start none
         CUDA_VISIBLE_DEVICES="",
     )
-    world = World.join(timeout_s=timedelta(seconds=TIMEOUT_S).total_seconds())
+    world = World.join(timeout_s=timedelta(seconds=PATIENCE_S).total_seconds())
     while True:
         try:
             function, args = pipe.recv()

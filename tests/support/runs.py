@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.run.events import read_events
+from support.waiting import PATIENCE_S, wait_until
 
 NUM_STEPS = 40
 #: Synthetic data and few scores: what costs is starting ranks. Steps wait a little, to be hit in the middle.
@@ -37,8 +37,6 @@ SMALL = [
 ]
 #: For ranks, in the environment: where that model is, and for how long a step waits.
 ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[1]), "PAUSE_S": "0.1"}
-#: What only broken runs take, on a slow machine that has other things to do.
-TIMEOUT_S = 600
 
 
 def command(root: Path, run_id: str, *more: str, small: Sequence[str] = SMALL) -> list[str]:
@@ -47,7 +45,7 @@ def command(root: Path, run_id: str, *more: str, small: Sequence[str] = SMALL) -
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=TIMEOUT_S)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     return process.returncode, output
 
 
@@ -63,23 +61,24 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str], *, starts: int = 1) -> None:
     """Wait for a step of the newest of so many starts."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "events.jsonl").exists():
-            events = [e for e in read_events(run / "events.jsonl") if e["event"] in ("start", "step")]
-            begun = [index for index, e in enumerate(events) if e["event"] == "start"]
-            if len(begun) >= starts and any(e["event"] == "step" and e["step"] >= step for e in events[begun[-1] :]):
-                return
-        time.sleep(0.01)
-    pytest.fail(f"step {step} was not reached: {process.communicate()[0] if process.poll() is not None else 'timeout'}")
+
+    def is_reached() -> bool:
+        if not (run / "events.jsonl").exists():
+            return False
+        events = [e for e in read_events(run / "events.jsonl") if e["event"] in ("start", "step")]
+        begun = [index for index, e in enumerate(events) if e["event"] == "start"]
+        return len(begun) >= starts and any(e["event"] == "step" and e["step"] >= step for e in events[begun[-1] :])
+
+    wait_until(lambda: is_reached() or process.poll() is not None, every_s=0.01)
+    if process.poll() is not None or not is_reached():
+        pytest.fail(f"step {step} was not reached: {process.communicate()[0] if process.poll() is not None else ''}")
 
 
 def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
     """Saving goes on in the background: wait until something is committed."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not any((run / "checkpoints").glob("step-????????")):
-        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint was committed"
-        time.sleep(0.01)
+    is_saved = lambda: any((run / "checkpoints").glob("step-????????"))  # noqa: E731
+    assert wait_until(lambda: is_saved() or process.poll() is not None, every_s=0.01)
+    assert process.poll() is None, "no checkpoint was committed"
 
 
 def ranks_of(process: subprocess.Popen[str], run: Path) -> list[psutil.Process]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.waiting import PATIENCE_S, wait_until
 
 from anemoi_dist.checkpoint.worker import Worker
 from anemoi_dist.run.directory import RunDirectory
@@ -31,18 +32,11 @@ def beating(run: RunDirectory) -> Iterator[Heartbeat]:
     made.close()
 
 
-def wait_for(condition, *, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_the_file_says_who_is_where(run: RunDirectory, beating: Heartbeat) -> None:
     before = time.time()
     heartbeat.beat("step", step=7)
     heartbeat.note(loss=0.5, eta_s=float("nan"))
-    wait_for(lambda: read_heartbeat(run.heartbeat_file(1)).loss is not None)
+    assert wait_until(lambda: read_heartbeat(run.heartbeat_file(1)).loss is not None, every_s=0.005)
     content = read_heartbeat(run.heartbeat_file(1))
     assert (content.rank, content.attempt, content.phase, content.step) == (1, 3, "step", 7)
     assert content.time >= before - 0.01 and content.pid > 0 and content.host
@@ -58,7 +52,7 @@ def test_a_training_thread_that_is_stuck_goes_silent(
     run: RunDirectory, beating: Heartbeat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heartbeat.beat("validation")
-    wait_for(lambda: read_heartbeat(run.heartbeat_file(1)).phase == "validation")
+    assert wait_until(lambda: read_heartbeat(run.heartbeat_file(1)).phase == "validation", every_s=0.005)
     first, last = run.heartbeat_file(1).read_text(), beating._last
     helper = threading.Thread(target=lambda: [heartbeat.beat("step") for _ in range(20)])
     helper.start()
@@ -66,7 +60,7 @@ def test_a_training_thread_that_is_stuck_goes_silent(
     rounds, wait = threading.Semaphore(0), beating._closed.wait
     monkeypatch.setattr(beating._closed, "wait", lambda seconds: rounds.release() or wait(seconds))
     for _ in range(3):
-        assert rounds.acquire(timeout=60)
+        assert rounds.acquire(timeout=PATIENCE_S)
     assert run.heartbeat_file(1).read_text() == first, "another thread's word does not count"
     assert beating._last == last
 
@@ -77,11 +71,11 @@ def test_who_waits_for_a_thread_lives_by_its_progress(beating: Heartbeat, monkey
     def work() -> str:
         heartbeat.beat()
         begun.set()
-        assert may_end.wait(60)
+        assert may_end.wait(PATIENCE_S)
         return ""
 
     job, last = Worker().submit(work), beating._last
-    assert begun.wait(60) and beating._last == last, "nobody has waited for it yet"
+    assert begun.wait(PATIENCE_S) and beating._last == last, "nobody has waited for it yet"
     wait = job._done.wait
     monkeypatch.setattr(job._done, "wait", lambda _: wait(0.01))
     follow = beating.follow
@@ -118,10 +112,10 @@ def test_a_file_that_cannot_be_written_is_no_reason_to_end(
     heartbeat.beat()
     tried, write = threading.Event(), beating.write
     monkeypatch.setattr(beating, "write", lambda: [tried.set(), write()])
-    assert tried.wait(60)
+    assert tried.wait(PATIENCE_S)
     (run.path / "gone").rename(run.heartbeats_dir)
     heartbeat.beat()
-    wait_for(lambda: run.heartbeat_file(1).exists())
+    assert wait_until(lambda: run.heartbeat_file(1).exists(), every_s=0.005)
 
 
 def test_many_ranks_write_less_often(run: RunDirectory) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.runs import command, finish, start, wait_for_checkpoint, wait_for_step
+from support.waiting import wait_until
 
 from anemoi_dist.config.compose import compose
 from anemoi_dist.config.parse import to_yaml
@@ -87,9 +88,7 @@ def test_a_server_that_is_gone_is_one_warning(run: RunDirectory, monkeypatch: py
         writer = mlflow.MlflowMetrics(run, MlflowConfig(f"http://127.0.0.1:{closed.getsockname()[1]}"), say=said.append)
         for step in range(1, 21):
             writer.write({"loss": 1.0}, step=step)
-        deadline = time.monotonic() + 60
-        while writer._warning is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert wait_until(lambda: writer._warning is not None)
         for step in range(21, 24):
             writer.write({"loss": 1.0}, step=step)
         writer.close("failed")
@@ -167,10 +166,8 @@ def server(tmp_path: Path) -> Iterator[str]:
             words, stdout=output, stderr=output, env={**os.environ, **quiet}, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + 300
-        while "startup complete" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+        assert wait_until(lambda: "startup complete" in log.read_text() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGTERM)

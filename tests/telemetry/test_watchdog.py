@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.many_runs import read_state
+from support.waiting import PATIENCE_S, wait_until
 
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.run.attempt import Attempt
@@ -120,9 +121,7 @@ def test_a_hang_is_recorded_and_its_record_stands(run: RunDirectory, ended: list
     attempt = Attempt(run, world_size=1, max_steps=1)
     heartbeat, dog = make(run)
     heartbeat.beat("checkpoint", step=4)
-    deadline = time.monotonic() + 300
-    while not ended and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert wait_until(lambda: ended)
     assert ended == [ExitCode.HANG]
     [event] = read_events(run.events_file)
     assert (event["event"], event["rank"], event["phase"], event["step"]) == ("hang", 0, "checkpoint", 4)
@@ -212,7 +211,7 @@ def test_the_dead_mans_switch_needs_no_interpreter(tmp_path: Path) -> None:
     processes = {
         how: subprocess.Popen([sys.executable, str(script), str(tmp_path / how), how]) for how in ("close", "stuck")
     }
-    codes = {how: process.wait(timeout=600) for how, process in processes.items()}
+    codes = {how: process.wait(PATIENCE_S) for how, process in processes.items()}
     assert codes == {"close": 0, "stuck": 6}
     for how in codes:
         assert ('script.py", line 14 in <module>' in (tmp_path / how).read_text()) == (how == "stuck")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.fake_slurm import FakeSlurm, squeue_line
 from support.many_runs import attempt, make_run, write_beat, write_launch, write_state
+from support.waiting import PATIENCE_S, wait_until
 
 from anemoi_dist.launch.cli import main
 from anemoi_dist.launch.commands import logs
@@ -81,31 +83,40 @@ def quick(monkeypatch):
 
 
 class Following(threading.Thread):
-    """Follows in the background; ``seen`` is what has been printed."""
+    """Follows in the background; ``seen`` is what has been printed.
 
-    def __init__(self, run: RunDirectory, capfd, *arguments: str) -> None:
+    It prints into a file: pytest's capture loses what a thread prints between its reading and its truncating.
+    """
+
+    def __init__(self, run: RunDirectory, monkeypatch, *arguments: str) -> None:
         super().__init__(daemon=True)
-        self._run, self._capfd, self._arguments, self.seen = run, capfd, arguments, ""
+        self._run, self._arguments, self._printed = run, arguments, run.path / "printed"
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, self._printed.open("a"))
         self.start()
 
     def run(self) -> None:
         assert print_logs(self._run, "--follow", *self._arguments) == 0
 
+    @property
+    def seen(self) -> str:
+        return self._printed.read_text()
+
     def wait_for(self, text: str) -> None:
-        deadline = time.monotonic() + 20
-        while text not in self.seen:
-            assert time.monotonic() < deadline, f"{text!r} was not printed, but {self.seen!r}"
-            time.sleep(0.02)
-            self.seen += "".join(self._capfd.readouterr())
+        assert wait_until(lambda: text in self.seen), f"{text!r} was not printed, but {self.seen!r}"
+
+    def has_ended(self) -> bool:
+        self.join(PATIENCE_S)
+        return not self.is_alive()
 
 
-def test_following_crosses_attempts_and_a_requeue_and_ends_with_the_run(run, quick, tmp_path, monkeypatch, capfd):
+def test_following_crosses_attempts_and_a_requeue_and_ends_with_the_run(run, quick, tmp_path, monkeypatch):
     slurm = FakeSlurm(tmp_path / "bin", monkeypatch)
     slurm.answer("squeue", squeue_line("12", "RUNNING"))
     write_state(run, {"state": "running", "owner": None, "attempts": [attempt(started=300)]})
     write_launch(run, {"event": "launch", "kind": "slurm", "job_id": "12", "ago": 310})
     write(run, 1, 0, "one\n")
-    following = Following(run, capfd)
+    following = Following(run, monkeypatch)
     following.wait_for("one\n")
     write(run, 1, 0, "two\n")
     following.wait_for("two\n")
@@ -122,19 +133,17 @@ def test_following_crosses_attempts_and_a_requeue_and_ends_with_the_run(run, qui
     end(run, 0)
     slurm.answer("squeue", squeue_line("12", "COMPLETED"))
     following.wait_for("four\n")
-    following.join(20)
-    assert not following.is_alive() and "not this rank" not in following.seen
+    assert following.has_ended() and "not this rank" not in following.seen
 
 
-def test_following_one_attempt_ends_with_it(run, quick, capfd):
+def test_following_one_attempt_ends_with_it(run, quick, monkeypatch):
     write(run, 1, 0, "one\n")
     write_state(run, {"state": "running", "owner": {"host": "n1", "pid": 1}, "attempts": [attempt(started=300)]})
     write_beat(run, 0)
-    following = Following(run, capfd, "--attempt", "1")
+    following = Following(run, monkeypatch, "--attempt", "1")
     following.wait_for("one\n")
     write(run, 2, 0, "two\n")
-    following.join(20)
-    assert not following.is_alive() and "two" not in following.seen
+    assert following.has_ended() and "two" not in following.seen
 
 
 def test_following_a_finished_run_prints_and_ends(run, quick, capfd):
@@ -144,18 +153,17 @@ def test_following_a_finished_run_prints_and_ends(run, quick, capfd):
     assert capfd.readouterr().out == "one\n"
 
 
-def test_following_waits_for_the_first_rank(run, quick, tmp_path, monkeypatch, capfd):
+def test_following_waits_for_the_first_rank(run, quick, tmp_path, monkeypatch):
     slurm = FakeSlurm(tmp_path / "bin", monkeypatch)
     slurm.answer("squeue", squeue_line("12", "PENDING"))
     write_launch(run, {"event": "submit", "kind": "slurm", "job_id": "12"})
-    following = Following(run, capfd)
+    following = Following(run, monkeypatch)
     following.wait_for("waiting")
     write(run, 1, 0, "one\n")
     following.wait_for("one\n")
     end(run, 0)
     slurm.answer("squeue", squeue_line("12", "COMPLETED"))
-    following.join(20)
-    assert not following.is_alive()
+    assert following.has_ended()
 
 
 def test_a_log_that_begins_anew_is_read_from_its_start(tmp_path, capfd):

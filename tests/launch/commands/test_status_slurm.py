@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from support.many_runs import attempt, make_run, write_beat, write_state
-from support.minislurm import MiniSlurm, wait_until
+from support.minislurm import MiniSlurm
+from support.waiting import wait_until
 
 from anemoi_dist.launch.cli import main
 from anemoi_dist.launch.status import journal
@@ -66,7 +67,7 @@ def test_a_jobs_whole_life(cluster: MiniSlurm, run: RunDirectory):
         said.add(status.state)
         return status.state == "starting" and status.restarts == 1
 
-    assert wait_until(is_back, timeout_s=180, every_s=0.1)
+    assert wait_until(is_back, every_s=0.1)
     assert said <= {"requeued", "starting"}, "never running, silent, crashed or lost in the minutes between"
     assert "requeued" in said
     launch(run, job_id, life=1, number=2)
@@ -98,7 +99,7 @@ def test_slurmctld_down_is_said(cluster: MiniSlurm, run: RunDirectory, capsys):
     launch(run, job_id, life=0, number=1)
     # Gently: one that is killed forgets a job that it has not written down yet.
     cluster.run("scontrol", "shutdown", "slurmctld")
-    assert wait_until(lambda: inspect_run(run).notes, timeout_s=60)
+    assert wait_until(lambda: inspect_run(run).notes)
     try:
         for command in (["runs", "--root", str(Path(run.path.parent))], ["status", str(run.path)]):
             assert main(command) == 0
@@ -107,5 +108,5 @@ def test_slurmctld_down_is_said(cluster: MiniSlurm, run: RunDirectory, capsys):
         assert main(["cancel", str(run.path)]) == 3
     finally:
         cluster.start_controller()
-    assert wait_until(lambda: not inspect_run(run).notes, timeout_s=90)
+    assert wait_until(lambda: not inspect_run(run).notes)
     assert inspect_run(run).state == "running"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.fake_slurm import FakeSlurm, squeue_line
 from support.many_runs import attempt, make_run, write_beat, write_launch, write_state
+from support.waiting import PATIENCE_S, wait_until
 
 from anemoi_dist.config.compose import compose
 from anemoi_dist.config.parse import to_yaml
@@ -58,10 +59,8 @@ def launched(root):
         run = make_run(root, "r")
         process = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(run.path), how])
         processes.append(process)
-        deadline = time.monotonic() + 30
-        while not journal.read(run):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+        assert wait_until(lambda: journal.read(run) or process.poll() is not None, every_s=0.02)
+        assert process.poll() is None
         return run, process
 
     yield start
@@ -128,7 +127,7 @@ def test_anemoi_training_hears_of_a_stop(root, slurm, capsys):
 def test_cancel_ends_a_launcher_that_obeys(root, launched, capsys):
     run, process = launched("obeys")
     assert say(root, "cancel") == 0
-    assert process.wait(10) == 75
+    assert process.wait(PATIENCE_S) == 75
     assert "ended by SIGTERM" in capsys.readouterr().out
     assert [event.event for event in journal.read(run)] == ["launch", "cancel", "end"]
     assert inspect_run(run).state == "cancelled"
@@ -138,7 +137,7 @@ def test_cancel_kills_a_launcher_that_does_not(root, launched, monkeypatch, caps
     monkeypatch.setattr(cancel, "_GRACE_S", 0.3)
     run, process = launched("deaf")
     assert say(root, "cancel") == 0
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(PATIENCE_S) == -signal.SIGKILL
     assert "ended by SIGKILL" in capsys.readouterr().out
     assert inspect_run(run).state == "cancelled"
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from support.anemoi_sample import overrides
 from support.faults import FAULTS, INTERVAL, LONG, TWO_BY_TWO, Outcome, SlurmRun, anemoi_dist, play, table
-from support.minislurm import MiniSlurm, wait_until
+from support.minislurm import MiniSlurm
 from support.runs import assert_equal_bit_for_bit, command, finish, start
+from support.waiting import wait_until
 
 from anemoi_dist.run.events import read_events
 
@@ -102,7 +103,7 @@ def test_a_cancelled_run_says_so_and_can_be_resumed(
     run.wait_for_step(12)
     cluster.run("scancel", str(run.job_id))
     assert run.wait_until_over() == "CANCELLED"
-    assert wait_until(lambda: run.launches("cancel"), timeout_s=300), run.log
+    assert wait_until(lambda: run.launches("cancel")), run.log
     assert not run.launches("requeue") and not run.left_running()
     assert "run cancelled: cancelled" in run.log
     again = SlurmRun(cluster, tmp_path, "cancelled", *TWO_BY_ONE)
@@ -115,13 +116,13 @@ def test_a_cancelled_run_says_so_and_can_be_resumed(
 def test_a_cancel_during_the_wait_before_a_restart_is_for_good(cluster: MiniSlurm, tmp_path: Path) -> None:
     run = SlurmRun(cluster, tmp_path, "waiting", *TWO_BY_ONE, "launcher.backoff_s=30", "checkpoint.interval_steps=5")
     run.wait_for_step(8)
-    assert wait_until(lambda: run.events("checkpoint"), timeout_s=300), run.log
+    assert wait_until(lambda: run.events("checkpoint")), run.log
     os.kill(run.processes("anemoi_dist.train", RANK="1")[0], signal.SIGKILL)
-    assert wait_until(lambda: run.launches("restart"), timeout_s=300), run.log
+    assert wait_until(lambda: run.launches("restart")), run.log
     answer = anemoi_dist(cluster, "cancel", str(run.directory))
     assert answer.returncode == 0, answer.stderr
     assert run.wait_until_over() == "CANCELLED"
-    assert wait_until(lambda: run.launches("end"), timeout_s=300), run.log
+    assert wait_until(lambda: run.launches("end")), run.log
     assert not run.launches("requeue") and len(run.launches("launch")) == 1
 
 
@@ -157,9 +158,9 @@ def test_any_command_has_the_same_life(cluster: MiniSlurm, tmp_path: Path) -> No
         str(counter),
         "a b$",
     )
-    assert wait_until(lambda: "life 1 of a b$ with this" in run.log, timeout_s=300), run.log
+    assert wait_until(lambda: "life 1 of a b$ with this" in run.log), run.log
     cluster.run("scancel", "--signal=USR1", "--batch", str(run.job_id))
-    assert run.wait_until_over(timeout_s=300) == "COMPLETED", run.log
+    assert run.wait_until_over() == "COMPLETED", run.log
     assert "saving" in run.log and "life 2 of a b$" in run.log
     assert [e["code"] for e in run.launches("end")] == [75, 0]
     assert run.launches("submit")[0]["command"][-1] == "a b$"
@@ -174,7 +175,7 @@ def test_anemoi_training_with_its_own_trainer_goes_through_two_time_limits(clust
     words = ["anemoi-training", "train", *overrides(tmp_path / "theirs", ranks=2), "training.max_steps=150"]
     run = command_run(cluster, tmp_path, "kept", "launcher.ranks=2", "--", *words)
     for life in range(2):
-        assert wait_until(lambda n=life: len(run.launches("launch")) == n + 1, timeout_s=600), run.log
+        assert wait_until(lambda n=life: len(run.launches("launch")) == n + 1), run.log
         run.wait_for_step(10, after=float(run.launches("launch")[-1]["time"]))
         run.cluster.run("scancel", "--signal=USR1", "--batch", str(run.job_id))
     assert run.wait_until_over() == "COMPLETED", run.log
@@ -193,12 +194,12 @@ def test_a_command_on_all_nodes_by_srun_and_one_that_fails(cluster: MiniSlurm, t
     run = command_run(cluster, tmp_path, "all", "launcher.nodes=2", "--srun", "--", "bash", "-c", show)
     failing = command_run(cluster, tmp_path, "failing", "--", "bash", "-c", "exit 9")
     absent = command_run(cluster, tmp_path, "absent", "--", "no-such-program")
-    assert run.wait_until_over(timeout_s=300) == "COMPLETED", run.log
+    assert run.wait_until_over() == "COMPLETED", run.log
     said = [line for line in run.log.splitlines() if line.startswith("rank ")]
     assert sorted(line.split(" on ")[0] for line in said) == [f"rank {n} of 4" for n in range(4)]
     assert len({line.split(" on ")[1] for line in said}) == 2
     for other, code in ((failing, "returned 9"), (absent, "returned 127")):
-        assert other.wait_until_over(timeout_s=300) == "FAILED"
+        assert other.wait_until_over() == "FAILED"
         assert code in other.log and not other.launches("requeue")
         assert state_of(other)["state"] == "failed"
         (ended,) = other.launches("end")
@@ -234,12 +235,12 @@ def test_a_run_is_queued_once_and_waits_for_another(cluster: MiniSlurm, tmp_path
     then = command_run(cluster, tmp_path, "then", "--after", "first", "--", "true")
     assert cluster.job_field(then.job_id, "Dependency").startswith(f"afterok:{first.job_id}")
     gate.touch()
-    assert then.wait_until_over(timeout_s=300) == "COMPLETED", then.log
+    assert then.wait_until_over() == "COMPLETED", then.log
     ended = first.launches("end")[0]["time"]
     assert then.launches("launch")[0]["time"] > ended
     assert then.launches("submit")[0]["after"] == "first"
     failed = command_run(cluster, tmp_path, "fails", "--", "false")
-    assert failed.wait_until_over(timeout_s=300) == "FAILED"
+    assert failed.wait_until_over() == "FAILED"
     base = ["submit", "--no-check", "launcher=slurm", f"run.root={tmp_path}", "run.id=never"]
     answer = anemoi_dist(cluster, *base, "--after", "fails", "--", "true")
     assert answer.returncode == 3 and "--after-any" in answer.stderr, answer.stderr

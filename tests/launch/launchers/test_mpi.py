@@ -9,13 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from support import runs
 from support.many_runs import write_state
+from support.waiting import PATIENCE_S, wait_until
 
 from anemoi_dist.config.compose import compose
 from anemoi_dist.errors import ConfigError, PreflightError
@@ -149,7 +149,9 @@ def meeting_fails(**environ: str) -> str:
     """Return what one of four ranks says that an mpirun of Hydra's family has started."""
     code = "from anemoi_dist.distributed.rendezvous import meet; meet(None)"
     environment = {**os.environ, "PMI_RANK": "1", "PMI_SIZE": "4", **environ}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode != 0
     return done.stderr
 
@@ -172,7 +174,9 @@ def test_an_mpi_that_hangs_as_it_starts_is_ended(tmp_path):
     code = "from anemoi_dist.distributed import rendezvous; rendezvous.WAIT_S = 0.5; rendezvous.meet(None)"
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PMI_RANK": "1", "PMI_SIZE": "4", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 6
     assert 'mpi4py/MPI.py", line 1' in done.stderr, "where it stands"
 
@@ -232,13 +236,8 @@ def processes_of(root: Path) -> list[psutil.Process]:
     return found
 
 
-def all_gone(root: Path, *, within_s: float = 120) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not processes_of(root):
-            return True
-        time.sleep(0.1)
-    return False
+def all_gone(root: Path) -> bool:
+    return wait_until(lambda: not processes_of(root), every_s=0.1)
 
 
 def ranks_of(root: Path) -> list[psutil.Process]:
@@ -281,10 +280,8 @@ def test_ranks_meet_and_none_is_left(tmp_path: Path, victim: str):
     environment = {**os.environ, **AS_ROOT, **found.environment}
     launcher = subprocess.Popen([sys.executable, "-c", parent, str(tmp_path)], env=environment)
     started.append(launcher)
-    deadline = time.monotonic() + 60
-    while sum(path.read_text() != "" for path in tmp_path.iterdir()) < 4:
-        assert time.monotonic() < deadline and launcher.poll() is None
-        time.sleep(0.05)
+    met = lambda: sum(path.read_text() != "" for path in tmp_path.iterdir()) == 4  # noqa: E731
+    assert wait_until(lambda: met() or launcher.poll() is not None) and met()
     places = [(tmp_path / str(rank)).read_text().split() for rank in range(4)]
     assert [place[:5] for place in places] == [[str(n), "4", str(n), "4", "127.0.0.1"] for n in range(4)]
     assert len({place[5] for place in places}) == 1
@@ -293,7 +290,7 @@ def test_ranks_meet_and_none_is_left(tmp_path: Path, victim: str):
     assert len(ranks) == 4
     {"launcher": launcher, "mpirun": mpirun, "rank": ranks[2]}[victim].kill()
     assert all_gone(tmp_path), processes_of(tmp_path)
-    assert launcher.wait(timeout=20) != 0
+    assert launcher.wait(PATIENCE_S) != 0
 
 
 @needs_mpi

@@ -47,10 +47,13 @@ docs: $(VENV)/.docs
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 INSTALLED_FROM := pyproject.toml setup.py constraints.txt anemoi_dist/optimizers/_ademamix.c
 
+# torchvision is timm's dependency and needed by nothing here; its wheel cannot be loaded beside a CPU build of torch, and
+# Lightning imports it if it is there.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) $(2) -e '.[report$(1)]'
+	@$(BIN)/python -m pip --disable-pip-version-check uninstall -q -y torchvision
 	@touch $(VENV)/.train $@
 endef
 
@@ -63,8 +66,6 @@ $(VENV)/.test: $(INSTALLED_FROM)
 	@echo 'Installing what the tests need into $(VENV), once: about 5 minutes and 3.3 GB in all.'
 	$(call install,$(comma)test)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements-anemoi.txt
-	# timm's dependency: its wheel cannot be loaded beside a CPU build of torch, and Lightning imports it if it is there.
-	$(BIN)/python -m pip uninstall -q -y torchvision
 	@touch $@
 
 $(VENV)/.lint $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(INSTALLED_FROM)

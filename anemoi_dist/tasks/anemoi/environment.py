@@ -24,5 +24,6 @@ def import_anemoi_training() -> ModuleType:
         enter_bare_timm()
         keep_in_process()
         return importlib.import_module("anemoi.training.train.train")
-    except ImportError as error:
-        raise PreflightError(f"task=anemoi needs anemoi-training: {error}") from error
+    except (ImportError, RuntimeError) as error:  # torchvision's, where it was not built for this torch
+        fix = "; `pip uninstall torchvision`: it is not needed" if "torchvision" in str(error) else ""
+        raise PreflightError(f"task=anemoi needs anemoi-training: {error}{fix}") from error

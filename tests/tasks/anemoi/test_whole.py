@@ -1,4 +1,4 @@
-"""``task=anemoi`` as a user meets it: their configuration, the launcher, and a ``kill -9`` in the middle."""
+"""``task=anemoi`` as a user meets it: their configuration, the launcher, a ``kill -9``, and a job's time limit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 from support.anemoi import PROCESSED, SMALL, write_dataset
+from support.faults import SlurmRun
+from support.minislurm import MiniSlurm
 from support.runs import assert_equal_bit_for_bit, finish, ranks_of, start, wait_for_checkpoint, wait_for_step
 
 from anemoi_dist.run.events import read_events
 
 
-def command(root: Path, run_id: str) -> list[str]:
+def settings(root: Path) -> list[str]:
     theirs = (
         f"system.input.dataset={root / 'small.zarr'}",
         f"system.output.root={root}",
@@ -29,13 +31,17 @@ def command(root: Path, run_id: str) -> list[str]:
         "dataloader.num_workers={training:1,validation:1,test:1}",
         "diagnostics.log.interval=1",
     )
-    ours = ("run.seed=5", f"run.root={root}", f"run.id={run_id}", "checkpoint.interval_steps=3")
     task = ("task=anemoi", f"task.config={root / 'theirs'}", f"task.overrides={json.dumps(theirs)}")
-    return [sys.executable, "-m", "anemoi_dist.launch.cli", "train", *task, *ours]
+    return [*task, "run.seed=5", "checkpoint.interval_steps=3"]
+
+
+def command(root: Path, run_id: str) -> list[str]:
+    program = [sys.executable, "-m", "anemoi_dist.launch.cli", "train"]
+    return [*program, *settings(root), f"run.root={root}", f"run.id={run_id}"]
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_or_requeued_goes_on_bit_for_bit(cluster: MiniSlurm, tmp_path: Path) -> None:
     write_dataset(tmp_path / "small.zarr")
     (tmp_path / "theirs").mkdir()
     code, output = finish(start(command(tmp_path, "a")))
@@ -55,3 +61,12 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
     names = {score["name"] for score in scores[24]}
     assert {"loss", "data_mse_metric/data/msl/1", "data_mse_metric/data/t_850/3"} <= names
     assert set(scores) == {8, 16, 24} and {name for name in names if name.endswith("/3")}
+
+    nodes = ("launcher=slurm", "launcher.profile=minislurm", "launcher.nodes=2", "launcher.ranks=1")
+    job = SlurmRun(cluster, tmp_path, "c", *settings(tmp_path), *nodes)
+    job.wait_for_step(10)
+    cluster.run("scancel", "--signal=USR1", "--batch", str(job.job_id))
+    assert job.wait_until_over() == "COMPLETED", job.log
+    assert [event["code"] for event in job.launches("end")] == [75, 0]
+    assert job.steps_repeated() == 0 and not job.left_running()
+    assert_equal_bit_for_bit(tmp_path / "a", job.directory)

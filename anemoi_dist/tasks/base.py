@@ -40,6 +40,23 @@ class Samples(Protocol):
         """Read one sample for optimizer step ``step``; how much of it is needed may grow with the steps."""
 
 
+class KeepsBufferTypes(nn.Module):
+    """A module whose buffers keep their type whatever becomes of its weights.
+
+    ``module.bfloat16()`` would round a mean pressure of 101 325 Pa to a multiple of 512 Pa.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = [(owner, name, b) for owner in self.modules() for name, b in owner._buffers.items() if b is not None]
+        super()._apply(fn, recurse)
+        for owner, name, original in before:
+            buffer = owner._buffers[name]
+            assert buffer is not None
+            if buffer.dtype != original.dtype:
+                owner._buffers[name] = original.to(buffer.device)  # the narrow type has lost the digits already
+        return self
+
+
 class TaskModule(nn.Module, ABC):
     """Model and loss in one module, so that engines can wrap both at once.
 

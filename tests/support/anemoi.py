@@ -142,6 +142,19 @@ PROCESSED = (
 )
 #: Nothing that a forecast cannot start from: sea temperature is missing on land.
 SMALL_GAPS = "dataloader.dataset={dataset:${system.input.dataset},drop:[sst]}"
+#: ``ensemble_crps`` on a coarse grid, without what its defaults read from files.
+ENSEMBLE = (
+    SMALL_GAPS,
+    "~graph.nodes.hidden.node_builder.grid",
+    "+graph.nodes.hidden.node_builder.resolution=1",
+    "graph.nodes.hidden.node_builder._target_=anemoi.graphs.nodes.TriNodes",
+    "model.num_channels=16",
+    "model.processor.attention_implementation=scaled_dot_product_attention",
+    "model.processor.num_layers=2",
+    "system.input.truncation=null",
+    "system.input.truncation_inv=null",
+    "training.max_epochs=null",
+)
 #: Samples of the small dataset's splits, as the process that opens the data would report them.
 SAMPLES = Facts(training=42, validation=14)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from torch import Tensor
 from anemoi_dist.config.schema import Config
 from anemoi_dist.tasks.anemoi.groups import undivided_parameters
 from anemoi_dist.tasks.anemoi.samples import AnemoiBatch
-from anemoi_dist.tasks.base import TaskModule
+from anemoi_dist.tasks.base import KeepsBufferTypes, TaskModule
 
 
-class AnemoiModule(TaskModule):
+class AnemoiModule(KeepsBufferTypes, TaskModule):
     """A training method of anemoi-training (a LightningModule) without Lightning's trainer.
 
     Parameters
@@ -73,14 +73,7 @@ class AnemoiModule(TaskModule):
         self.score_names = ["loss", *output.metrics]
         return torch.stack([loss, *(value.reshape(()).float() for value in output.metrics.values())])
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnemoiModule:
-        """Move or cast; buffers keep their type, whatever becomes of the weights."""
-        before = [(owner, name, b) for owner in self.modules() for name, b in owner._buffers.items() if b is not None]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        for owner, name, original in before:
-            buffer = owner._buffers[name]
-            assert buffer is not None
-            if buffer.dtype != original.dtype:
-                owner._buffers[name] = original.to(buffer.device)  # the narrow type has lost the digits already
         self.method._device = next(self.parameters()).device  # Lightning's own idea of where it is
         return self

@@ -6,7 +6,7 @@ Plain PyTorch: engines wrap it, Lightning may drive it (``lightning.py``), and n
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -18,14 +18,13 @@ from anemoi_dist.config.targets import nested_targets, resolve_target
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.data.batch import Batch, DataSpec
 from anemoi_dist.errors import ConfigError
-from anemoi_dist.tasks.base import TaskModule
+from anemoi_dist.tasks.base import KeepsBufferTypes, TaskModule
 
 
-class Float32Constants(nn.Module):
+class Float32Constants(KeepsBufferTypes):
     """Named constants that follow the module from device to device and stay float32.
 
-    ``module.bfloat16()`` would round a mean pressure of 101 325 Pa to a multiple of 512 Pa. They come from the data,
-    not from training, so they are not part of the state that is saved.
+    They come from the data, not from training, so they are not part of the state that is saved.
 
     Parameters
     ----------
@@ -42,17 +41,6 @@ class Float32Constants(nn.Module):
         super().__init__()
         for name, value in values.items():
             self.register_buffer(name, torch.as_tensor(np.asarray(value), dtype=torch.float32), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Constants:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.dtype != torch.float32:
-                # From the original: the narrow type has lost the digits already.
-                original = before[name]
-                assert original is not None
-                self._buffers[name] = original.to(buffer.device)
-        return self
 
 
 class BaseGraphModule(TaskModule):

@@ -2,24 +2,12 @@
 
 import pytest
 import torch
-from support.anemoi import PROCESSED, SMALL_GAPS, compose_small, train_ours, train_theirs
+from support.anemoi import ENSEMBLE, PROCESSED, SMALL_GAPS, compose_small, train_ours, train_theirs
 
-TRI_NODES = ("~graph.nodes.hidden.node_builder.grid", "+graph.nodes.hidden.node_builder.resolution=1")
 #: Configuration and overrides of anemoi-training.
 ROWS = {
     "deterministic": ("config", SMALL_GAPS, "graph.nodes.hidden.node_builder.resolution=1"),
-    "ensemble": (
-        "ensemble_crps",
-        SMALL_GAPS,
-        *TRI_NODES,
-        "graph.nodes.hidden.node_builder._target_=anemoi.graphs.nodes.TriNodes",
-        "model.num_channels=16",
-        "model.processor.attention_implementation=scaled_dot_product_attention",
-        "model.processor.num_layers=2",
-        "system.input.truncation=null",
-        "system.input.truncation_inv=null",
-        "training.max_epochs=null",
-    ),
+    "ensemble": ("ensemble_crps", *ENSEMBLE),
     "processed": ("config", *PROCESSED),
 }
 

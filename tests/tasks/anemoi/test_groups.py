@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import toy
-from support.anemoi import compose_small, steps_of, train_ours, train_theirs
+from support.anemoi import ENSEMBLE, SMALL_GAPS, compose_small, steps_of, train_ours, train_theirs
 from support.saving import save
 
 from anemoi_dist.checkpoint.reader import Checkpoint
@@ -22,7 +22,7 @@ NUM_STEPS = 3
 NUM_POINTS = 9 * 18
 TOLERANCE = 1e-5
 SMALL = (
-    "dataloader.dataset={dataset:${system.input.dataset},drop:[sst]}",
+    SMALL_GAPS,
     "graph.nodes.hidden.node_builder.resolution=1",
     "model.processor.num_layers=2",
     "training.optimization.lr_scheduler.warmup_t=0",
@@ -33,6 +33,8 @@ SMALL = (
 )
 #: One epoch of these steps, at whose end theirs validates.
 EPOCH = ("training.accum_grad_batches=1", f"dataloader.limit_batches.training={NUM_STEPS}")
+#: Two ranks of one ensemble.
+PAIR = (f"training.max_steps={NUM_STEPS}", "system.hardware.num_gpus_per_ensemble=2", *EPOCH)
 KEPT = ("model.keep_batch_sharded=true",)
 #: The grid is whole where the model begins and ends.
 WHOLE = (
@@ -138,29 +140,12 @@ def test_a_run_goes_on_with_other_groups(trained, ranks, tmp_path, first, second
     assert_same(results, trained("ddp", 1, *KEPT), steps=slice(2, None))
 
 
-ENSEMBLE = (
-    "dataloader.dataset={dataset:${system.input.dataset},drop:[sst]}",
-    "~graph.nodes.hidden.node_builder.grid",
-    "+graph.nodes.hidden.node_builder.resolution=1",
-    "graph.nodes.hidden.node_builder._target_=anemoi.graphs.nodes.TriNodes",
-    "model.num_channels=16",
-    "model.processor.attention_implementation=scaled_dot_product_attention",
-    "model.processor.num_layers=2",
-    "system.input.truncation=null",
-    "system.input.truncation_inv=null",
-    "training.max_epochs=null",
-    f"training.max_steps={NUM_STEPS}",
-    "system.hardware.num_gpus_per_ensemble=2",
-    *EPOCH,
-)
-
-
 @pytest.mark.parametrize("row", ["model", pytest.param("ensemble", marks=pytest.mark.slow)])
 def test_as_in_their_groups(ranks, tmp_path, row):
     if row == "model":
         config = make_config(tmp_path, "zero2", 2, *KEPT, *EPOCH, model=2, reader=2)
     else:
-        config = compose_small("ensemble_crps", *ENSEMBLE, root=tmp_path, ranks=2)
+        config = compose_small("ensemble_crps", *ENSEMBLE, *PAIR, root=tmp_path, ranks=2)
     assert config.task.groups.sample == 2 and config.training.global_batch_size == 1
     ours, theirs = ranks(2).run(train_ours, config), ranks(2).run(train_theirs, config)
     assert ours[0]["losses"] == pytest.approx(theirs[0]["losses"], rel=TOLERANCE)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -85,8 +84,7 @@ class Fsdp2Engine(ShardedEngine):
         if gradients:
             square += sum_of_squares(gradients, self._squares)
         self._squares.clear()
-        dist.all_reduce(square)
-        norm = square.sqrt().float()
+        norm = self.sum_over_ranks(square).sqrt().float()
         value, skipped = float(norm), not bool(norm.isfinite())
         if not skipped:
             with self.clipped(list(gradients.values()), norm=norm):

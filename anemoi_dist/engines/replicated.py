@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,16 +27,20 @@ class DdpEngine(ShardedEngine):
             self.module,
             device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
             find_unused_parameters=True,
+            # Buffers are made the same where they are read: in evaluations and saves.
+            broadcast_buffers=False,
         )
         self._create_optimizer()
 
     def _forward(self, batch: Batch, **evaluation: Any) -> torch.Tensor:
         return self._ddp(batch, **evaluation)
 
+    def _micro_batch(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        # One all-reduce a step: gradients of earlier micro-batches add up locally first. DDP asks in the forward pass.
+        return nullcontext() if is_last else self._ddp.no_sync()
+
     def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
-        # One all-reduce a step: gradients of earlier micro-batches add up locally first.
-        with nullcontext() if is_last else self._ddp.no_sync():
-            loss.backward()
+        loss.backward()
 
     def _update(self) -> tuple[float, bool]:
         return step_replicated(self)
@@ -62,6 +66,7 @@ def step_replicated(engine: ShardedEngine) -> tuple[float, bool]:
         L2 norm of the gradient, and whether the update was skipped.
     """
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    engine.sum_over_ranks()
     # No collective: equal gradients give every rank the same norm, bit for bit, and so the same decision to skip.
     norm = squared_norms(gradients).sum().sqrt().float()
     skipped = not bool(norm.isfinite())

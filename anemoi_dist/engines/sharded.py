@@ -10,7 +10,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -102,6 +102,7 @@ class ShardedEngine(ABC):
         self._declared |= {(n, "buffer"): TensorInfo(tuple(b.shape), b.dtype) for n, b in self._persistent_buffers()}
         self._trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         self._num_updates = 0
+        self._loss = torch.zeros((), device=world.device)
         #: The tensors that the optimizer steps -> average of their values, in fp32. Empty: none is kept.
         self._averages: dict[torch.Tensor, torch.Tensor] = {}
         self._install_gradient_factors()
@@ -128,6 +129,10 @@ class ShardedEngine(ABC):
     def _forward(self, batch: Batch, **evaluation: Any) -> torch.Tensor:
         """Call the module through whatever wraps it."""
 
+    def _micro_batch(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Return what encloses the forward and backward pass of a micro-batch."""
+        return nullcontext()
+
     @abstractmethod
     def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         """Add the gradient of ``loss`` (already divided by the number of micro-batches)."""
@@ -152,25 +157,24 @@ class ShardedEngine(ABC):
     def train_step(self, micro_batches: Sequence[Batch]) -> StepReport:
         """Do one optimizer step on this rank's micro-batches, then advance the learning rate. Collective."""
         lr = float(self.optimizer.param_groups[0]["lr"])
-        total = torch.zeros((), device=self.world.device)
+        self._loss = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches):
             beat()
-            loss = self._forward(batch) / len(micro_batches)
-            total += loss.detach()
             is_last = index == len(micro_batches) - 1
-            if is_last:
-                dist.all_reduce(total)
-                total /= self.world.world_size
-                # A loss that is not finite on one rank may leave finite gradients there and elsewhere. Poisoned, the
-                # global norm tells every rank, and all skip together without a further collective.
-                loss = loss * torch.where(total.isfinite(), 1.0, math.nan)
-            self._backward(loss, is_last=is_last)
+            with self._micro_batch(is_last=is_last):
+                loss = self._forward(batch) / len(micro_batches)
+                self._loss += loss.detach()
+                if is_last:
+                    # A loss that is not finite may leave finite gradients, here and elsewhere. Poisoned, they make the
+                    # global norm tell every rank, and all skip together without a further collective.
+                    loss = loss * torch.where(self._loss.isfinite(), 1.0, math.nan)
+                self._backward(loss, is_last=is_last)
         grad_norm, skipped = self._update()
         if self._averages and not skipped:
             self._update_averages()
         self._num_updates += 1
         set_num_updates(self._scheduler, self._num_updates)
-        return StepReport(loss=float(total), grad_norm=grad_norm, lr=lr, skipped=skipped)
+        return StepReport(loss=float(self._loss), grad_norm=grad_norm, lr=lr, skipped=skipped)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, **evaluation: Any) -> torch.Tensor:
@@ -275,6 +279,17 @@ class ShardedEngine(ABC):
         """Release what the engine started."""
 
     # Helpers
+
+    def sum_over_ranks(self, square: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the sum of ``square`` (a scalar) over all ranks; the step's loss becomes their mean on the same way.
+
+        Collective. Every engine calls it once a step, after the backward pass, which nothing holds up.
+        """
+        loss = self._loss.double()
+        both = torch.stack([torch.zeros_like(loss) if square is None else square.double(), loss])
+        dist.all_reduce(both)
+        self._loss = (both[1] / self.world.world_size).float()
+        return both[0]
 
     @contextmanager
     def clipped(self, gradients: Sequence[torch.Tensor], *, norm: torch.Tensor) -> Iterator[None]:

@@ -238,8 +238,7 @@ class Zero12Engine(_PartitionedEngine):
         own = self._gradients.sum_of_squares()
         if own is not None:
             square += own
-        dist.all_reduce(square)
-        norm = square.sqrt().float()
+        norm = self.sum_over_ranks(square).sqrt().float()
         self._norm = zero._global_grad_norm = float(norm)
         zero.overflow = not math.isfinite(self._norm)  # DeepSpeed counts skipped steps by it
         if not zero.overflow:
@@ -342,8 +341,7 @@ class Zero3Engine(_PartitionedEngine):
     def _norms(self) -> list[torch.Tensor]:
         """Return the norm of all gradients, in the place of DeepSpeed's list with one for each partition."""
         square = squared_norms([self._zero.grad_partitions_flat_buffer]).sum()
-        dist.all_reduce(square)
-        return [square.sqrt().float()]
+        return [self.sum_over_ranks(square).sqrt().float()]
 
     def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         # Nothing arrived yet: DeepSpeed overwrites, in this pass, the gradients of what it uses. Those of the rest
@@ -366,6 +364,8 @@ class Zero3Engine(_PartitionedEngine):
                 offset += numel
 
     def _update(self) -> tuple[float, bool]:
+        if self._zero.offload_optimizer:  # DeepSpeed takes the norm
+            self.sum_over_ranks()
         self._engine.step()
         self.capabilities.reset_scale()
         # With offload the partitions keep their gradients, on the CPU: a parameter that the next step does not use

@@ -18,9 +18,10 @@ from anemoi_dist.config.compose import compose
 from anemoi_dist.config.identity import changes_table
 from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.distributed.rendezvous import Meeting, meet
-from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError, print_error
+from anemoi_dist.errors import AnemoiDistError, ExitCode, PreflightError, print_error, print_message
+from anemoi_dist.process.output import protect_output
 from anemoi_dist.process.parent_death import die_with_parent, parent_in_environment
-from anemoi_dist.run.attempt import Attempt, is_finished, record_end
+from anemoi_dist.run.attempt import Attempt, is_finished, leave_ending, record_end
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
 from anemoi_dist.run.lock import Hold, hold_launch
 from anemoi_dist.run.prepare import claim_run
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Train on this rank and exit with the code that says how it ended."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # before the imports that take seconds: the agent may be killed meanwhile
         die_with_parent(parent_pid=parent_in_environment())
+    protect_output()
     arguments = _parse(argv)
     run, hold = None, None
     try:
@@ -60,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except AnemoiDistError as error:
         print_error(error)
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk before anything could be recorded: another try would not help
+        print_error(error)
+        sys.exit(ExitCode.PREFLIGHT)
     code = _train(run, meeting)
     if hold is not None:
         hold.release()
@@ -95,7 +100,7 @@ def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
     # Imported here: these load torch, which takes seconds; until now a wrong key cost none of them.
     from anemoi_dist.distributed.world import World
     from anemoi_dist.preflight.ranks import run_preflight
-    from anemoi_dist.telemetry.console import keep_log
+    from anemoi_dist.telemetry.console import keep_log, redirect_to_log
     from anemoi_dist.telemetry.watchdog import watch
     from anemoi_dist.training.setup import train
 
@@ -113,7 +118,7 @@ def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
             world.leave()
             return ExitCode(agreed.exit_code)
         run, number = RunDirectory(Path(agreed.path)), agreed.attempt
-        (keep_log if world.is_main else _redirect)(run.log_file(number, world.rank))
+        (keep_log if world.is_main else redirect_to_log)(run.log_file(number, world.rank))
         config = from_yaml(_read_frozen(run, agreed.config))
         with watch(
             run,
@@ -154,8 +159,9 @@ def _record_end(
         # A failure of another rank may be known to that rank alone: rank 0 then only sees a broken connection.
         if run is not None and number and failure is not None:
             return record_end(run, number, code, failure=failure)
-    except OSError as error:  # a full disk: the exit code still says how it ended
-        print(f"the end of the attempt cannot be recorded: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    except OSError as error:  # a full disk: the launcher records it as soon as that is possible
+        leave_ending(number, code, failure=failure)
+        print_message(f"the end of the attempt cannot be recorded: {error}")
     return code
 
 
@@ -186,6 +192,9 @@ def _begin(run: RunDirectory, world: World) -> tuple[Attempt | None, _Agreement]
     except AnemoiDistError as error:
         print_error(error)
         return None, _Agreement(exit_code=error.exit_code)
+    except OSError as error:  # a disk on which not even the start can be recorded
+        print_error(error)
+        return None, _Agreement(exit_code=ExitCode.PREFLIGHT)
 
 
 def _read_frozen(run: RunDirectory, expected: str) -> str:
@@ -205,16 +214,6 @@ def _read_frozen(run: RunDirectory, expected: str) -> str:
             f"{run.config_file} is not what rank 0 sees: run.root must lie on a file system that all nodes share"
         )
     return text
-
-
-def _redirect(log: Path) -> None:
-    """Send this rank's output to its own log file; the terminal belongs to rank 0."""
-    # The descriptors, not sys.stdout: NCCL, faulthandler and other C code write there too.
-    stream = log.open("a", buffering=1, encoding="utf-8")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(stream.fileno(), 1)
-    os.dup2(stream.fileno(), 2)
 
 
 def _exit(code: ExitCode, meeting: Meeting) -> NoReturn:

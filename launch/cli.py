@@ -7,8 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from anemoi_dist.errors import AnemoiDistError, ExitCode, print_error
+from anemoi_dist.process.output import fill_descriptors, protect_output
 
 from .commands.parser import parse
+
+#: Commands that own ranks. All others end when nobody reads what they print.
+_TRAINING = ("train", "resume")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,8 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments : Sequence[str], optional
         Command-line arguments; those of this process where left out.
     """
+    fill_descriptors()
     options = parse(sys.argv[1:] if arguments is None else list(arguments))
     try:
+        if options.name in _TRAINING:
+            # Whoever reads the output, through a pipe to head for one, may leave before training ends.
+            protect_output()
         # Before the import: on a shared file system that alone takes seconds.
         if getattr(options, "first_line", "") and not options.dry_run:
             print(options.first_line, flush=True)

@@ -19,6 +19,7 @@ from support.ranks import RankPool
 from support.recorded import fill
 from support.warm import WarmInterpreter
 
+from anemoi_dist.process.output import LOSSES
 from anemoi_dist.run.directory import RunDirectory
 
 # How long an example takes says something about what else the machine does.
@@ -104,6 +105,13 @@ def cluster() -> Iterator[MiniSlurm]:
         cluster.stop()
         assert not cluster.processes(), "the cluster left processes behind"
         shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def _no_losses() -> None:
+    """Forget what earlier tests of this process could not write: their losses would become events of this one."""
+    LOSSES.take(failing=True)
+    LOSSES._failing.clear()
 
 
 @pytest.fixture

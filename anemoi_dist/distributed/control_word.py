@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from anemoi_dist.distributed.world import World
+from anemoi_dist.process.output import LOSSES
 from anemoi_dist.run.directory import RunDirectory
 
 STOP_FILE = "the stop file"
@@ -64,8 +65,12 @@ class StopRequest:
 
     def clear(self) -> None:
         """Delete the stop file of a request that was met, or the next start would stop at once."""
-        if self._is_main:
+        if not self._is_main:
+            return
+        try:
             self._run.stop_file.unlink(missing_ok=True)
+        except OSError as error:  # a file system that became read-only; the next start deletes it too
+            LOSSES.note(str(self._run.stop_file), error)
 
 
 @dataclass(frozen=True)

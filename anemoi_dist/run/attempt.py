@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import signal
 import socket
 import time
+from pathlib import Path
 
 from anemoi_dist.errors import ExitCode
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
 from anemoi_dist.run.lock import Holder, hold_ranks
-from anemoi_dist.run.records import AttemptRecord, Failure, Owner, RunState
+from anemoi_dist.run.records import AttemptRecord, Failure, Owner, RunState, from_json, to_json
 
+#: Environment variable of ranks: the file of their launcher for an end that ``run.json`` cannot take.
+ENDING = "ANEMOI_DIST_ENDING"
 _STATES = {
     ExitCode.FINISHED: "finished",
     ExitCode.SAVED_RUN_AGAIN: "preempted",
@@ -76,11 +81,15 @@ class Attempt:
             )
             state.state, state.owner = "running", Owner(holder.pid, host=holder.host, started=holder.started)
         run.logs_dir(self.number).mkdir(mode=0o700, parents=True, exist_ok=True)
+        run.reserve_space()
 
     def end(self, code: ExitCode, *, failure: Failure | None = None) -> ExitCode:
         """Record the end of the attempt and release the run; return the recorded code, as :func:`record_end` does."""
-        code = record_end(self._run, self.number, code, failure=failure)
-        self._hold.release()
+        try:
+            code = record_end(self._run, self.number, code, failure=failure)
+        finally:
+            self._run.release_space()
+            self._hold.release()
         return code
 
 
@@ -112,6 +121,38 @@ def record_end(run: RunDirectory, number: int, code: ExitCode, *, failure: Failu
         attempt.ended, attempt.failure = time.time(), failure
         _end(state, attempt, code)
     return code
+
+
+def leave_ending(number: int, code: ExitCode, *, failure: Failure | None) -> None:
+    """Leave the end of an attempt, which ``run.json`` cannot take now, to the launcher on this machine."""
+    note = os.environ.get(ENDING)
+    if note is None:
+        return
+    content = {"attempt": number, "code": int(code), "failure": None if failure is None else to_json(failure)}
+    with contextlib.suppress(OSError):  # the temporary directory is full too: the exit code is all that is left
+        Path(note).write_text(json.dumps(content), encoding="utf-8")
+
+
+def record_left_ending(run: RunDirectory, note: Path) -> bool:
+    """Record the end that :func:`leave_ending` has left in ``note``; return whether there was one.
+
+    Raises
+    ------
+    OSError
+        ``run.json`` cannot be written.
+    """
+    try:
+        content = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    failure = content["failure"]
+    record_end(
+        run,
+        content["attempt"],
+        ExitCode(content["code"]),
+        failure=None if failure is None else from_json(Failure, failure),
+    )
+    return True
 
 
 def _end(state: RunState, attempt: AttemptRecord, code: ExitCode) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +18,8 @@ from anemoi_dist.run.records import STATES, RunState, from_json, to_json
 
 #: Environment variable of ranks: the kind of the launcher that owns the run.
 LAUNCHED = "ANEMOI_DIST_LAUNCHED"
+#: Room for ``run.json`` of hundreds of attempts beside its old version.
+_RESERVE_BYTES = 256 * 1024
 
 
 def fsync_directory(path: Path) -> None:
@@ -76,6 +79,11 @@ class RunDirectory:
     def state_file(self) -> Path:
         """``run.json``: state, attempts, owner."""
         return self.path / "run.json"
+
+    @property
+    def reserve_file(self) -> Path:
+        """Space that the end of an attempt takes on a full disk."""
+        return self.path / ".reserve"
 
     @property
     def lock_file(self) -> Path:
@@ -212,7 +220,27 @@ class RunDirectory:
                 self.write_state(state)
 
     def write_state(self, state: RunState) -> None:
-        """Write ``run.json`` atomically."""
+        """Write ``run.json`` atomically, on a full disk into what :meth:`reserve_space` holds."""
         if state.state not in STATES:
             raise ValueError(f"state {state.state!r} is not one of {', '.join(STATES)}")
-        write_atomically(self.state_file, json.dumps(to_json(state), indent=2) + "\n")
+        text = json.dumps(to_json(state), indent=2) + "\n"
+        try:
+            write_atomically(self.state_file, text)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.reserve_file.exists():
+                raise
+            self.release_space()
+            write_atomically(self.state_file, text)
+
+    def reserve_space(self) -> None:
+        """Take a little of the disk while there is room, so that the end of an attempt can be recorded without."""
+        try:
+            with self.reserve_file.open("wb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, _RESERVE_BYTES)
+        except OSError:  # full already, or a file system that cannot promise space
+            self.release_space()
+
+    def release_space(self) -> None:
+        """Give back what :meth:`reserve_space` has taken."""
+        with contextlib.suppress(OSError):
+            self.reserve_file.unlink(missing_ok=True)

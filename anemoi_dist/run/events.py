@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from anemoi_dist.process.output import LOSSES, AppendedFile
+
 Event = dict[str, Any]
 
 
@@ -27,10 +29,8 @@ class EventLog:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        size = os.fstat(self._descriptor).st_size
-        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-            os.write(self._descriptor, b"\n")
+        self._file = AppendedFile(str(path), path=path)
+        self._last_step, self._was_written = 0, False
 
     def write(self, name: str, *, step: int, **fields: Any) -> Event:
         """Append one event and return it as written.
@@ -44,20 +44,32 @@ class EventLog:
         **fields : Any
             Numbers, strings, lists and dictionaries; NumPy scalars and 0-d tensors become numbers. NaN and infinity,
             which JSON does not have, become null.
+
+        An event that cannot be written, on a full disk, is counted; a later event, ``lost``, says how many were.
         """
-        event = {"event": name, "time": round(self._clock(), 3), "step": step, **plain(fields)}
-        line = json.dumps(event, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        # O_APPEND and one write: lines of two processes never mix.
-        written = os.write(self._descriptor, line)
-        if written != len(line):
-            raise OSError(f"only {written} of {len(line)} bytes of an event were written; is the disk full?")
+        event = self._append(name, step, fields)
+        self._report_losses(step=step)
+        self._last_step = step
         return event
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Record what is lost for good and close the file; a second call does nothing."""
+        self._report_losses(step=self._last_step, failing=True)
+        self._file.close()
+
+    def _append(self, name: str, step: int, fields: Mapping[str, Any]) -> Event:
+        event = {"event": name, "time": round(self._clock(), 3), "step": step, **plain(fields)}
+        line = json.dumps(event, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        self._was_written = self._file.append(line)
+        return event
+
+    def _report_losses(self, *, step: int, failing: bool = False) -> None:
+        """Record how much of the process's output is lost, as soon as its destination works again."""
+        if not self._was_written or not (losses := LOSSES.take(failing=failing)):
+            return
+        self._append("lost", step, {"output": losses})
+        if not self._was_written:
+            LOSSES.put_back(losses)
 
 
 def plain(value: Any) -> Any:

@@ -176,8 +176,11 @@ class Hold:
         if self._ended.is_set():
             return
         self._ended.set()
-        self._write("")
-        self._file.close()
+        # The process is going to end, and the lock with it: the name that stays is that of nobody who lives.
+        with contextlib.suppress(OSError):
+            self._write("")
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def _now(directory: Path) -> float:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import TextIO
+
+from anemoi_dist.process.output import LOSSES, open_log
 
 
 class LoggedStream(io.TextIOBase):
@@ -55,8 +58,22 @@ class LoggedStream(io.TextIOBase):
 
 def keep_log(path: Path) -> None:
     """Copy standard output and standard error of this process into ``path``."""
-    # Appended and line-buffered: a restart continues the same file, and a killed process loses no line.
-    log = path.open("a", buffering=1, encoding="utf-8")
+    log: TextIO = open_log(path)  # type: ignore[assignment] # it has what is used of one
     sys.stdout = LoggedStream(sys.stdout, log, copies=not sys.stdout.isatty())
     # Never a bar: errors and warnings go to both even on a terminal.
     sys.stderr = LoggedStream(sys.stderr, log, copies=True)
+
+
+def redirect_to_log(path: Path) -> None:
+    """Send all output of this process to ``path`` alone; the terminal belongs to rank 0."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:  # a disk without room for another file: the output stays where it went until now
+        LOSSES.note(str(path), error)
+        return
+    # The descriptors, not sys.stdout: NCCL, faulthandler and other C code write there too.
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

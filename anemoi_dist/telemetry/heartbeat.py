@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from anemoi_dist.process.output import LOSSES
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.records import from_json, number, to_json, whole
 
@@ -180,8 +181,10 @@ class Heartbeat:
                 # Renamed, so that no reader sees half a file; not synced, since nobody needs it after a power cut.
                 self._temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
                 self._temporary.replace(self._path)
-            except OSError:
-                return  # a full disk is no reason to end a run; readers see an old time
+            except OSError as error:  # readers see an old time
+                LOSSES.note("the heartbeat", error)
+            else:
+                LOSSES.end("the heartbeat")
 
     def _write_on(self) -> None:
         written = self._last

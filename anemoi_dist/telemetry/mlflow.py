@@ -18,6 +18,7 @@ from anemoi_dist.config.schema import MlflowConfig
 from anemoi_dist.config.secrets import redact
 from anemoi_dist.config.tree import leaves
 from anemoi_dist.errors import PreflightError
+from anemoi_dist.process.output import LOSSES
 from anemoi_dist.run.directory import RunDirectory, write_atomically
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class MlflowMetrics:
         self._metric, self._param, self._open_client = Metric, Param, MlflowClient
         self._run, self._config, self._say = run, config, say
         self._points: deque[Metric] = deque()
+        self._known: dict[str, str] = {}
         self._num_dropped = 0
         self._warning: str | None = None
         self._has_warned = False
@@ -137,13 +139,18 @@ class MlflowMetrics:
         """Return client and id of the MLflow run, new or continued, after sending the configuration."""
         uri, name = str(self._config.tracking_uri), self._config.experiment
         client = self._open_client(uri)
-        known = json.loads(self._run.mlflow_file.read_text()) if self._run.mlflow_file.exists() else {}
+        if not self._known and self._run.mlflow_file.exists():
+            self._known = json.loads(self._run.mlflow_file.read_text())
+        known = self._known
         if uri not in known:
             found = client.get_experiment_by_name(name)
             experiment_id = client.create_experiment(name) if found is None else found.experiment_id
             run_name = self._config.run_name or self._run.run_id
             known[uri] = client.create_run(experiment_id, run_name=run_name).info.run_id
-            write_atomically(self._run.mlflow_file, json.dumps(known) + "\n")
+            try:
+                write_atomically(self._run.mlflow_file, json.dumps(known) + "\n")
+            except OSError as error:  # kept in memory: every further try would create another MLflow run
+                LOSSES.note(str(self._run.mlflow_file), error)
         run_id = known[uri]
         client.update_run(run_id, status="RUNNING")
         text = redact(self._run.config_file.read_text(encoding="utf-8"))

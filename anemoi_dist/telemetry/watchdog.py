@@ -23,8 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from anemoi_dist.errors import AnemoiDistError, ExitCode
+from anemoi_dist.errors import AnemoiDistError, ExitCode, print_message
 from anemoi_dist.process.deadman import Deadman
+from anemoi_dist.process.output import open_log
 from anemoi_dist.run.attempt import record_end
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import EventLog
@@ -137,7 +138,8 @@ class Watchdog:
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
         self._tick_s = min(1.0, timeout_s / 10)
         self._watched = threading.get_ident()
-        self._log: IO[str] = run.log_file(attempt, rank).open("a", buffering=1, encoding="utf-8")
+        # A log that cannot be written must not keep a hang from being ended.
+        self._log: IO[str] = open_log(run.log_file(attempt, rank))  # type: ignore[assignment]
         # Nobody else ends the run of a single rank. With several ranks, their watchdogs need the time to name this one
         # before its dead man's switch removes the process.
         grace_s = 3.0 if world_size == 1 else _GRACE_S
@@ -225,7 +227,7 @@ class Watchdog:
         with suppress(OSError):  # a full disk: the exit code still reports the hang
             record_hang(self._run, self._attempt, hang)
         log_file = self._run.log_file(self._attempt, hang.rank)
-        print(f"{hang}; its stacks: {log_file}", file=sys.stderr, flush=True)  # noqa: T201
+        print_message(f"{hang}; its stacks: {log_file}")
         return hang
 
     def _is_judge(self) -> bool:

@@ -46,7 +46,7 @@ def _cancel_job(run: RunDirectory, job_id: str, status: RunStatus) -> None:
     if view is None or view.is_over:
         raise ConfigError("RUN", status.run_id, f"has nothing to cancel: it is {status.described}")
     # Noted first: the batch process reads it when it is ended, and does not put the job back into the queue.
-    journal.note_if_possible(run, "cancel", job_id=job_id)
+    journal.note(run, "cancel", job_id=job_id)
     queue.cancel(job_id)
     print(f"job {job_id} is cancelled; it was {status.described}")
 
@@ -66,7 +66,7 @@ def _cancel_process(run: RunDirectory, facts: Facts) -> None:
             f"run {run.run_id} was started on {launched.host or '?'} by process {pid}: cancel it there; "
             f"`anemoi-dist stop {run.run_id}` asks it from here to save and stop"
         )
-    journal.note_if_possible(run, "cancel")
+    journal.note(run, "cancel")
     means = _end(facts, pid or 0)
     print(f"process {pid} was gone already" if means is None else f"process {pid} was ended by {means}")
 

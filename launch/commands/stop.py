@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     # A queued run may have no such directory yet.
     run.control_dir.mkdir(mode=0o700, exist_ok=True)
     # Noted first: the batch process reads the journal to tell a person's stop from the time limit's.
-    journal.note_if_possible(run, "stop")
+    journal.note(run, "stop")
     run.stop_file.touch()
     print(f"{status.run_id} is {status.described}")
     again = f"`anemoi-dist resume {run.run_id}`" if command is None else "the same `anemoi-dist submit` line"

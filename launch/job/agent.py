@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anemoi_dist.errors import AnemoiDistError, ExitCode, print_error, print_message
+from anemoi_dist.process.output import protect_output
 from anemoi_dist.process.parent_death import PARENT_PID, die_with_parent, parent_in_environment
 from anemoi_dist.run.attempt import record_killed
 from anemoi_dist.run.directory import RunDirectory
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 def main() -> int:
     """Run torchrun with this process's arguments; return the exit code of the first rank that failed, if it is ours."""
     die_with_parent(parent_pid=parent_in_environment(), number=signal.SIGTERM)
+    protect_output()
     os.environ[PARENT_PID] = str(os.getpid())  # for the ranks
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -49,11 +51,11 @@ def main() -> int:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = _cause(error)
-        if run and failure.exitcode == ExitCode.HANG:
-            record_unreported_hang(run)
-        if run and failure.exitcode < 0 and -failure.exitcode not in _ASKING:
-            number = signal.Signals(-failure.exitcode)
-            record_killed(run, rank=rank, pid=failure.pid, number=number, attempts_before=attempts_before)
+        if run:
+            try:
+                _record(run, rank, failure, attempts_before=attempts_before)
+            except OSError as unrecorded:
+                print_message(f"the end of rank {rank} cannot be recorded: {unrecorded}")
         if failure.exitcode in set(ExitCode):
             return failure.exitcode
         how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"code {failure.exitcode}"
@@ -66,6 +68,15 @@ def main() -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def _record(run: RunDirectory, rank: int, failure: ProcessFailure, *, attempts_before: int) -> None:
+    """Record the end of a rank that could not do so itself."""
+    if failure.exitcode == ExitCode.HANG:
+        record_unreported_hang(run)
+    if failure.exitcode < 0 and -failure.exitcode not in _ASKING:
+        number = signal.Signals(-failure.exitcode)
+        record_killed(run, rank=rank, pid=failure.pid, number=number, attempts_before=attempts_before)
 
 
 def _run_directory(arguments: list[str]) -> RunDirectory | None:

@@ -24,6 +24,7 @@ from anemoi_dist.config.launcher_checks import parse_time_limit
 from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.config.schema import Config
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode, print_error, print_message
+from anemoi_dist.process.output import protect_output
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import read_events
 from anemoi_dist.run.lock import LEAVE, ask_to_stop, hold_launch, withdraw_stop
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_directory", type=Path)
     parser.add_argument("--srun", action="store_true", help="start the command after -- by srun")
     options = parser.parse_args(own)
+    protect_output()
     signals: list[int] = []
     # The time limit's warning may come while this process waits for an earlier start to leave, and by default it would
     # end the process; the supervisor installs its own handler later.
@@ -156,7 +158,7 @@ class BatchJob:
             hold.release()
 
     def _note(self, event: str, **fields: object) -> None:
-        journal.note_if_possible(self._run, event, **fields, **self._facts)
+        journal.note(self._run, event, **fields, **self._facts)
 
     # Starting ranks
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 import threading
+import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from anemoi_dist.config.schema import LauncherConfig
 from anemoi_dist.errors import ExitCode, print_message
+from anemoi_dist.process.output import write_to_descriptor
 from anemoi_dist.process.parent_death import PARENT_PID
+from anemoi_dist.run.attempt import ENDING, record_left_ending
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
 from anemoi_dist.run.records import AttemptRecord
 
@@ -22,6 +28,8 @@ from ..status import journal
 #: Exit codes worth a restart: a crash and a hang. An error that a rank raised on purpose would recur.
 RESTARTED = (ExitCode.INTERNAL, ExitCode.HANG)
 _LONGEST_WAIT_S = 60.0
+#: How long, and how often, a launcher tries to record an end that rank 0 could not record.
+_RECORD_PATIENCE_S, _RECORD_PAUSE_S = 60.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ def supervise(job: Job, options: LauncherConfig) -> int:
     options : LauncherConfig
         How often to start again, and after which wait.
     """
-    journal.note_if_possible(job.run, "launch", kind=job.kind, **job.facts)
+    journal.note(job.run, "launch", kind=job.kind, **job.facts)
     with _Stopper(job.ask_to_stop, job.on_signal) as stopper:
         for number in list(job.early)[:1]:  # a second one would kill
             stopper.request(number)
@@ -108,22 +116,25 @@ def supervise(job: Job, options: LauncherConfig) -> int:
             wait_s = min(options.backoff_s * 2**restarts, _LONGEST_WAIT_S)
             print_message(f"run {job.run.run_id}: restart {restarts + 1} of {options.max_restarts} in {wait_s:g} s")
             note = {"code": int(ending.code), "reason": ending.reason, "wait_s": wait_s}
-            journal.note_if_possible(job.run, "restart", **note, **job.facts)
+            journal.note(job.run, "restart", **note, **job.facts)
             if stopper.wait(wait_s):
                 break
     if ending.code in RESTARTED and job.kind != "slurm":  # a job in SLURM may go back into the queue by itself
         print_message("the same command continues from the last checkpoint")
-    journal.note_if_possible(job.run, "end", code=int(ending.code), reason=ending.reason, **job.facts)
+    journal.note(job.run, "end", code=int(ending.code), reason=ending.reason, **job.facts)
     return ending.code
 
 
 def _run_once(job: Job, stopper: _Stopper, restarts: int) -> Ending:
     attempts_before = len(job.run.read_state().attempts)
-    environment = {**job.environment, LAUNCHED: job.kind, PARENT_PID: str(os.getpid())}
+    # Not in the run directory, whose disk may be full when the note is needed.
+    note = Path(tempfile.gettempdir(), f"anemoi-dist-{os.getpid()}-{uuid.uuid4().hex}")
+    environment = {**job.environment, LAUNCHED: job.kind, PARENT_PID: str(os.getpid()), ENDING: str(note)}
     # In a session of its own, so that Ctrl-C in a terminal reaches this process alone: the ranks would otherwise get
     # SIGINT twice, and a second one kills.
     process = subprocess.Popen(job.command(restarts), env=environment, start_new_session=True)
     agent_code = stopper.attend(process)
+    _record_left(job.run, note)
     # From the run's own record: torchrun and mpirun return 1 for nearly every failure.
     return read_ending(
         job.run,
@@ -132,6 +143,24 @@ def _run_once(job: Job, stopper: _Stopper, restarts: int) -> Ending:
         interrupted=stopper.requested,
         returns_codes=job.returns_codes,
     )
+
+
+def _record_left(run: RunDirectory, note: Path) -> None:
+    """Record the end that rank 0 could not record, once there is room for it."""
+    deadline, has_said = time.monotonic() + _RECORD_PATIENCE_S, False
+    while True:
+        try:
+            record_left_ending(run, note)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                print_message(f"run {run.run_id}: its end is not recorded: {error}")
+                break
+            if not has_said:
+                has_said = True
+                print_message(f"run {run.run_id}: its end cannot be recorded ({error}); trying again for a while")
+            time.sleep(_RECORD_PAUSE_S)
+    note.unlink(missing_ok=True)
 
 
 class _Stopper:
@@ -182,12 +211,12 @@ class _Stopper:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._on_signal(number)
-        # os.write: print may not be entered again from a handler that interrupted it.
+        # Not by print, which may not be entered again from a handler that interrupted it.
         if self.requested:
             if number == signal.SIGUSR1:
                 return  # a scheduler's reminder of the time limit: the ranks are saving already
             if self._process is not None:
-                os.write(2, b"killed; what was saved last is intact\n")
+                write_to_descriptor(2, b"killed; what was saved last is intact\n")
                 os.killpg(self._process.pid, signal.SIGKILL)
             return
         self.request(number)
@@ -195,7 +224,7 @@ class _Stopper:
     def request(self, number: int) -> None:
         """Ask for a stop of the ranks that run and of any that are started later."""
         self._number = number
-        os.write(2, f"{signal.Signals(number).name}: saving and stopping; once more kills\n".encode())
+        write_to_descriptor(2, f"{signal.Signals(number).name}: saving and stopping; once more kills\n".encode())
         self._pass_on()
         self._asked.set()
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anemoi_dist.errors import print_message
 from anemoi_dist.process.parent_death import process_started
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.events import EventLog, read_events
@@ -68,7 +67,7 @@ class Entry:
 
 
 def note(run: RunDirectory, event: str, **fields: Any) -> None:
-    """Append one of :data:`EVENTS`, with the process that writes it.
+    """Append one of :data:`EVENTS`, with the process that writes it; on a full disk it is lost, which is printed.
 
     Parameters
     ----------
@@ -88,14 +87,6 @@ def note(run: RunDirectory, event: str, **fields: Any) -> None:
         log.write(event, step=0, **writer, **fields)
     finally:
         log.close()
-
-
-def note_if_possible(run: RunDirectory, event: str, **fields: Any) -> None:
-    """Append an event, or print why that failed: a full disk is no reason to abandon running ranks."""
-    try:
-        note(run, event, **fields)
-    except OSError as error:
-        print_message(f"{run.launch_file} cannot be written: {error}")
 
 
 def read(run: RunDirectory) -> list[Entry]:

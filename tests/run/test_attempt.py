@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from support.many_runs import read_state
 from anemoi_dist.config.identity import Change
 from anemoi_dist.errors import ExitCode, PreflightError
 from anemoi_dist.run import lock
-from anemoi_dist.run.attempt import Attempt, is_finished, record_end, record_killed
+from anemoi_dist.run.attempt import (
+    ENDING,
+    Attempt,
+    is_finished,
+    leave_ending,
+    record_end,
+    record_killed,
+    record_left_ending,
+)
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.records import Failure
 
@@ -119,3 +128,28 @@ def test_a_rank_killed_before_its_attempt_began_is_not_the_end_of_the_attempt_be
     before = read_state(run)
     record_killed(run, rank=1, pid=7, number=signal.SIGKILL, attempts_before=1)
     assert read_state(run) == before
+
+
+def test_an_end_that_cannot_be_recorded_is_left_for_the_launcher(run, tmp_path, monkeypatch) -> None:
+    attempt = Attempt(run, world_size=1, max_steps=10)
+    note, failure = tmp_path / "note", Failure(0, host="here", pid=7, error="step 10, the last, was not saved")
+    assert not record_left_ending(run, note)
+
+    def fail(*args, **fields):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(RunDirectory, "write_state", fail)
+        with pytest.raises(OSError, match="No space left"):
+            attempt.end(ExitCode.NO_CHECKPOINT, failure=failure)
+        full.setenv(ENDING, str(note))
+        leave_ending(attempt.number, ExitCode.NO_CHECKPOINT, failure=failure)
+        with pytest.raises(OSError, match="No space left"):
+            record_left_ending(run, note)
+    assert read_state(run)["state"] == "running"
+    assert record_left_ending(run, note)
+    (recorded,) = run.read_state().attempts
+    assert (recorded.exit_code, recorded.state, recorded.failure_line) == (
+        4, "failed", "rank 0 on here (pid 7): step 10, the last, was not saved",
+    )  # fmt: skip
+    assert run.read_state().state == "failed"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ from anemoi_dist.config.compose import compose
 from anemoi_dist.config.identity import changes_table, check_run_id, config_changes, derive_run_id
 from anemoi_dist.config.parse import from_yaml
 from anemoi_dist.errors import ConfigError, PreflightError
+from anemoi_dist.run import directory
 from anemoi_dist.run.directory import RunDirectory, write_atomically
 from anemoi_dist.run.events import EventLog
 from anemoi_dist.run.prepare import prepare_run
@@ -278,3 +280,36 @@ def test_a_damaged_state_file_is_named(tmp_path, text):
     run.state_file.write_text(text)
     with pytest.raises(PreflightError, match=r"run\.json is damaged"):
         run.read_state()
+
+
+def test_the_state_is_written_on_a_full_disk_into_the_space_that_is_reserved(tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path / "r")
+    run.create()
+    run.reserve_space()
+    assert run.reserve_file.stat().st_blocks * 512 >= 256 * 1024
+    write = directory.write_atomically
+
+    def on_full_disk(path, text):
+        if run.reserve_file.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(directory, "write_atomically", on_full_disk)
+    with run.changing_state() as state:
+        state.state = "failed"
+    assert run.read_state().state == "failed"
+    assert not run.reserve_file.exists()
+
+
+def test_a_disk_that_fails_otherwise_does_not_cost_the_reserve(tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path / "r")
+    run.create()
+    run.reserve_space()
+
+    def fail(path, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(directory, "write_atomically", fail)
+    with pytest.raises(OSError, match="Input/output error"), run.changing_state() as state:
+        state.state = "failed"
+    assert run.reserve_file.exists()

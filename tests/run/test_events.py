@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -49,11 +50,37 @@ def test_an_event_can_be_read_before_the_log_is_closed(path):
     log.close()
 
 
-def test_a_write_that_is_cut_short_is_an_error(path, monkeypatch):
+def test_events_that_a_full_disk_cuts_short_are_counted_and_the_next_begins_a_line(path, monkeypatch, capsys):
+    log, write, room = EventLog(path), os.write, [150]
+
+    def on_full_disk(descriptor, data):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = write(descriptor, data[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr(os, "write", on_full_disk)
+    for step in range(1, 7):
+        log.write("step", step=step, text="x" * 20)
+    room[0] = 10**6
+    log.write("step", step=7)
+    log.write("step", step=8)
+    log.close()
+    events = read_events(path)
+    assert [(event["event"], event["step"]) for event in events] == [("step", 1), ("step", 7), ("lost", 7), ("step", 8)]
+    assert events[2]["output"] == [{"what": str(path), "count": 5, "reason": "No space left on device"}]
+    assert path.read_text().count("\n") == 5  # one line is torn, and no other is joined with it
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_a_log_that_cannot_be_opened_is_opened_as_soon_as_it_can_be(tmp_path):
+    path = tmp_path / "later" / "events.jsonl"
     log = EventLog(path)
-    monkeypatch.setattr(os, "write", lambda fd, data: len(data) - 1)
-    with pytest.raises(OSError, match="is the disk full"):
-        log.write("step", step=1)
+    log.write("step", step=1)
+    path.parent.mkdir()
+    log.write("step", step=2)
+    assert [(event["event"], event["step"]) for event in read_events(path)] == [("step", 2), ("lost", 2)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float32("nan"), torch.tensor(np.inf)])

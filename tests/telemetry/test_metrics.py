@@ -1,8 +1,11 @@
+import errno
 import sys
 
 import pytest
 
 from anemoi_dist.errors import PreflightError
+from anemoi_dist.process.output import LOSSES
+from anemoi_dist.telemetry import metrics as metrics_module
 from anemoi_dist.telemetry.metrics import TensorBoardMetrics
 
 
@@ -39,3 +42,33 @@ def test_a_missing_package_is_named_with_the_fix(tmp_path, monkeypatch):
     with pytest.raises(PreflightError, match=r"pip install 'anemoi-dist\[tensorboard\]'") as caught:
         TensorBoardMetrics(tmp_path, first_step=0)
     assert caught.value.exit_code == 3
+
+
+def test_a_full_disk_costs_points_and_a_new_file_goes_on(tmp_path, monkeypatch):
+    now, is_full = [0.0], [False]
+    metrics = TensorBoardMetrics(tmp_path, first_step=5, clock=lambda: now[0])
+    metrics.write({"loss": 1.0}, step=6)
+
+    def flush(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def probe(**options):
+        if is_full[0]:
+            flush()
+        return (tmp_path / "probe").open("wb")
+
+    monkeypatch.setattr(metrics_module.tempfile, "TemporaryFile", probe)
+    monkeypatch.setattr(metrics._writer, "flush", flush)
+    is_full[0] = True
+    metrics.write({"loss": 2.0}, step=7)
+    now[0] = 100.0
+    metrics.write({"loss": 3.0, "lr": 0.5}, step=8)  # tried again, in vain
+    is_full[0] = False
+    metrics.write({"loss": 4.0}, step=9)  # too soon for another try
+    assert LOSSES.take() == []
+    now[0] = 200.0
+    metrics.write({"loss": 5.0}, step=10)
+    metrics.close("finished")
+    assert LOSSES.take() == [{"what": "TensorBoard's files", "count": 4, "reason": "No space left on device"}]
+    steps = [step for step, _ in read(tmp_path, "loss")]
+    assert steps[0] == 6 and steps[-1] == 10 and {8, 9}.isdisjoint(steps)

@@ -18,6 +18,7 @@ from anemoi_dist.distributed.world import World
 from anemoi_dist.evaluation.baselines import Baselines
 from anemoi_dist.evaluation.summary import format_table, metrics, summarise
 from anemoi_dist.evaluation.validator import Validator, save_forecast_maps
+from anemoi_dist.process.output import LOSSES
 from anemoi_dist.tasks.base import Evaluate, Evaluation
 from anemoi_dist.tasks.forecast.module import BaseGraphModule
 
@@ -87,8 +88,13 @@ class ForecastTask:
         """Write ``forecast.npz``, the maps of one forecast of the test split. Collective; rank 0 writes."""
         # On every rank, also those that write nothing: the forward pass is collective.
         maps = self._validator("test", world).forecast_maps(_predict(evaluate, world.device))
-        if world.is_main:
-            save_forecast_maps(directory / "forecast.npz", maps=maps)
+        if not world.is_main:
+            return
+        path = directory / "forecast.npz"
+        try:
+            save_forecast_maps(path, maps=maps)
+        except OSError as error:  # a full disk: what was trained is saved
+            LOSSES.note(str(path), error)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: a forecast task has no state but its tensors."""

@@ -76,6 +76,7 @@ class _ZeroEngine(ShardedEngine):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
             **self.config.engine.options,
         }
 

@@ -1,9 +1,10 @@
-"""Collectives of one optimizer step, counted."""
+"""Collectives of one optimizer step, and what makes the host wait for the device, counted."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from unittest import mock
 
 import pytest
 from support import toy
@@ -41,3 +42,22 @@ def test_a_step_sends_what_it_has_to(ranks, engine: str) -> None:
     assert sum(math.prod(shape) for shape in sums if math.prod(shape) > 9) == GRADIENTS[engine]
     assert Counter(shape for shape in sums if math.prod(shape) <= 9) == SMALL.get(engine, {(2,): 1})
     assert Counter(shape for name, shape in called if name == "broadcast") == BROADCASTS.get(engine, {})
+
+
+def synchronisations(world: World, engine: str) -> int:
+    """Return how often DeepSpeed waits for the device in the third step; its timer begins after two."""
+    from deepspeed.accelerator import get_accelerator
+
+    config = toy.make_config(engine, micro_batch_size=1)
+    built = toy.build(world, config)
+    for step in range(2):
+        built.train_step(toy.micro_batches(config, world, step))
+    with mock.patch.object(type(get_accelerator()), "synchronize") as synchronize:
+        built.train_step(toy.micro_batches(config, world, 2))
+    built.close()
+    return synchronize.call_count
+
+
+@pytest.mark.parametrize("engine", [engine for engine in toy.ENGINES if engine.startswith("zero")])
+def test_deepspeed_does_not_wait_for_the_device(ranks, engine: str) -> None:
+    assert ranks(2).run(synchronisations, engine) == [0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from anemoi_dist.engines.sharded import LocalShard, ShardedEngine
 from anemoi_dist.optimizers.norm import squared_norms
 from anemoi_dist.tasks.base import Batch
+
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+#: Buffers are made the same where they are read, in evaluations and saves. torch 2.13 has renamed the argument.
+_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False
+}
 
 
 class DdpEngine(ShardedEngine):
@@ -27,8 +34,7 @@ class DdpEngine(ShardedEngine):
             self.module,
             device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
             find_unused_parameters=True,
-            # Buffers are made the same where they are read: in evaluations and saves.
-            broadcast_buffers=False,
+            **_BUFFERS,
         )
         self._create_optimizer()
 

@@ -30,6 +30,7 @@ def compose(root: Path, *, engine: str, precision: str = "fp32", ranks: int = 2)
         "training/optimization/optimizer=ademamix",
         f"training.max_steps={END}",
         f"dataloader.limit_batches.training={STEPS_PER_EPOCH}",
+        f"training.optimization.lr={2e-3 / ranks}",  # theirs multiplies it by the ranks; a run keeps its first product
     )
     ours = (f"engine={engine}", f"training.precision={precision}", "training.global_batch_size=6")
     return compose_small("config", *overrides, root=root, ranks=ranks, ours=ours)
@@ -74,6 +75,8 @@ def assert_equal(actual: dict[Any, torch.Tensor], expected: dict[Any, torch.Tens
         pytest.param("ddp", "bf16", marks=pytest.mark.slow),
         pytest.param("zero1", "fp32", marks=pytest.mark.slow),
         pytest.param("zero3", "bf16", marks=pytest.mark.slow),
+        pytest.param("zero3_offload", "fp32", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "bf16", marks=pytest.mark.slow),
     ],
 )
 def test_goes_on_exactly_over_the_growth_of_the_rollout(ranks, tmp_path: Path, engine: str, precision: str) -> None:
@@ -84,3 +87,16 @@ def test_goes_on_exactly_over_the_growth_of_the_rollout(ranks, tmp_path: Path, e
     assert_equal(whole(resumed, "at_end"), whole(straight, "at_end"))
     assert resumed[0]["rollout"] == straight[0]["rollout"]
     assert straight[0]["rollout"]["runtime"]["rollout"]["step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "ranks_then"), [("fsdp2", 1), ("zero3", 2), ("ddp", 3)], ids=lambda value: str(value)
+)
+def test_goes_on_under_another_engine_on_other_ranks(ranks, tmp_path: Path, engine: str, ranks_then: int) -> None:
+    straight = ranks(2).run(train, compose(tmp_path, engine="zero2"), tmp_path, False)
+    resumed = ranks(ranks_then).run(train, compose(tmp_path, engine=engine, ranks=ranks_then), tmp_path, True)
+    assert_equal(whole(resumed, "at_save"), whole(straight, "at_save"))
+    # Sums over other ranks have other last bits.
+    assert resumed[0]["losses"] == pytest.approx(straight[0]["losses"][SAVED:], rel=1e-5)
+    assert resumed[0]["rollout"] == straight[0]["rollout"]

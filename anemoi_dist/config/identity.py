@@ -30,6 +30,7 @@ _NOT_IDENTITY = (
     "task.name",
     "task.overrides",
     "task.translated",
+    "task.inference",
 )
 
 
@@ -41,6 +42,7 @@ HARMLESS = (
     "task.name",
     "task.overrides",
     "task.translated",
+    "task.inference",
     # Ranks, and how they share a model: checkpoints do not depend on them.
     "task.settings.system.hardware.num_nodes",
     "task.settings.system.hardware.num_gpus_per_node",

@@ -13,6 +13,7 @@ from anemoi_dist.config.groups import GroupSizes, group_sizes
 from anemoi_dist.config.tree import Tree
 
 TASK_KINDS = ("forecast", "anemoi")
+INFERENCE_FILES = ("none", "end", "checkpoints")
 LAUNCHER_KINDS = ("local", "slurm", "mpi")
 #: Scores of each task by which the best checkpoint can be chosen.
 SAVE_METRICS = {"forecast": ("rmse", "acc"), "anemoi": ("loss",)}
@@ -153,8 +154,9 @@ class TaskConfig:
     settings: Tree = field(default_factory=dict)
     #: Keys of this configuration, with dots, that those settings set where the user has not. Filled in.
     translated: Tree = field(default_factory=dict)
-    #: With ``anemoi``, write ``inference.ckpt``, which anemoi-inference loads, into the run at its end.
-    inference: bool = True
+    #: With ``anemoi``, files that anemoi-inference loads: ``end``, ``inference.ckpt`` at the end of the run;
+    #: ``checkpoints``, also ``inference/step-N.ckpt`` of each checkpoint that is kept.
+    inference: str = one_of("end", valid=INFERENCE_FILES, rule="does not say which inference files to write")
     #: Optimizer steps of an epoch, which validation, checkpoints and the rollout curriculum count by. Filled in.
     steps_per_epoch: int | None = bounded(None, minimum=1)
 

@@ -145,6 +145,16 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def inference_file(self) -> Path:
+        """The file that anemoi-inference loads, of the end of the run."""
+        return self.path / "inference.ckpt"
+
+    @property
+    def inference_dir(self) -> Path:
+        """The same of each kept checkpoint, with its name; not made before there is one."""
+        return self.path / "inference"
+
+    @property
     def metrics_dir(self) -> Path:
         """Files of TensorBoard."""
         return self.path / "metrics"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
@@ -21,6 +20,7 @@ from anemoi_dist.config.tree import Tree
 from anemoi_dist.distributed.world import World
 from anemoi_dist.optimizers.factory import create_optimizer
 from anemoi_dist.optimizers.learning_rate import create_scheduler, scaled_rate
+from anemoi_dist.run.directory import RunDirectory
 
 
 class Batch(Protocol):
@@ -185,8 +185,15 @@ class Task(Protocol):
     def evaluate(self, split: str, *, evaluate: Evaluate, world: World) -> Evaluation:
         """Score the model on a split. Collective."""
 
-    def export(self, directory: Path, *, evaluate: Evaluate, world: World) -> None:
-        """Write what the report shows of a trained model into ``directory``. Collective; rank 0 writes."""
+    def after_save(self, step: int, *, run: RunDirectory, world: World) -> list[str]:
+        """Begin to write what belongs to a checkpoint that has just been committed; return messages.
+
+        Called on every rank, at a step boundary, after the retention has deleted what is not kept. It neither
+        communicates nor raises, and training does not wait for it: what goes wrong is a message of a later call.
+        """
+
+    def export(self, run: RunDirectory, *, evaluate: Evaluate, world: World) -> list[str]:
+        """Write what is shown, or used, of a trained model into ``run``; return messages. Collective; rank 0 writes."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state other than tensors that checkpoints carry, as JSON."""

@@ -40,6 +40,11 @@ class Recorder:
     first_step : int
         Optimizer steps done before this attempt: 0 for a new run.
 
+    Attributes
+    ----------
+    run : RunDirectory
+        The run.
+
     Raises
     ------
     PreflightError
@@ -47,6 +52,7 @@ class Recorder:
     """
 
     def __init__(self, run: RunDirectory, config: Config, *, is_main: bool, first_step: int) -> None:
+        self.run = run
         self._timer = PhaseTimer()
         self._is_main = is_main
         self._writers: list[MetricWriter] = []

@@ -76,7 +76,9 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
             loader = _start_loader(trainer, plan)
         trainer.fit(loader)
         with recorder.phase("validation"), trainer.engine.averaged_weights():
-            task.export(run.report_dir, evaluate=trainer.engine.evaluate, world=world)
+            notes = task.export(run, evaluate=trainer.engine.evaluate, world=world)
+        for note in notes:
+            recorder.message(note)
         recorder.message(f"finished; for figures and maps: anemoi-dist report {run.path}")
         code = ExitCode.FINISHED
     except AnemoiDistError as error:

@@ -230,6 +230,8 @@ class Trainer:
         if outcome.note:
             self.recorder.message(f"warning: {outcome.note}")
             self.recorder.event("prune_failed", step=outcome.step, error=outcome.note)
+        for message in self.task.after_save(outcome.step, run=self.recorder.run, world=self.world):
+            self.recorder.message(message)
 
     def _leave(self, reason: str) -> None:
         self.recorder.event("stop_requested", step=self.progress.step, reason=reason)

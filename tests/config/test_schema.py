@@ -138,6 +138,7 @@ def ademamix(state_dtype, **more):
         ({"training": {"clip_grad_norm": 1.0, "clip_grad_value": 1.0}}, "choose one"),
         ({"training": {"clip_grad_norm": float("nan")}}, "must be positive"),
         ({"training": {"lr": {"scale_with": "gpus"}}}, "is not a valid name"),
+        ({"task": {"inference": True}}, "does not say which inference files to write"),
         ({"training": {"optimizer": {"lr": 1}}}, "import path"),
         ({"training": {"optimizer": {"_target_": 5}}}, "import path"),
         ({"training": {"scheduler": {"a": 1}}}, "import path"),

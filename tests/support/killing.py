@@ -47,6 +47,8 @@ ATTEMPTS = 5
 class Silence:
     """Recorder, task and stop request of a run that nobody watches or scores."""
 
+    run = None
+
     def event(self, name: str, *, step: int, **fields: Any) -> None: ...
     def message(self, text: str) -> None: ...
     def step(self, *args: Any, **fields: Any) -> None: ...
@@ -60,6 +62,9 @@ class Silence:
 
     def begin_step(self, step: int) -> None:
         pass
+
+    def after_save(self, step: int, **_: Any) -> list[str]:
+        return []
 
     def evaluate(self, *args: Any, **fields: Any) -> Evaluation:
         return Evaluation()

@@ -23,6 +23,7 @@ from anemoi_dist.distributed.control_word import REASONS
 from anemoi_dist.distributed.world import seed_step
 from anemoi_dist.engines.base import StepReport
 from anemoi_dist.errors import CheckpointError, ConfigError, DivergedError, StopRequestedError
+from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.tasks.base import Evaluate, Evaluation
 from anemoi_dist.training.trainer import SaveClock, Trainer
 
@@ -67,9 +68,14 @@ class CountingTask:
     def __init__(self) -> None:
         self.num_evaluated, self.summary = 0, {}
         self.begun: list[int] = []
+        self.after_saves: list[tuple[int, list[int]]] = []
 
     def begin_step(self, step: int) -> None:
         self.begun.append(step)
+
+    def after_save(self, step: int, *, run: RunDirectory, **_: Any) -> list[str]:
+        self.after_saves.append((step, LocalStore(run.path).steps()))
+        return [f"beside {step}"]
 
     def evaluate(self, split: str, *, evaluate: Evaluate, **_: Any) -> Evaluation:
         evaluate(None)
@@ -87,7 +93,8 @@ class CountingTask:
 class Recorder:
     """A recorder that remembers."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.run = RunDirectory(folder)
         self.events: list[tuple[str, int]] = []
         self.steps: list[int] = []
         self.messages: list[str] = []
@@ -139,7 +146,7 @@ def make(
     for key, value in (checkpoint or {}).items():
         setattr(config.checkpoint, key, value)
     config.validation.interval_steps = 3
-    recorder = Recorder()
+    recorder = Recorder(folder)
     task = CountingTask()
     trainer = Trainer(
         config=config,
@@ -188,6 +195,14 @@ def test_validates_and_saves_at_intervals_and_at_the_end(world, tmp_path: Path) 
     assert scored == [("validation", 3), ("validation", 6), ("validation", 9), ("validation", 10), ("test", 10)]
     assert LocalStore(tmp_path).steps() == [10, 8, 4]
     assert trainer.stop.cleared
+
+
+def test_the_task_is_told_what_was_saved_and_shows_what_it_says(world, tmp_path: Path, monkeypatch) -> None:
+    fail_at({4}, monkeypatch)
+    trainer, recorder, _ = make(world, tmp_path, checkpoint={"keep_last": 1})
+    trainer.fit(batches())
+    assert trainer.task.after_saves == [(8, [8]), (10, [10])]
+    assert recorder.messages[1:] == ["beside 8", "beside 10"]
 
 
 def test_resumes_where_it_was_saved_with_the_same_random_draws(world, tmp_path: Path) -> None:

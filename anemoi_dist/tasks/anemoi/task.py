@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from anemoi_dist.checkpoint.store import open_store
-from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.config.schema import Config
 from anemoi_dist.data.fields import evenly_spaced
 from anemoi_dist.distributed.world import World
@@ -21,15 +18,13 @@ from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.tasks.anemoi.build import create_builder
 from anemoi_dist.tasks.anemoi.curriculum import Curriculum
 from anemoi_dist.tasks.anemoi.groups import divide_reading, join_groups
-from anemoi_dist.tasks.anemoi.inference import export_inference
+from anemoi_dist.tasks.anemoi.kept import KeptFiles, write_inference
 from anemoi_dist.tasks.anemoi.module import AnemoiModule
 from anemoi_dist.tasks.anemoi.samples import AnemoiBatch, AnemoiSamples, collate
 from anemoi_dist.tasks.anemoi.weights import check_frozen, load_start
 from anemoi_dist.tasks.base import Evaluate, Evaluation
 from anemoi_dist.telemetry.heartbeat import beat
 
-#: Name in the run directory of what anemoi-inference loads.
-INFERENCE = "inference.ckpt"
 _SPLITS = {"train": ("ds_train", "training"), "validation": ("ds_valid", "validation"), "test": ("ds_test", "test")}
 
 
@@ -54,6 +49,7 @@ class AnemoiTask:
         assert steps_per_epoch is not None, "composition fills it in"
         self._curriculum = Curriculum(self._builder.task, steps_per_epoch=steps_per_epoch)
         self._module: AnemoiModule | None = None
+        self._kept: KeptFiles | None = None
 
     def samples(self, split: str) -> AnemoiSamples:
         """Return the samples of a split, read by a curriculum of their own that starts where training stands."""
@@ -119,19 +115,36 @@ class AnemoiTask:
             summary={"loss": means["loss"]} if math.isfinite(means["loss"]) else {},
         )
 
-    def export(self, directory: Path, *, evaluate: Evaluate, world: World) -> None:
+    def after_save(self, step: int, *, run: RunDirectory, world: World) -> list[str]:
+        """Begin to write the checkpoint's inference file, with ``task.inference=checkpoints``."""
+        if not (world.is_main and self._config.task.inference == "checkpoints"):
+            return []
+        kept = self._kept_files(run)
+        kept.update(saved=step)
+        return kept.messages()
+
+    def export(self, run: RunDirectory, *, evaluate: Evaluate, world: World) -> list[str]:
         """Write the last checkpoint for anemoi-inference, into the run. Rank 0 writes."""
-        if not (world.is_main and self._config.task.inference):
-            return
-        run = RunDirectory(directory.parent)
-        store = open_store(run, self._config.checkpoint.url)
-        checkpoint = SavedCheckpoint(store.path(store.steps()[0]))
-        averaged = self._config.training.weight_averaging.decay is not None
+        if not world.is_main or self._config.task.inference == "none":
+            return []
+        messages: list[str] = []
+        if self._config.task.inference == "checkpoints":
+            kept = self._kept_files(run)
+            kept.update()
+            kept.wait()
+            messages = kept.messages()
         beat()
         try:
-            export_inference(checkpoint, run.path / INFERENCE, config=self._config, averaged=averaged, force=True)
-        except OSError as error:  # a full disk, say: what was trained is saved, and can be exported later
-            warnings.warn(f"{run.path / INFERENCE} was not written: {error}", stacklevel=2)
+            last = open_store(run, self._config.checkpoint.url).steps()[0]
+            write_inference(run, last, run.inference_file, config=self._config)
+        except Exception as error:  # a full disk, say: what was trained is saved, and can be exported later
+            messages.append(f"warning: {run.inference_file} was not written: {error}")
+        return messages
+
+    def _kept_files(self, run: RunDirectory) -> KeptFiles:
+        if self._kept is None:
+            self._kept = KeptFiles(run, self._config)
+        return self._kept
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epochs done and the task's own runtime state (rollout)."""

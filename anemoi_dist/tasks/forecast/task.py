@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from anemoi_dist.evaluation.baselines import Baselines
 from anemoi_dist.evaluation.summary import format_table, metrics, summarise
 from anemoi_dist.evaluation.validator import Validator, save_forecast_maps
 from anemoi_dist.process.output import LOSSES
+from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.tasks.base import Evaluate, Evaluation
 from anemoi_dist.tasks.forecast.module import BaseGraphModule
 
@@ -84,17 +84,22 @@ class ForecastTask:
             summary=summarise(scores),
         )
 
-    def export(self, directory: Path, *, evaluate: Evaluate, world: World) -> None:
+    def after_save(self, step: int, *, run: RunDirectory, world: World) -> list[str]:
+        """Do nothing: a checkpoint is all there is."""
+        return []
+
+    def export(self, run: RunDirectory, *, evaluate: Evaluate, world: World) -> list[str]:
         """Write ``forecast.npz``, the maps of one forecast of the test split. Collective; rank 0 writes."""
         # On every rank, also those that write nothing: the forward pass is collective.
         maps = self._validator("test", world).forecast_maps(_predict(evaluate, world.device))
         if not world.is_main:
-            return
-        path = directory / "forecast.npz"
+            return []
+        path = run.report_dir / "forecast.npz"
         try:
             save_forecast_maps(path, maps=maps)
         except OSError as error:  # a full disk: what was trained is saved
             LOSSES.note(str(path), error)
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: a forecast task has no state but its tensors."""

@@ -18,12 +18,15 @@ from support.saving import save
 from anemoi_dist.checkpoint.manifest import Manifest
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
+from anemoi_dist.config.parse import to_yaml
 from anemoi_dist.config.schema import Config
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.registry import create_engine
 from anemoi_dist.errors import ConfigError
+from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.tasks import create_task
 from anemoi_dist.tasks.anemoi.inference import _load, _metadata, _write, export_inference
+from anemoi_dist.tasks.anemoi.kept import KeptFiles
 
 LEADS = 4
 #: anemoi-inference computes these itself, and those of the small dataset are made up.
@@ -71,10 +74,16 @@ def test_the_runner_of_anemoi_inference_forecasts_what_the_module_forecasts(rank
     processed = [override for override in PROCESSED if "processors.imputer" not in override]
     overrides = (*processed, *GIVEN, "training.max_steps=3", f"task.validation_rollout={LEADS}")
     config = compose_small("config", *overrides, root=tmp_path, ranks=2, ours=("engine=zero2",))
-    ranks(2).run(train, config, tmp_path)
-    checkpoint = SavedCheckpoint(tmp_path / "step-00000003")
-    out = tmp_path / "inference.ckpt"
-    export_inference(checkpoint, out, config=config)
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    run.config_file.write_text(to_yaml(config))
+    ranks(2).run(train, config, run.checkpoints_dir)
+    checkpoint = SavedCheckpoint(run.checkpoints_dir / "step-00000003")
+    files = KeptFiles(run, config)
+    files.update(saved=3)
+    files.wait()
+    assert files.messages() == []
+    out = run.inference_dir / "step-00000003.ckpt"
     date, expected = own_forecast(config, checkpoint)
     begin = str(date.astype("datetime64[s]")) if isinstance(date, np.datetime64) else date.isoformat()
     asked = {

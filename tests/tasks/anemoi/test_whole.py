@@ -35,9 +35,9 @@ def settings(root: Path) -> list[str]:
     return [*task, "run.seed=5", "checkpoint.interval_steps=3"]
 
 
-def command(root: Path, run_id: str) -> list[str]:
+def command(root: Path, run_id: str, *more: str) -> list[str]:
     program = [sys.executable, "-m", "anemoi_dist.launch.cli", "train"]
-    return [*program, *settings(root), f"run.root={root}", f"run.id={run_id}"]
+    return [*program, *settings(root), f"run.root={root}", f"run.id={run_id}", *more]
 
 
 @pytest.mark.slow
@@ -46,15 +46,17 @@ def test_a_run_that_is_killed_or_requeued_goes_on_bit_for_bit(cluster: MiniSlurm
     (tmp_path / "theirs").mkdir()
     code, output = finish(start(command(tmp_path, "a")))
     assert code == 0, output
-    process = start(command(tmp_path, "b"))
+    process = start(command(tmp_path, "b", "task.inference=checkpoints"))
     wait_for_step(tmp_path / "b", random.randint(6, 15), process)
     wait_for_checkpoint(tmp_path / "b", process)
     os.kill(ranks_of(process, tmp_path / "b")[1].pid, signal.SIGKILL)
     code, output = finish(process)
     assert code != 0, output
-    code, output = finish(start(command(tmp_path, "b")))
+    code, output = finish(start(command(tmp_path, "b", "task.inference=checkpoints")))
     assert code == 0 and "resumes at step" in output, output
     assert_equal_bit_for_bit(tmp_path / "a", tmp_path / "b")
+    kept = {f"{folder.name}.ckpt" for folder in (tmp_path / "b" / "checkpoints").iterdir()}
+    assert {file.name for file in (tmp_path / "b" / "inference").iterdir()} == kept and len(kept) > 1, output
     scores = {
         e["step"]: e["scores"] for e in read_events(tmp_path / "b" / "events.jsonl") if e["event"] == "validation"
     }

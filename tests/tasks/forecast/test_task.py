@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from anemoi_dist.config.compose import compose
+from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.tasks import create_task
 from anemoi_dist.tasks.base import Evaluation
 from anemoi_dist.tasks.forecast.task import ForecastTask
@@ -46,14 +47,16 @@ def test_loss_scores_and_maps_of_a_module(tmp_path, monkeypatch):
     assert torch.equal(loss, module.loss(module.forecast(batch, rollout=2), batch)), "the configured rollout"
     assert module(batch, rollout=1).shape == (2, 1, 1, 48, len(module.spec.prognostic))
 
+    run = RunDirectory(tmp_path / "run")
+    run.create()
     with torch.no_grad():
         evaluation = task.evaluate("validation", evaluate=module, world=Alone())
-        task.export(tmp_path, evaluate=module, world=Alone())
+        task.export(run, evaluate=module, world=Alone())
     assert isinstance(evaluation, Evaluation)
     # Before training the model is persistence.
     assert evaluation.summary["rmse"] == 1.0
     assert "persistence" in evaluation.table
     name, hours = module.spec.prognostic[0], module.spec.frequency_s // 3600
     assert evaluation.metrics[f"rmse/{name}/model/{hours}h"] == evaluation.metrics[f"rmse/{name}/persistence/{hours}h"]
-    with np.load(tmp_path / "forecast.npz") as maps:
+    with np.load(run.report_dir / "forecast.npz") as maps:
         assert np.array_equal(maps["forecast"], maps["persistence"])

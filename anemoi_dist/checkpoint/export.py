@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from anemoi_dist.checkpoint.arrays import FLOATS, chunks, to_dtype
-from anemoi_dist.checkpoint.manifest import AVERAGE, TensorRecord
+from anemoi_dist.checkpoint.manifest import AVERAGE, Manifest, TensorRecord
 from anemoi_dist.checkpoint.safetensors_format import ITEM_BYTES, header
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import ConfigError
@@ -55,33 +55,41 @@ def export(
     """
     if out.suffix not in SUFFIXES:
         raise ConfigError("OUT", str(out), "must say the format by its suffix", valid=SUFFIXES)
+    check_out(out, force=force)
+    tensors = checkpoint.manifest.tensors
+    named = {_name(r): r for r in tensors if with_optimizer or r.kind in ("param", "buffer")}
+    if averaged:
+        named |= averages(checkpoint.manifest)  # frozen weights and buffers have no average, and stay
+    write = _write_torch if out.suffix == ".pt" else _write_safetensors
+    with replacing(out) as temporary, temporary.open("xb") as stream:
+        write(stream, checkpoint, named, dtype)
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Raise :class:`ConfigError` if ``out`` cannot be written, or exists and is not to be replaced."""
     if out.exists() and not force:
         raise ConfigError("OUT", str(out), "exists", fix="take another name, or --force to replace it")
     if not out.parent.is_dir():
         raise ConfigError("OUT", str(out), f"{out.parent} is no directory")
-    tensors = checkpoint.manifest.tensors
-    named = {_name(r): r for r in tensors if with_optimizer or r.kind in ("param", "buffer")}
-    if averaged:
-        averages = {r.fqn: r for r in tensors if r.kind == AVERAGE}
-        if not averages:
-            raise ConfigError(
-                "--averaged", True, "the checkpoint has none", fix="train with training.weight_averaging.decay=0.999"
-            )
-        named |= averages  # frozen weights and buffers have no average, and stay
-    write = _write_torch if out.suffix == ".pt" else _write_safetensors
-    with _replacing(out) as stream:
-        write(stream, checkpoint, named, dtype)
+
+
+def averages(manifest: Manifest) -> dict[str, TensorRecord]:
+    """Return the averaged weights by name; raise :class:`ConfigError` if there are none."""
+    found = {record.fqn: record for record in manifest.tensors if record.kind == AVERAGE}
+    if not found:
+        fix = "train with training.weight_averaging.decay=0.999"
+        raise ConfigError("--averaged", True, "the checkpoint has none", fix=fix)
+    return found
 
 
 @contextmanager
-def _replacing(out: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file next to ``out`` that takes its name when everything is written and durable."""
+def replacing(out: Path) -> Iterator[Path]:
+    """Yield a path next to ``out`` for a file that takes its name when everything is written and durable."""
     # Beside it, so that the rename stays within one file system; random, for two exports may run at once.
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as stream:
-            yield stream
-            stream.flush()
+        yield temporary
+        with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.replace(out)
     except BaseException:

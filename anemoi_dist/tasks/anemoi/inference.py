@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import secrets
 import uuid
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import Any
 import torch
 
 import anemoi_dist
-from anemoi_dist.checkpoint.manifest import AVERAGE, Manifest
+from anemoi_dist.checkpoint.export import averages, check_out, replacing
+from anemoi_dist.checkpoint.manifest import Manifest
 from anemoi_dist.checkpoint.shard import DTYPES
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.config.schema import Config
@@ -54,10 +53,7 @@ def export_inference(
     """
     if config.task.kind != "anemoi":
         raise ConfigError("--to", "inference", f"needs a run of task=anemoi, and this one trains {config.task.kind}")
-    if out.exists() and not force:
-        raise ConfigError("OUT", str(out), "exists", fix="take another name, or --force to replace it")
-    if not out.parent.is_dir():
-        raise ConfigError("OUT", str(out), f"{out.parent} is no directory")
+    check_out(out, force=force)
     builder = create_builder(config)
     method = builder.model
     _load(method, checkpoint, averaged=averaged)
@@ -67,10 +63,7 @@ def export_inference(
 def _load(method: torch.nn.Module, checkpoint: SavedCheckpoint, *, averaged: bool) -> None:
     """Fill parameters and buffers from a checkpoint, all of them."""
     records = {(r.fqn, r.kind): r for r in checkpoint.manifest.tensors}
-    if averaged and not any(kind == AVERAGE for _, kind in records):
-        raise ConfigError(
-            "--averaged", True, "the checkpoint has none", fix="train with training.weight_averaging.decay=0.999"
-        )
+    average = averages(checkpoint.manifest) if averaged else {}
     tensors: list[tuple[str, str, torch.Tensor]] = [
         (name, "param", parameter) for name, parameter in method.named_parameters()
     ]
@@ -78,8 +71,7 @@ def _load(method: torch.nn.Module, checkpoint: SavedCheckpoint, *, averaged: boo
     tensors += [(name, "buffer", buffer) for name, buffer in method.named_buffers() if name in persistent]
     for name, kind, tensor in tensors:
         fqn = f"{_PREFIX}{name}"
-        record = records.get((fqn, AVERAGE)) if averaged else None  # frozen weights have no average
-        record = record or records.get((fqn, kind))
+        record = average.get(fqn) or records.get((fqn, kind))  # frozen weights have no average
         if record is None or record.shape != list(tensor.shape):
             found = "is missing" if record is None else f"has shape {record.shape}"
             raise CheckpointError(f"{fqn} {found} in the checkpoint, and shape {list(tensor.shape)} in the model")
@@ -115,15 +107,9 @@ def _write(interface: Any, out: Path, *, metadata: dict[str, Any]) -> None:
     arrays = interface.supporting_arrays
     interface.config = interface.metadata = interface.supporting_arrays = None
     clear_imputer_runtime_state(interface)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with replacing(out) as temporary:
         torch.save(interface, temporary, pickle_module=_ModelPickle)
         save_metadata(str(temporary), metadata, supporting_arrays=arrays)
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _ModelPickle:

@@ -131,7 +131,8 @@ def test_metadata_hold_no_secrets() -> None:
     config = toy.make_config("ddp", precision="bf16")
     config.task.steps_per_epoch = 5
     metadata = {"config": {"training": {}, "dataset": {"secret": "s3cret", "url": "https://me:word@host/a"}}}
-    manifest = Manifest(step=12, samples_seen=0, world_size=1, save_id="s", engine="ddp")
+    said = {"save_id": "s", "engine": "ddp", "config_hash": "0", "versions": {}}
+    manifest = Manifest(step=12, samples_seen=0, world_size=1, files={}, tensors=[], **said)
     made = _metadata(metadata, config, manifest)
     assert made["config"]["dataset"] == {"secret": "***", "url": "https://***@host/a"}
     assert made["config"]["training"]["precision"] == "bf16-mixed"

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import xxhash
@@ -23,6 +24,9 @@ from anemoi_dist.checkpoint.safetensors_format import ITEM_BYTES
 from anemoi_dist.checkpoint.store import File, Folder
 from anemoi_dist.errors import CheckpointError
 from anemoi_dist.telemetry.heartbeat import beat
+
+#: Of one checkpoint, each with a buffer of 4 MiB; a checkpoint of a thousand ranks has a thousand files.
+MAX_OPEN_FILES = 16
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,12 @@ class VerifiedFile:
         if size_bytes != record.size_bytes:
             self._stream.close()
             raise CheckpointError(f"{path.name} has {size_bytes} bytes, the manifest says {record.size_bytes}")
-        self._buffer = memoryview(bytearray(min(HASH_BLOCK_BYTES, max(size_bytes, 1))))
         self._loaded: int | None = None
+
+    @cached_property
+    def _buffer(self) -> memoryview:
+        # Not before it is needed: whoever looks at the sizes of a thousand files reads none of them.
+        return memoryview(bytearray(min(HASH_BLOCK_BYTES, max(self._record.size_bytes, 1))))
 
     def read_into(self, offset_bytes: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``offset_bytes`` on."""
@@ -196,9 +204,12 @@ class SavedCheckpoint:
         self._files.clear()
 
     def _open(self, name: str) -> VerifiedFile:
-        if name not in self._files:
-            self._files[name] = VerifiedFile(self.folder / name, self.manifest.files[name])
-        return self._files[name]
+        """Return a file, which is the last that will be closed to keep no more than ``MAX_OPEN_FILES`` open."""
+        file = self._files.pop(name, None) or VerifiedFile(self.folder / name, self.manifest.files[name])
+        if len(self._files) >= MAX_OPEN_FILES:
+            self._files.pop(next(iter(self._files))).close()
+        self._files[name] = file
+        return file
 
 
 def _damages(path: File, record: FileRecord) -> Iterator[Damage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 from support.saving import SingleRank, save_values
 
 from anemoi_dist.checkpoint import store as store_module
-from anemoi_dist.checkpoint.manifest import MANIFEST_FILE
+from anemoi_dist.checkpoint.manifest import MANIFEST_FILE, TRAINER_FILE, Manifest
 from anemoi_dist.checkpoint.retention import Candidate, Policy, prune, to_delete
 from anemoi_dist.checkpoint.select import select
 from anemoi_dist.checkpoint.store import LocalStore
+from anemoi_dist.checkpoint.verified import MAX_OPEN_FILES, SavedCheckpoint
 from anemoi_dist.evaluation.summary import summarise
 
 
@@ -131,3 +133,30 @@ def test_scores_become_one_number_without_a_unit() -> None:
     scores += [score("persistence", "t", 3), score("climatology", "t", 9)]
     assert summarise(scores) == pytest.approx({"rmse": 0.75, "acc": 0.6})
     assert summarise([]) == {}
+
+
+def test_a_checkpoint_may_have_more_files_than_may_be_open(tmp_path: Path) -> None:
+    store = make(tmp_path, 10, 20)
+    for step in (10, 20):
+        add_files(store.path(step), 200)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir()) + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 2 * MAX_OPEN_FILES, hard))
+    try:
+        assert prune(store, Policy(1)) == [10]
+        checkpoint = SavedCheckpoint(store.path(20))
+        checkpoint.verify()
+        checkpoint.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def add_files(folder: Path, number: int) -> None:
+    """Add copies of the only rank's file, as if as many ranks had written."""
+    manifest = Manifest.from_json((folder / MANIFEST_FILE).read_text())
+    [name] = [name for name in manifest.files if name != TRAINER_FILE]
+    for rank in range(1, number + 1):
+        copy = name.replace("0", str(rank), 1)
+        shutil.copy(folder / name, folder / copy)
+        manifest.files[copy] = manifest.files[name]
+    (folder / MANIFEST_FILE).write_text(manifest.to_json())

@@ -140,8 +140,9 @@ def test_a_checkpoint_may_have_more_files_than_may_be_open(tmp_path: Path) -> No
     for step in (10, 20):
         add_files(store.path(step), 200)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    num_open = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir()) + 1
-    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 2 * MAX_OPEN_FILES, hard))
+    in_use = {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
+    free = [number for number in range(soft) if number not in in_use]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[2 * MAX_OPEN_FILES], hard))
     try:
         assert prune(store, Policy(1)) == [10]
         checkpoint = SavedCheckpoint(store.path(20))

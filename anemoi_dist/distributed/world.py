@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from anemoi_dist.errors import PreflightError
+from anemoi_dist.process.limits import raise_open_files
 
 #: Parameters of glibc's mallopt: how many allocations get a mapping of their own, and how many free bytes at the end
 #: of the heap are returned to the system.
@@ -48,11 +49,12 @@ class World:
         Raises
         ------
         PreflightError
-            More ranks than GPUs on this machine.
+            More ranks than GPUs on this machine, or than it has connections for.
         """
         alone = "RANK" not in os.environ
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        raise_open_files(world_size)
         device = torch.device("cpu")
         if torch.cuda.is_available():
             if local_rank >= torch.cuda.device_count():

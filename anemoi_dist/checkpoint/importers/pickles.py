@@ -1,4 +1,4 @@
-"""Other programs' pickles, opened without running what is in them. Only ``checkpoint import`` comes here."""
+"""Other programs' pickles, opened without running what is in them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,26 @@ class Inert:
         self.args = args
 
 
-class Nothing:
-    """Stands for an object of which nothing is wanted."""
+class Placeholder:
+    """Stands for an object that is not built, nor its class imported: of it there is only what the file says.
+
+    Attributes
+    ----------
+    state : Any
+        What the object would have been given by its ``__setstate__``: in most cases its attributes, by name.
+    """
+
+    state: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
+    def __call__(self, *args: Any, **kwargs: Any) -> Placeholder:
         """Make nothing, where the object was a function or a method."""
         return self
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Hold nothing, where the object was a dictionary."""
@@ -108,7 +116,7 @@ def load_torch_file(path: Path, *, trust: bool) -> Any:
 
 
 def load_tensors(path: Path) -> Any:
-    """Open a file that ``torch.save`` wrote for its tensors alone; every other object in it becomes a :class:`Nothing`.
+    """Open a file that ``torch.save`` wrote; all but tensors and plain values become a :class:`Placeholder`.
 
     Raises
     ------
@@ -169,11 +177,11 @@ class _TensorPickle:
     """The module that :func:`torch.load` unpickles with, for :func:`load_tensors`."""
 
     class Unpickler(pickle.Unpickler):
-        """Builds tensors; imports nothing else."""
+        """Builds tensors and what pickles spell out (numbers, texts, lists, dictionaries); imports nothing else."""
 
         def find_class(self, module: str, name: str) -> Any:
             is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-            return super().find_class(module, name) if is_dtype or (module, name) in _TENSOR_PARTS else Nothing
+            return super().find_class(module, name) if is_dtype or (module, name) in _TENSOR_PARTS else Placeholder
 
 
 def _is_zip(path: Path) -> bool:

@@ -19,7 +19,7 @@ from anemoi_dist.errors import AnemoiDistError
 from anemoi_dist.tasks.anemoi.build import create_builder
 from anemoi_dist.tasks.anemoi.curriculum import Curriculum
 from anemoi_dist.tasks.anemoi.samples import AnemoiSamples
-from anemoi_dist.tasks.anemoi.weights import check_start
+from anemoi_dist.tasks.anemoi.weights import StartFile, check_start
 
 
 def main() -> None:
@@ -37,11 +37,13 @@ def main() -> None:
 
 
 def _count(settings: Tree, *, allowed: list[str]) -> dict[str, int]:
-    check_start(settings)
+    start = check_start(settings)
     security = SecurityConfig(allowed_targets=allowed)
     builder = create_builder(
         Config(run=RunConfig(id="inspect", seed=1), task=TaskConfig(settings=settings), security=security)
     )
+    if start is not None:
+        StartFile(start).check_variables(builder.data_indices, builder.datamodule.metadata, settings)
     curriculum = Curriculum(builder.task, steps_per_epoch=1)
     counts = {"training": len(AnemoiSamples(builder.datamodule.ds_train, curriculum=curriculum, mode="training"))}
     try:

@@ -81,7 +81,7 @@ class AnemoiTask:
 
     def load_initial(self, module: AnemoiModule) -> list[str]:
         """Load the weights of ``system.input.warm_start``."""
-        return load_start(module.method, self._config.task.settings)
+        return load_start(module.method, self._config.task.settings, metadata=self._builder.datamodule.metadata)
 
     def begin_step(self, step: int) -> None:
         """Advance the rollout at the ends of epochs."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,7 +49,137 @@ def check_frozen(method: Any, settings: Tree) -> None:
             raise ConfigError("training.submodules_to_freeze", name, "is no submodule of the model", valid=valid)
 
 
-def load_start(method: Any, settings: Tree) -> list[str]:
+class StartFile:
+    """A checkpoint of anemoi-training's trainer; nothing in it is run.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Attributes
+    ----------
+    content : dict[str, Any]
+        Its parts, in which objects are placeholders.
+    variables : dict[str, dict[str, int]]
+        Dataset -> variable -> its place among the variables of the data.
+    units : dict[str, dict[str, Any]]
+        Dataset -> variable -> what the dataset says of it; only those that say something.
+
+    Raises
+    ------
+    ConfigError
+        It is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.content = path, load_tensors(path)
+        if not isinstance(self.content, dict) or not isinstance(self.content.get("state_dict"), dict):
+            raise ConfigError(_KEY, str(path), "holds no state_dict, as a checkpoint of anemoi-training does")
+        indices = _below(self.content, "hyper_parameters", "data_indices")
+        self.variables = {
+            name: named
+            for name, saved in (indices or {}).items()
+            if (named := _below(getattr(saved, "state", None), "name_to_index")) and _are_places(named)
+        }
+        if not self.variables:
+            rule = "does not say which variables its datasets have, as checkpoints of anemoi-training 0.7 and later do"
+            raise ConfigError(_KEY, str(path), rule)
+        described = _below(self.content, "hyper_parameters", "metadata", "dataset") or {}
+        units = {name: _below(described.get(name), "variables_metadata") for name in self.variables}
+        self.units = {name: said for name, said in units.items() if said is not None}
+
+    def check_variables(
+        self, data_indices: Mapping[str, Any], metadata: Mapping[str, Any], settings: Tree
+    ) -> list[str]:
+        """Compare variables and units with those of the data, by anemoi-training's own rules; return notes.
+
+        Parameters
+        ----------
+        data_indices : Mapping[str, anemoi.models.data_indices.collection.IndexCollection]
+            The data's, by dataset.
+        metadata : Mapping[str, Any]
+            What each dataset says of itself.
+        settings : Tree
+            ``training.check_variables_compatibility`` is used.
+
+        Raises
+        ------
+        ConfigError
+            A variable has another place, is missing or is new, or its units differ: channels would be mixed up.
+        """
+        notes = []
+        for name, own in data_indices.items():
+            if name not in self.variables:
+                notes.append(f"the dataset {name} is not in the file: its encoder and decoder begin untrained")
+                continue
+            difference = _difference(self.variables[name], own.name_to_index)
+            if are_mixed_up(self.variables[name], own.name_to_index):
+                fix = "rename and reorder in dataloader.dataset give the data the variables of the file, in its order"
+                raise ConfigError(_KEY, str(self.path), f"has other variables of {name}: {difference}", fix=fix)
+            notes += [f"variables of {name} go by their places: {difference}"] if difference else []
+        ignored = self.variables.keys() - data_indices.keys()
+        notes += [f"the dataset {name} of the file is not used" for name in sorted(ignored)]
+        self._check_units(metadata, settings["training"].get("check_variables_compatibility") or {})
+        return notes
+
+    def _check_units(self, metadata: Mapping[str, Any], options: Tree) -> None:
+        from anemoi.training.utils.variables_metadata import check_variables_metadata_compatibility
+
+        try:
+            check_variables_metadata_compatibility(self.units or None, dict(metadata), **options)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # the file may say anything
+            key = "training.check_variables_compatibility"
+            fix = f"{key}.ignore_units=[NAME] or {key}.ignore_processing_period=[NAME], if the values are alike"
+            raise ConfigError(_KEY, str(self.path), str(error), fix=fix) from error
+
+    def migrate(self, method: Any) -> dict[str, torch.Tensor]:
+        """Return the tensors as anemoi-training's module of today names and orders them.
+
+        Its own hook does it: an older order of edges, and whose statistics hold
+        (``training.update_ds_stats_on_ckpt_load``).
+        """
+        indices = {name: SimpleNamespace(name_to_index=places) for name, places in self.variables.items()}
+        described = {name: {"variables_metadata": units} for name, units in self.units.items()}
+        hyper_parameters = {"data_indices": indices, "metadata": {"dataset": described}}
+        saved = {name: t for name, t in self.content["state_dict"].items() if isinstance(t, torch.Tensor)}
+        method.on_load_checkpoint({**self.content, "state_dict": saved, "hyper_parameters": hyper_parameters})
+        return saved
+
+
+def _below(node: Any, *names: str) -> dict[Any, Any] | None:
+    """Return the dictionary at the end of a path through dictionaries, or None."""
+    for name in names:
+        node = node.get(name) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else None
+
+
+def _are_places(named: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) and isinstance(place, int) for name, place in named.items())
+
+
+def are_mixed_up(saved: Mapping[str, int], own: Mapping[str, int]) -> bool:
+    """Return whether a model would take variables for others: anemoi-training's rule, by which a new name is none."""
+    moved = any(saved[name] != own[name] for name in saved.keys() & own.keys())
+    left, right = ({a[name] for name in a.keys() - b.keys()} for a, b in ((saved, own), (own, saved)))
+    return moved or left != right
+
+
+def _difference(saved: Mapping[str, int], own: Mapping[str, int]) -> str:
+    """Name the variables that differ between a file and the data; empty if none does."""
+    parts = {
+        "only in the file": [f"{name} ({saved[name]})" for name in saved if name not in own],
+        "only in the data": [f"{name} ({own[name]})" for name in own if name not in saved],
+        "in another place": [
+            f"{name} ({saved[name]} in the file, {own[name]} in the data)"
+            for name in saved
+            if name in own and own[name] != saved[name]
+        ],
+    }
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
+
+
+def load_start(method: Any, settings: Tree, *, metadata: Mapping[str, Any]) -> list[str]:
     """Load the weights of ``system.input.warm_start`` as anemoi-training does; nothing in the file is run.
 
     Parameters
@@ -56,6 +188,8 @@ def load_start(method: Any, settings: Tree) -> list[str]:
         Its parameters and buffers are changed in place.
     settings : Tree
         The composed configuration.
+    metadata : Mapping[str, Any]
+        What each dataset says of itself.
 
     Returns
     -------
@@ -65,18 +199,15 @@ def load_start(method: Any, settings: Tree) -> list[str]:
     Raises
     ------
     ConfigError
-        The file holds no weights, or those of another size and ``training.transfer_learning`` is not set.
+        The file holds no weights, those of other variables, or those of another size and
+        ``training.transfer_learning`` is not set.
     """
     path = check_start(settings)
     if path is None:
         return []
-    content = load_tensors(path)
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise ConfigError(_KEY, str(path), "holds no state_dict, as a checkpoint of anemoi-training does")
-    # By its own rule: processors of the file, or those of today's data (training.update_ds_stats_on_ckpt_load).
-    method._update_checkpoint_state_dict_for_load(content)
-    saved, own = content["state_dict"], method.state_dict()
-    saved = {name: tensor for name, tensor in saved.items() if isinstance(tensor, torch.Tensor)}
+    file = StartFile(path)
+    variables = file.check_variables(method.data_indices, metadata, settings)
+    saved, own = file.migrate(method), method.state_dict()
     changed = [name for name in saved if name in own and saved[name].shape != own[name].shape]
     if changed and not settings["training"].get("transfer_learning"):
         rule = f"{changed[0]} has shape {list(saved[changed[0]].shape)}, and {list(own[changed[0]].shape)} in the model"
@@ -89,4 +220,4 @@ def load_start(method: Any, settings: Tree) -> list[str]:
         notes.append(f"not in the file, or of another shape: {', '.join(result.missing_keys)}")
     if result.unexpected_keys:
         notes.append(f"not in the model: {', '.join(result.unexpected_keys)}")
-    return notes
+    return notes + variables

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from anemoi.models.data_indices.collection import IndexCollection
+from hypothesis import given
+from hypothesis import strategies as st
 from support.anemoi import SMALL_GAPS, compose_small, train_theirs
 
 from anemoi_dist.checkpoint.importers.pickles import load_tensors
@@ -14,7 +18,8 @@ from anemoi_dist.config.schema import Config
 from anemoi_dist.distributed.world import World
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.tasks import create_task
-from anemoi_dist.tasks.anemoi.weights import check_start
+from anemoi_dist.tasks.anemoi.inspect import _count
+from anemoi_dist.tasks.anemoi.weights import StartFile, are_mixed_up, check_start
 
 NAME = ("config", SMALL_GAPS, "graph.nodes.hidden.node_builder.resolution=1")
 
@@ -45,6 +50,79 @@ def test_weights_of_their_checkpoint_are_loaded_without_running_it(ranks, tmp_pa
     wider = compose_small(*NAME, *start, "model.num_channels=16", "training.transfer_learning=true", root=tmp_path)
     ((notes, _, _),) = ranks(1).run(begin, wider)
     assert "of another shape: model.model" in notes[1]
+    dropped = "dataloader.dataset={dataset:${system.input.dataset},drop:[sst,q_850]}"
+    other = compose_small("config", dropped, NAME[-1], *start, "training.transfer_learning=true", root=tmp_path)
+    with pytest.raises(
+        AssertionError, match=r"only in the file: q_850 \(16\); in another place: tp \(17 in the file, 16"
+    ):
+        ranks(1).run(begin, other)
+    with pytest.raises(ConfigError, match="only in the file: q_850"):  # and before any rank starts
+        _count(other.task.settings, allowed=[])
+
+
+places = st.dictionaries(st.sampled_from("abcde"), st.integers(0, 5))
+
+
+@given(places, places)
+def test_variables_are_compared_by_their_own_rule(saved: dict[str, int], own: dict[str, int]) -> None:
+    logging.getLogger("anemoi.models.data_indices.collection").setLevel(logging.CRITICAL)
+    try:
+        IndexCollection.compare_variables(None, saved, own)
+        refused = False
+    except ValueError:
+        refused = True
+    assert are_mixed_up(saved, own) == refused
+
+
+class Collection:
+    """Pickled as anemoi-training's own is: by its class and its attributes."""
+
+    def __init__(self, **places: int) -> None:
+        self.name_to_index = places
+
+
+def file_with(folder: Path, units: str | None = "K", **variables: int) -> StartFile:
+    described = {"t": {"units": units, "mars": {"param": "t"}}} if units else None
+    content = {
+        "state_dict": {"model.w": torch.arange(3.0)},
+        "hyper_parameters": {
+            "data_indices": {"data": Collection(**variables)},
+            "metadata": {"dataset": {"data": {"variables_metadata": described}}},
+        },
+    }
+    torch.save(content, folder / "last.ckpt")
+    return StartFile(folder / "last.ckpt")
+
+
+def compared(file: StartFile, units: str = "K", **options: Any) -> list[str]:
+    metadata = {"data": {"variables_metadata": {"t": {"units": units, "mars": {"param": "t"}}}}}
+    settings = {"training": {"check_variables_compatibility": options}}
+    return file.check_variables({"data": Collection(t=0)}, metadata, settings)
+
+
+def test_variables_and_units_of_the_file_must_be_those_of_the_data(tmp_path: Path) -> None:
+    assert compared(file_with(tmp_path, t=0)) == []
+    assert compared(file_with(tmp_path, units=None, t=0)) == []
+    with pytest.raises(
+        ConfigError, match=r"other variables of data: in another place: t \(1 in the file, 0 in the data"
+    ):
+        compared(file_with(tmp_path, t=1))
+    with pytest.raises(ConfigError, match=r"only in the file: q \(1\)\n.*rename and reorder in dataloader"):
+        compared(file_with(tmp_path, t=0, q=1))
+    with pytest.raises(ConfigError, match=r"(?s)units.*check_variables_compatibility.ignore_units"):
+        compared(file_with(tmp_path, t=0), units="degC")
+    assert compared(file_with(tmp_path, t=0), units="degC", ignore_units=True) == []
+    # A variable of another name in the same place is theirs to allow, and told.
+    (note,) = compared(file_with(tmp_path, units=None, temperature=0))
+    assert "only in the file: temperature (0); only in the data: t (0)" in note
+
+
+def test_a_file_without_variables_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"w": torch.arange(3.0)}}, tmp_path / "last.ckpt")
+    with pytest.raises(ConfigError, match="does not say which variables"):
+        StartFile(tmp_path / "last.ckpt")
+    with pytest.raises(ConfigError, match="does not say which variables"):
+        file_with(tmp_path, t="first")  # type: ignore[arg-type]
 
 
 class Evil:

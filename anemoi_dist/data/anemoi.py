@@ -39,18 +39,8 @@ def open_split(data: DataConfig, split: str, *, rollout: int) -> WeatherDataset:
     if split not in SPLITS:
         raise ConfigError("split", split, "is not a split of the dataset", valid=SPLITS)
     # The training split with the one asked for: statistics must come from the same dates for all of them.
-    train: Fields
-    fields: Fields
-    if data.kind == "anemoi":
-        whole = open_anemoi(data.dataset, **data.options)
-        train, fields = (_between(whole, getattr(data, name), name=name) for name in ("train", split))
-    elif data.kind == "synthetic":
-        from anemoi_dist.data.synthetic import SyntheticFields
-
-        synthetic = SyntheticFields.from_config(data)
-        train, fields = (synthetic.between(getattr(data, name), name=name) for name in ("train", split))
-    else:
-        raise ConfigError("data.kind", data.kind, "is not a kind of dataset", valid=KINDS)
+    whole = open_fields(data)
+    train, fields = (_between(whole, getattr(data, name), name=name) for name in ("train", split))
     return WeatherDataset(
         fields,
         train=train,
@@ -59,6 +49,23 @@ def open_split(data: DataConfig, split: str, *, rollout: int) -> WeatherDataset:
         rollout=rollout,
         name=split,
     )
+
+
+def open_fields(data: DataConfig) -> Fields:
+    """Open the configured dataset, all dates of it.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be opened, or ``data.kind`` is unknown.
+    """
+    if data.kind == "anemoi":
+        return open_anemoi(data.dataset, **data.options)
+    if data.kind == "synthetic":
+        from anemoi_dist.data.synthetic import SyntheticFields
+
+        return SyntheticFields.from_config(data)
+    raise ConfigError("data.kind", data.kind, "is not a kind of dataset", valid=KINDS)
 
 
 def open_anemoi(dataset: Any, **options: Any) -> Fields:
@@ -167,6 +174,9 @@ def _explain(resolved: Any, dataset: Any, options: dict[str, Any], error: Except
 
 
 def _between(fields: Any, split: SplitConfig, *, name: str) -> Fields:
+    if hasattr(fields, "between"):
+        part: Fields = fields.between(split, name=name)
+        return part
     if split.start is None and split.end is None:
         return fields
     # Both dates are inclusive to their own precision, as in anemoi-datasets: an end of 2020-01 includes 31 January.

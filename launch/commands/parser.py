@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_ending(commands)
     report = _add(commands, "report", "write a run's HTML report")
     _add_run(report)
+    _add_forecast(commands)
     doctor = _add(commands, "doctor", "look for what would end a run before it gets far", composes=True)
     doctor.add_argument("--nodes", action="store_true", help="start the ranks and let them check each other")
     doctor.add_argument("--json", action="store_true", help="print one JSON list")
@@ -157,6 +158,16 @@ def _add_watching(commands: Commands) -> None:
     logs.add_argument("--rank", type=int, help="default: 0")
     logs.add_argument("--attempt", type=int, help="counted from 1 (default: the newest)")
     logs.add_argument("--follow", action="store_true", help="keep printing, also what later attempts print")
+
+
+def _add_forecast(commands: Commands) -> None:
+    forecast = _add(commands, "forecast", "forecast with a run's model, into a netCDF file")
+    _add_run(forecast)
+    forecast.add_argument("--start", required=True, metavar="DATE", help="valid time of the last input state, UTC")
+    forecast.add_argument("--steps", required=True, type=int, metavar="N", help="forecast steps")
+    forecast.add_argument("-o", "--output", required=True, type=Path, metavar="FILE.nc", help="what to write")
+    forecast.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest that is whole")
+    forecast.add_argument("--force", action="store_true", help="replace an existing file")
 
 
 def _add_ending(commands: Commands) -> None:

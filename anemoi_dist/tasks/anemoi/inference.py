@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 import anemoi_dist
-from anemoi_dist.checkpoint.export import averages, check_out, replacing
+from anemoi_dist.checkpoint.export import check_out, replacing
 from anemoi_dist.checkpoint.manifest import Manifest
-from anemoi_dist.checkpoint.shard import DTYPES
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
+from anemoi_dist.checkpoint.weights import load_weights
 from anemoi_dist.config.schema import Config
 from anemoi_dist.config.secrets import redact_values
-from anemoi_dist.errors import CheckpointError, ConfigError
+from anemoi_dist.errors import ConfigError
 from anemoi_dist.tasks.anemoi.build import create_builder
 
 #: ``training.precision`` -> its name in anemoi-inference, which computes in it.
@@ -56,28 +56,8 @@ def export_inference(
     check_out(out, force=force)
     builder = create_builder(config)
     method = builder.model
-    _load(method, checkpoint, averaged=averaged)
+    load_weights(method, checkpoint, averaged=averaged, prefix=_PREFIX)
     _write(method.model, out, metadata=_metadata(builder.metadata, config, checkpoint.manifest))
-
-
-def _load(method: torch.nn.Module, checkpoint: SavedCheckpoint, *, averaged: bool) -> None:
-    """Fill parameters and buffers from a checkpoint, all of them."""
-    records = {(r.fqn, r.kind): r for r in checkpoint.manifest.tensors}
-    average = averages(checkpoint.manifest) if averaged else {}
-    tensors: list[tuple[str, str, torch.Tensor]] = [
-        (name, "param", parameter) for name, parameter in method.named_parameters()
-    ]
-    persistent = method.state_dict().keys()
-    tensors += [(name, "buffer", buffer) for name, buffer in method.named_buffers() if name in persistent]
-    for name, kind, tensor in tensors:
-        fqn = f"{_PREFIX}{name}"
-        record = average.get(fqn) or records.get((fqn, kind))  # frozen weights have no average
-        if record is None or record.shape != list(tensor.shape):
-            found = "is missing" if record is None else f"has shape {record.shape}"
-            raise CheckpointError(f"{fqn} {found} in the checkpoint, and shape {list(tensor.shape)} in the model")
-        values = torch.empty(record.numel, dtype=DTYPES[record.dtype])
-        checkpoint.read_bytes(fqn, record.kind, start=0, out=values.view(torch.uint8).numpy().data)
-        tensor.data.copy_(values.view(record.shape))
 
 
 def _metadata(metadata: dict[str, Any], config: Config, manifest: Manifest) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from support.saving import save
 from anemoi_dist.checkpoint.manifest import Manifest
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
+from anemoi_dist.checkpoint.weights import load_weights
 from anemoi_dist.config.parse import to_yaml
 from anemoi_dist.config.schema import Config
 from anemoi_dist.distributed.world import World
@@ -25,7 +26,7 @@ from anemoi_dist.engines.registry import create_engine
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.tasks import create_task
-from anemoi_dist.tasks.anemoi.inference import _load, _metadata, _write, export_inference
+from anemoi_dist.tasks.anemoi.inference import _PREFIX, _metadata, _write, export_inference
 from anemoi_dist.tasks.anemoi.kept import KeptFiles
 
 LEADS = 4
@@ -53,7 +54,7 @@ def own_forecast(config: Config, checkpoint: SavedCheckpoint) -> tuple[np.dateti
     """The first validation sample, and the trained module's forecast of it by variable: shape (lead, grid)."""
     task = create_task(config)
     method = task.create_module(world_size=1).method
-    _load(method, checkpoint, averaged=False)
+    load_weights(method, checkpoint, averaged=False, prefix=_PREFIX)
     method.eval()
     samples = task.samples("validation")
     fields = method.on_after_batch_transfer(dict(task.collate([samples.read(0, step=0)]).fields), 0)

@@ -201,7 +201,7 @@ def test_every_exit_code_is_described():
 
 def test_every_event_is_described():
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "anemoi_dist").rglob("*.py"))
-    written = set(re.findall(r'(?:recorder\.event|log\.write)\(\s*"(\w+)"', sources))
+    written = set(re.findall(r'(?:recorder\.event|log\.write|self\._append)\(\s*"(\w+)"', sources))
     table = (DOCS / "reference/run-directory.rst").read_text(encoding="utf-8").partition("events.jsonl\n==")[2]
     assert written == set(re.findall(r"^``(\w+)`` ", table, re.MULTILINE))
 

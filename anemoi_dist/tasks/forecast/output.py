@@ -85,14 +85,14 @@ def to_xarray(
 
 def write_netcdf(dataset: xarray.Dataset, path: Path) -> None:
     """Write the result of :func:`to_xarray`, compressed."""
-    encoding: dict[Any, dict[str, Any]] = {name: {"zlib": True, "complevel": 1} for name in dataset.data_vars}
+    encoding: dict[Any, dict[str, object]] = {name: {"zlib": True, "complevel": 1} for name in dataset.data_vars}
     encoding |= {name: {"_FillValue": None} for name in dataset.coords}  # CF: a coordinate has no gaps
     for name in ("time", "forecast_reference_time"):
         encoding[name] |= {"units": "hours since 1970-01-01", "dtype": "float64"}
     dataset.to_netcdf(path, encoding=encoding)
 
 
-def _grid(spec: DataSpec) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _grid(spec: DataSpec) -> tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]:
     """Return the dimensions of the grid and its coordinates."""
     latitude, longitude = _named("latitude", units="degrees_north"), _named("longitude", units="degrees_east")
     if len(spec.field_shape) == 2:

@@ -126,6 +126,7 @@ def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
             rank=world.rank,
             world_size=world.world_size,
             timeout_s=config.watchdog.timeout_s,
+            startup_timeout_s=config.watchdog.startup_s,
             num_collectives=world.num_collectives,
         ):
             if config.launcher.preflight:

@@ -298,7 +298,8 @@ class LauncherConfig:
     time: str | None = None
     #: Restarts of the ranks after a crash or a hang, within the same allocation.
     max_restarts: int = bounded(0, minimum=0)
-    #: Seconds before the first restart; each further restart waits twice as long, 60 s at most.
+    #: Seconds before the first restart; each further restart waits twice as long, 60 s at most. A checkpoint in between
+    #: makes the next restart a first one.
     backoff_s: float = bounded(1.0, minimum=0)
     #: Requeues of a job after its time limit or a preemption.
     max_requeues: int = bounded(100, minimum=0)
@@ -321,6 +322,19 @@ class WatchdogConfig:
 
     #: Seconds without a heartbeat from a rank until its stacks are dumped and the run ends with code 6; null: never.
     timeout_s: float | None = positive(1800.0, fix="null switches the watchdog off")
+    #: The same for a rank that starts, until its first step: it imports, opens data, builds and loads; null: 1800, or
+    #: ``timeout_s`` where that is longer.
+    startup_timeout_s: float | None = positive(None, fix="null: 1800, or watchdog.timeout_s", added=True)
+
+    @property
+    def longest_s(self) -> float | None:
+        """The longer of the two limits; None if the watchdog is off."""
+        return None if self.timeout_s is None else max(self.timeout_s, self.startup_s)
+
+    @property
+    def startup_s(self) -> float:
+        """The limit of a rank that starts."""
+        return max(1800.0, self.timeout_s or 0.0) if self.startup_timeout_s is None else self.startup_timeout_s
 
 
 @dataclass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import selectors
 import signal
 import struct
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,9 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from anemoi_dist.config.schema import DataConfig
+from anemoi_dist.data.monitor import MORE_SHARED, POLL_S, Monitor
 from anemoi_dist.data.sampler import MicroBatchSampler
+from anemoi_dist.errors import PreflightError
 from anemoi_dist.process.parent_death import die_with_parent
 from anemoi_dist.telemetry.heartbeat import beat
 
@@ -35,8 +39,10 @@ class BatchLoader(Iterator[list[Any]]):
         The processes that read ahead; empty for ``num_workers=0``.
     """
 
-    def __init__(self, batches: Iterator[Any], workers: tuple[Any, ...], *, accumulation: int) -> None:
-        self._batches, self.workers, self._accumulation = batches, workers, accumulation
+    def __init__(
+        self, batches: Iterator[Any], workers: tuple[Any, ...], *, accumulation: int, monitor: Monitor | None = None
+    ) -> None:
+        self._batches, self.workers, self._accumulation, self._monitor = batches, workers, accumulation, monitor
         # Runs at exit too, before multiprocessing joins its children: joining a worker that ignores SIGTERM never ends.
         self._close = weakref.finalize(self, _end, self._batches, self.workers)
 
@@ -44,10 +50,26 @@ class BatchLoader(Iterator[list[Any]]):
         # Closed: torch's iterator would start to wait for workers that are gone.
         if not self._close.alive:
             raise StopIteration
-        return [next(self._batches) for _ in range(self._accumulation)]
+        return [self._next() for _ in range(self._accumulation)]
+
+    def _next(self) -> Any:
+        if self._monitor is None:
+            return next(self._batches)
+        while True:
+            try:
+                with self._monitor.waiting():
+                    return next(self._batches)
+            # Of a worker that is gone: no file of its socket, no connection, no end of its message.
+            except (RuntimeError, OSError, EOFError) as error:
+                self._monitor.check(error)
+                # Raised by torch after its timeout, and then asking again goes on waiting.
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
 
     def close(self) -> None:
         """End the workers; a second call does nothing."""
+        if self._monitor is not None:
+            self._monitor.stop()
         self._close()
 
 
@@ -89,8 +111,10 @@ def build_loader(
 
     Raises
     ------
+    PreflightError
+        The workers cannot be started.
     RuntimeError
-        The workers have not started in time.
+        They have not started in time.
     """
     options: dict[str, Any] = {
         "dataset": _Reads(samples),
@@ -100,24 +124,35 @@ def build_loader(
     }
     if not data_config.num_workers:
         return BatchLoader(iter(DataLoader(**options)), (), accumulation=sampler.plan.accumulation)
+    monitor = Monitor()
     ready, say_ready = os.pipe()
     try:
         loader: DataLoader = DataLoader(
             **options,
             num_workers=data_config.num_workers,
             prefetch_factor=data_config.prefetch_factor,
-            # Explicit, because Python 3.14 changes the default. A fork takes milliseconds, a fresh interpreter seconds
-            # for each worker. It is safe once Python runs in the child: a worker uses neither CUDA nor a process group,
-            # torch gives it one thread (no OpenMP pool whose threads the fork has lost), zarr 2 keeps no threads, and
-            # Blosc's pool restarts itself after a fork.
+            # Python 3.14 changes the default. A fork takes milliseconds, a fresh interpreter seconds. It is safe once
+            # Python runs in the child: a worker uses neither CUDA nor a process group, torch gives it one thread (no
+            # OpenMP pool whose threads the fork has lost), zarr 2 has no threads, and Blosc's pool restarts itself.
             multiprocessing_context="fork",
-            worker_init_fn=partial(_start_worker, parent_pid=os.getpid(), say_ready=say_ready),
+            worker_init_fn=partial(_start_worker, parent_pid=os.getpid(), say_ready=say_ready, monitor=monitor),
+            timeout=POLL_S,
         )
         batches, workers = _start_workers(loader, ready)
+        monitor.start(workers)
     finally:
         os.close(ready)
         os.close(say_ready)
-    return BatchLoader(batches, workers, accumulation=sampler.plan.accumulation)
+    return BatchLoader(batches, workers, accumulation=sampler.plan.accumulation, monitor=monitor)
+
+
+@contextlib.contextmanager
+def _own_children() -> Iterator[None]:
+    """Undo that torch raises an error out of whatever runs when a child ends: :class:`Monitor` looks for them."""
+    former = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, former)
 
 
 def _start_workers(loader: DataLoader, ready: int) -> tuple[Iterator[Any], tuple[Any, ...]]:
@@ -129,7 +164,14 @@ def _start_workers(loader: DataLoader, ready: int) -> tuple[Iterator[Any], tuple
     """
     for patience_s in _PATIENCE_S:
         before = set(multiprocessing.active_children())
-        batches = iter(loader)
+        try:
+            with _own_children():
+                batches = iter(loader)
+        except OSError as error:
+            raise PreflightError(
+                f"the data workers cannot be started: {error}\n  fix: {MORE_SHARED}, a larger limit of processes "
+                "(ulimit -u), or data.num_workers=0"
+            ) from error
         # By difference: the rank may have other children, and the iterator's own list is private to torch.
         workers = tuple(set(multiprocessing.active_children()) - before)
         if _all_ready({worker.pid for worker in workers}, ready, patience_s=patience_s):
@@ -155,7 +197,7 @@ def _all_ready(pids: set[int | None], ready: int, *, patience_s: float) -> bool:
     return not silent
 
 
-def _start_worker(worker: int, *, parent_pid: int, say_ready: int) -> None:
+def _start_worker(worker: int, *, parent_pid: int, say_ready: int, monitor: Monitor) -> None:
     """Ignore signals that schedulers send to the whole job, end with the parent, and report that the worker runs.
 
     A survivor would hold the sockets of a killed rank, and the other ranks would wait for it instead of failing.
@@ -163,6 +205,7 @@ def _start_worker(worker: int, *, parent_pid: int, say_ready: int) -> None:
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(parent_pid=parent_pid)
+    monitor.attach()
     os.write(say_ready, _PID.pack(os.getpid()))
 
 

@@ -108,6 +108,9 @@ class Heartbeat:
         self.interval_s = max(_INTERVAL_S, world_size / _FILES_PER_S) if interval_s is None else interval_s
         self._owner = threading.get_ident()
         self.phase, self.step = "startup", 0
+        self._has_begun = False
+        #: Called once, by the training thread, when it leaves phase ``startup``.
+        self.on_begin: Callable[[], None] = lambda: None
         self._num_helped = self._num_followed = 0
         # Silence is measured on the monotonic clock: an NTP step of the wall clock must not look like a hang. The file
         # needs the wall clock, because other hosts read it.
@@ -144,11 +147,19 @@ class Heartbeat:
         if threading.get_ident() != self._owner:
             self._num_helped += 1
             return
+        begins = False
         if phase is not None:
-            self.phase = phase
+            # Between two phases of a rank that has begun to train it works for its next step; it does not start again.
+            begins = phase != "startup" and not self._has_begun
+            self._has_begun = self._has_begun or begins
+            self.phase = "step" if self._has_begun and phase == "startup" else phase
         if step is not None:
             self.step = step
         self._last, self._last_wall = time.monotonic(), time.time()
+        if begins and self._thread.is_alive():
+            # At once, and only now: others judge a rank that is stuck in its first step by the limit of a step.
+            self.write()
+            self.on_begin()
 
     def follow(self) -> None:
         """Count the progress of helper threads since the last call as the caller's, who waits for them."""

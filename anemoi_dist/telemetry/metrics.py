@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import tempfile
 import time
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Name in the account of losses; seconds until a writer that failed is opened again; more than its first record takes.
 _TENSORBOARD, _RETRY_S, _PROBE_BYTES = "TensorBoard's files", 30.0, 4096
+#: Seconds between flushes by the writer's own thread, which would print a traceback: every write is flushed here.
+_NEVER_S = 10**9
 
 
 class MetricWriter(Protocol):
@@ -129,14 +130,11 @@ class TensorBoardMetrics:
         with tempfile.TemporaryFile(dir=self._directory) as probe:
             probe.write(bytes(_PROBE_BYTES))
             probe.flush()
-        self._writer = self._open_writer(str(self._directory), purge_step=self._purge_step)
+        self._writer = self._open_writer(str(self._directory), purge_step=self._purge_step, flush_secs=_NEVER_S)
         self._purge_step = None  # a second file of this attempt must not hide the points of the first
 
     def _give_up(self, error: OSError) -> None:
         """Leave the file, whose last record may be torn: what TensorBoard finds behind it, it does not read."""
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-            self._writer = None
+        self._writer = None  # not closed: that would write again what could not be written
         if self._clock() >= self._next_try:
             self._error, self._next_try = error, self._clock() + _RETRY_S

@@ -40,7 +40,13 @@ _NUM_NAMED = 8
 
 
 def find_hang(
-    beats: Mapping[int, HeartbeatRecord], *, world_size: int, now: float, timeout_s: float, margin_s: float = 0.0
+    beats: Mapping[int, HeartbeatRecord],
+    *,
+    world_size: int,
+    now: float,
+    timeout_s: float,
+    startup_timeout_s: float | None = None,
+    margin_s: float = 0.0,
 ) -> Hang | None:
     """Return the rank to blame if no rank makes progress, or None while one does. Pure.
 
@@ -54,6 +60,8 @@ def find_hang(
         Unix seconds.
     timeout_s : float
         ``watchdog.timeout_s``.
+    startup_timeout_s : float, optional
+        The same for a rank in phase ``startup``; by default ``timeout_s``.
     margin_s : float, optional
         Further seconds of silence before a rank counts although it has not marked itself as stalled: clocks differ,
         and its watchdog runs at intervals.
@@ -61,7 +69,12 @@ def find_hang(
     # Before all others: a rank that never came has begun no collective and was never heard of.
     never = HeartbeatRecord(collectives=-1)
     ranks = {rank: beats.get(rank, never) for rank in range(world_size)}
-    if any(not beat.stalled and now - beat.time < timeout_s + margin_s for beat in ranks.values()):
+
+    def limit_s(beat: HeartbeatRecord) -> float:
+        is_starting = beat.phase == "startup" and startup_timeout_s is not None
+        return (startup_timeout_s if is_starting else timeout_s) + margin_s  # type: ignore[operator] # not None
+
+    if any(not beat.stalled and now - beat.time < limit_s(beat) for beat in ranks.values()):
         return None
     # Ranks begin the same collectives in the same order: whoever has begun the fewest keeps the others waiting.
     counts = {rank: beat.collectives or 0 for rank, beat in ranks.items()}
@@ -129,13 +142,24 @@ class Watchdog:
         Attempt number, rank, number of ranks.
     timeout_s : float
         ``watchdog.timeout_s``.
+    startup_timeout_s : float, optional
+        The limit of a rank that starts; by default ``timeout_s``.
     """
 
     def __init__(
-        self, heartbeat: Heartbeat, *, run: RunDirectory, attempt: int, rank: int, world_size: int, timeout_s: float
+        self,
+        heartbeat: Heartbeat,
+        *,
+        run: RunDirectory,
+        attempt: int,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        startup_timeout_s: float | None = None,
     ) -> None:
         self._heartbeat, self._run, self._attempt = heartbeat, run, attempt
-        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+        self._rank, self._world_size, self._running_timeout_s = rank, world_size, timeout_s
+        self._startup_timeout_s = timeout_s if startup_timeout_s is None else startup_timeout_s
         self._tick_s = min(1.0, timeout_s / 10)
         self._watched = threading.get_ident()
         # A log that cannot be written must not keep a hang from being ended.
@@ -153,15 +177,26 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch."""
         self._rearm_deadman()
+        # Without waiting for this thread, which gets no further turn where the first step never gives up the lock.
+        self._heartbeat.on_begin = self._rearm_deadman
         self._thread.start()
 
     def close(self) -> None:
         """Stop watching. A watchdog that is about to end the run still does."""
         with self._deciding:
             self._closed.set()
+        self._heartbeat.on_begin = lambda: None
         self._thread.join(timeout=10 * self._tick_s)
         self._deadman.close()
         self._log.close()
+
+    @property
+    def _timeout_s(self) -> float:
+        """The limit of this rank, where it stands now."""
+        return self._limit_s(self._heartbeat.phase)
+
+    def _limit_s(self, phase: str) -> float:
+        return self._startup_timeout_s if phase == "startup" else self._running_timeout_s
 
     def _watch(self) -> None:
         while not self._closed.wait(self._tick_s):
@@ -194,8 +229,9 @@ class Watchdog:
         if not self._is_stalled:
             self._is_stalled = True
             beat = self._heartbeat
+            key = "startup_timeout_s" if beat.phase == "startup" else "timeout_s"
             self._say(
-                f"no sign of life for watchdog.timeout_s={self._timeout_s:g} s, in phase {beat.phase} after step "
+                f"no sign of life for watchdog.{key}={self._timeout_s:g} s, in phase {beat.phase} after step "
                 f"{beat.step}; the stacks of all threads:"
             )
             faulthandler.dump_traceback(self._log)
@@ -219,7 +255,8 @@ class Watchdog:
             beats,
             world_size=self._world_size,
             now=time.time(),
-            timeout_s=self._timeout_s,
+            timeout_s=self._running_timeout_s,
+            startup_timeout_s=self._startup_timeout_s,
             margin_s=3 * self._tick_s + 1.0,
         )
         if hang is None or self._heartbeat.silent_s() < self._timeout_s:
@@ -239,7 +276,7 @@ class Watchdog:
         if judge is not None and judge.attempt == self._attempt:
             # A stalled rank 0 rewrites its file as long as its watchdog runs; until it is stalled, its training thread
             # has the whole timeout.
-            recent_s = max(3.0, 2 * self._heartbeat.interval_s) if judge.stalled else self._timeout_s
+            recent_s = max(3.0, 2 * self._heartbeat.interval_s) if judge.stalled else self._limit_s(judge.phase)
             if now - (judge.time if judge.watchdog_time is None else judge.watchdog_time) < recent_s:
                 self._no_judge_since = 0.0
                 return False
@@ -293,6 +330,7 @@ def watch(
     rank: int,
     world_size: int,
     timeout_s: float | None,
+    startup_timeout_s: float | None = None,
     num_collectives: Callable[[], int],
 ) -> Iterator[None]:
     """Write heartbeats inside the ``with`` block, and watch them unless ``timeout_s`` is None.
@@ -305,6 +343,8 @@ def watch(
         Attempt number, rank, number of ranks.
     timeout_s : float or None
         ``watchdog.timeout_s``; None turns the watchdog off.
+    startup_timeout_s : float, optional
+        The limit of a rank that starts; by default ``timeout_s``.
     num_collectives : Callable[[], int]
         See :class:`~anemoi_dist.telemetry.heartbeat.Heartbeat`.
     """
@@ -319,7 +359,13 @@ def watch(
     try:
         if timeout_s is not None:
             watchdog = Watchdog(
-                heartbeat, run=run, attempt=attempt, rank=rank, world_size=world_size, timeout_s=timeout_s
+                heartbeat,
+                run=run,
+                attempt=attempt,
+                rank=rank,
+                world_size=world_size,
+                timeout_s=timeout_s,
+                startup_timeout_s=startup_timeout_s,
             )
             watchdog.start()
         yield

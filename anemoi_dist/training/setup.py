@@ -46,7 +46,7 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
     """
     stop = StopRequest(run, is_main=world.is_main)
     stop.listen()  # first: a scheduler may send its signal while the data are being opened
-    world.extend_collective_timeouts(config.watchdog.timeout_s)
+    world.extend_collective_timeouts(config.watchdog.longest_s)
     store = open_store(run, config.checkpoint.url)
     selection = select(store, world=world, strict=config.checkpoint.strict)
     first_step = selection.checkpoint.manifest.step if selection.checkpoint else 0
@@ -134,7 +134,7 @@ def _create_engine(task: Task, config: Config, world: World, new: Recorder | Non
     beat()
     engine = create_engine(module, config=config, world=world)
     beat()
-    world.extend_collective_timeouts(config.watchdog.timeout_s)  # again: engines create process groups of their own
+    world.extend_collective_timeouts(config.watchdog.longest_s)  # again: engines create process groups of their own
     return engine
 
 

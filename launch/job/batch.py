@@ -26,12 +26,11 @@ from anemoi_dist.config.schema import Config
 from anemoi_dist.errors import AnemoiDistError, ConfigError, ExitCode, print_error, print_message
 from anemoi_dist.process.output import protect_output
 from anemoi_dist.run.directory import RunDirectory
-from anemoi_dist.run.events import read_events
 from anemoi_dist.run.lock import LEAVE, ask_to_stop, hold_launch, withdraw_stop
 
 from ..launchers.local import rank_environment
 from ..launchers.slurm import num_ranks_per_node
-from ..launchers.supervisor import Job, supervise
+from ..launchers.supervisor import Job, num_saved, supervise
 from ..status import journal, slurm_queue
 from ..status.journal import Entry
 from .allocation import Allocation, interface_variables, meeting_files, start_command
@@ -276,11 +275,6 @@ class BatchJob:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_PAUSE_S)
-
-
-def num_saved(run: RunDirectory) -> int:
-    """Return how many checkpoints the run has recorded, those that were deleted since and saved again included."""
-    return sum(event["event"] == "checkpoint" for event in read_events(run.events_file))
 
 
 def _seconds(text: str) -> float:

@@ -21,6 +21,7 @@ from anemoi_dist.process.output import write_to_descriptor
 from anemoi_dist.process.parent_death import PARENT_PID
 from anemoi_dist.run.attempt import ENDING, record_left_ending
 from anemoi_dist.run.directory import LAUNCHED, RunDirectory
+from anemoi_dist.run.events import read_events
 from anemoi_dist.run.records import AttemptRecord
 
 from ..status import journal
@@ -93,7 +94,8 @@ def supervise(job: Job, options: LauncherConfig) -> int:
     """Run the job until it ends without another restart and return the exit code of the run.
 
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the ranks to save and leave; a second one but SIGUSR1 kills them. A crash or
-    a hang is followed by another start, ``launcher.max_restarts`` times, each after a longer wait.
+    a hang is followed by another start, ``launcher.max_restarts`` times, each after a longer wait than the one before
+    unless the ranks have saved a checkpoint in between.
 
     Parameters
     ----------
@@ -106,14 +108,18 @@ def supervise(job: Job, options: LauncherConfig) -> int:
     with _Stopper(job.ask_to_stop, job.on_signal) as stopper:
         for number in list(job.early)[:1]:  # a second one would kill
             stopper.request(number)
+        num_in_vain = 0
         for restarts in range(options.max_restarts + 1):
+            saved_before = num_saved(job.run)
             ending = _run_once(job, stopper, restarts)
             if ending.message:
                 print_message(ending.message)
             if ending.code not in RESTARTED or stopper.requested or restarts == options.max_restarts:
                 break
-            # A node or file system that is down needs a while; each further crash is waited for twice as long.
-            wait_s = min(options.backoff_s * 2**restarts, _LONGEST_WAIT_S)
+            # A node or file system that is down needs a while; each further crash is waited for twice as long. A start
+            # that has saved something shows that it is not down.
+            num_in_vain = 0 if num_saved(job.run) > saved_before else num_in_vain + 1
+            wait_s = min(options.backoff_s * 2 ** max(0, num_in_vain - 1), _LONGEST_WAIT_S)
             print_message(f"run {job.run.run_id}: restart {restarts + 1} of {options.max_restarts} in {wait_s:g} s")
             note = {"code": int(ending.code), "reason": ending.reason, "wait_s": wait_s}
             journal.note(job.run, "restart", **note, **job.facts)
@@ -123,6 +129,11 @@ def supervise(job: Job, options: LauncherConfig) -> int:
         print_message("the same command continues from the last checkpoint")
     journal.note(job.run, "end", code=int(ending.code), reason=ending.reason, **job.facts)
     return ending.code
+
+
+def num_saved(run: RunDirectory) -> int:
+    """Return how many checkpoints the run has recorded, those that were deleted since and saved again included."""
+    return sum(event["event"] == "checkpoint" for event in read_events(run.events_file))
 
 
 def _run_once(job: Job, stopper: _Stopper, restarts: int) -> Ending:

@@ -1,3 +1,6 @@
+import errno
+import multiprocessing.synchronize
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -15,6 +18,7 @@ from anemoi_dist.data.anemoi import open_split
 from anemoi_dist.data.batch import collate
 from anemoi_dist.data.loader import build_loader
 from anemoi_dist.data.sampler import GlobalSampleOrder, MicroBatchSampler
+from anemoi_dist.errors import PreflightError
 
 PLAN = BatchPlan(global_size=8, micro_size=2, accumulation=2, world_size=2)
 
@@ -181,3 +185,95 @@ def test_workers_that_never_start_are_an_error(warm):
     done = run_where_forks_hang(warm, patience="0.5,")
     assert done.returncode == 1
     assert "some of 2 data workers have not started within 0.5 s, in any of 1 attempts" in done.stderr
+
+
+# Workers that will never deliver
+
+
+def wait_for_error(batches):
+    """Ask for batches, of which some are ready, until there are no more."""
+    with pytest.raises(PreflightError) as caught:
+        for _ in range(20):
+            next(batches)
+    batches.close()
+    assert caught.value.exit_code == 3
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, "was killed by SIGKILL (out of memory? dmesg says)"),
+        (signal.SIGBUS, "was killed by SIGBUS (/dev/shm is full)"),
+        (signal.SIGSTOP, "was stopped (SIGSTOP)"),
+    ],
+)
+def test_a_worker_that_is_dead_or_stopped_is_named(waves, number, said):
+    waves.num_workers = 2
+    batches = loader(waves)
+    next(batches)
+    pid = batches.workers[1].pid
+    os.kill(pid, number)
+    message = wait_for_error(batches)
+    assert f"data worker {pid} {said}" in message
+    assert "\n  fix: " in message
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error_with_its_reason(waves, tmp_path, monkeypatch):
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(multiprocessing.util, "get_temp_dir", lambda: str(folder))
+    waves.num_workers = 1
+    message = wait_for_error(loader(waves))
+    assert message.startswith(
+        "a data worker cannot send its batch: OSError: AF_UNIX path too long\n  fix: a shorter TMPDIR"
+    )
+
+
+class Slow:
+    """Samples of which one takes longer than the trainer's look at its workers."""
+
+    def __init__(self, dataset):
+        self._dataset = dataset
+
+    def read(self, index, *, step):
+        if step == 1:
+            time.sleep(2.5)
+        return self._dataset.read(index, step=step)
+
+
+def test_a_batch_that_comes_late_is_waited_for(waves):
+    waves.num_workers = 1
+    expected = steps(waves, 3)
+    dataset = open_split(waves, "train", rollout=1)
+    order = GlobalSampleOrder(len(dataset), seed=5)
+    sampler = MicroBatchSampler(order, plan=PLAN, rank=1, start_step=0)
+    batches = build_loader(Slow(dataset), sampler=sampler, collate=collate, data_config=waves)
+    try:
+        torch.testing.assert_close([next(batches) for _ in range(3)], expected, rtol=0, atol=0)
+    finally:
+        batches.close()
+
+
+def test_an_error_of_the_data_set_keeps_its_type(waves):
+    class Broken(Slow):
+        def read(self, index, *, step):
+            raise RuntimeError("no such field")
+
+    waves.num_workers = 1
+    dataset = open_split(waves, "train", rollout=1)
+    sampler = MicroBatchSampler(GlobalSampleOrder(len(dataset), seed=5), plan=PLAN, rank=1, start_step=0)
+    batches = build_loader(Broken(dataset), sampler=sampler, collate=collate, data_config=waves)
+    with pytest.raises(RuntimeError, match="no such field"):
+        next(batches)
+    batches.close()
+
+
+def test_workers_that_cannot_be_started_are_an_error_with_its_reason(waves, monkeypatch):
+    def no_room(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", no_room)
+    waves.num_workers = 1
+    with pytest.raises(PreflightError, match=r"cannot be started: .*No space left on device\n  fix: more"):
+        loader(waves)

@@ -63,6 +63,39 @@ def test_a_rank_that_does_not_answer_is_named() -> None:
     assert never is not None and (never.rank, never.host, never.unresponsive) == (1, "", [])
 
 
+def test_a_rank_that_starts_has_a_limit_of_its_own() -> None:
+    starting = HeartbeatRecord(rank=0, time=80.0, phase="startup")
+    limits = {"world_size": 1, "now": 100.0, "timeout_s": 10.0}
+    assert find_hang({0: starting}, **limits, startup_timeout_s=30.0) is None
+    assert find_hang({0: starting}, **limits, startup_timeout_s=15.0) is not None
+    assert find_hang({0: beat(0, time=80.0)}, **limits, startup_timeout_s=30.0) is not None
+
+
+def test_between_two_phases_a_rank_that_trains_does_not_start_again(run: RunDirectory) -> None:
+    heartbeat = Heartbeat(run, rank=0, world_size=1, attempt=1)
+    heartbeat.beat("startup")
+    assert heartbeat.phase == "startup"
+    heartbeat.beat("validation")
+    heartbeat.beat("startup")
+    assert heartbeat.phase == "step"
+
+
+def test_a_slow_start_is_no_hang_and_a_silent_step_is(run: RunDirectory, ended: list[int]) -> None:
+    Attempt(run, world_size=1, max_steps=10)
+    run.logs_dir(1).mkdir(parents=True, exist_ok=True)
+    heartbeat = Heartbeat(run, rank=0, world_size=1, attempt=1, interval_s=0.05)
+    heartbeat.start()
+    dog = Watchdog(heartbeat, run=run, attempt=1, rank=0, world_size=1, timeout_s=0.5, startup_timeout_s=600.0)
+    dog.start()
+    time.sleep(1.5)  # three times the limit of a step
+    assert ended == []
+    heartbeat.beat("step", step=1)
+    assert wait_until(lambda: ended)
+    heartbeat.close()
+    assert ended == [ExitCode.HANG]
+    assert "watchdog.timeout_s=0.5 s, in phase step after step 1" in run.log_file(1, 0).read_text()
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     run = RunDirectory.locate(tmp_path, "r")

@@ -15,6 +15,7 @@ from anemoi_dist.errors import ExitCode, PreflightError
 from anemoi_dist.launch.job import allocation, batch
 from anemoi_dist.launch.job.allocation import Allocation, fewest_cpus, start_command
 from anemoi_dist.launch.job.requeue import Decision, History, Outcome, decide
+from anemoi_dist.launch.launchers.supervisor import num_saved
 from anemoi_dist.launch.status import journal, slurm_queue
 from anemoi_dist.launch.status.journal import Entry
 from anemoi_dist.run.directory import RunDirectory
@@ -268,13 +269,13 @@ def test_a_job_that_slurm_ends_before_its_time_is_up_is_cancelled(
 def test_saves_count_also_below_an_older_one(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "r")
     run.create()
-    before = batch.num_saved(run)
+    before = num_saved(run)
     log = EventLog(run.events_file)
     log.write("checkpoint", step=100)
     log.write("start", step=90, resumed_from_step=90)
     log.write("checkpoint", step=95)
     log.close()
-    assert (before, batch.num_saved(run)) == (0, 2)
+    assert (before, num_saved(run)) == (0, 2)
 
 
 def test_a_start_that_saved_is_no_failure() -> None:

@@ -3,8 +3,11 @@ from __future__ import annotations
 import pytest
 from support.many_runs import write_state
 
+from anemoi_dist.config.schema import LauncherConfig
 from anemoi_dist.launch.launchers import supervisor
+from anemoi_dist.launch.status import journal
 from anemoi_dist.run.directory import RunDirectory
+from anemoi_dist.run.events import EventLog
 
 
 @pytest.fixture
@@ -41,3 +44,21 @@ def test_ending(run, attempts, agent_code, interrupted, code, said):
     assert ending.code == code
     assert said in ending.message
     assert bool(ending.message) == bool(said)
+
+
+def test_a_start_that_has_saved_makes_the_next_wait_the_first_again(run, monkeypatch):
+    saves = iter([False, False, True, False, False, False])
+
+    def run_once(job, stopper, restarts):
+        if next(saves):
+            log = EventLog(run.events_file)
+            log.write("checkpoint", step=10)
+            log.close()
+        return supervisor.Ending(70)
+
+    monkeypatch.setattr(supervisor, "_run_once", run_once)
+    monkeypatch.setattr(supervisor._Stopper, "wait", lambda self, seconds: False)
+    job = supervisor.Job(run, "local", lambda restarts: [], {}, lambda process, number: None, {})
+    supervisor.supervise(job, LauncherConfig(max_restarts=5, backoff_s=1.0))
+    waits = [entry.wait_s for entry in journal.read(run) if entry.event == "restart"]
+    assert waits == [1.0, 2.0, 1.0, 1.0, 2.0]

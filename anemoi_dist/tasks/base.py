@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anemoi_dist.checkpoint.shard import ShardSource
 from anemoi_dist.config.schema import Config
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.distributed.world import World
@@ -155,6 +156,28 @@ class Evaluation:
     summary: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Start:
+    """Point that a new run begins at, instead of initial weights at step 0.
+
+    Attributes
+    ----------
+    notes : Sequence[str]
+        What to tell the user.
+    source : ShardSource, optional
+        Weights and optimizer states of another program's run, which this one continues. None: the module has all.
+    step : int
+        Optimizer steps that are done.
+    task : Mapping[str, Any]
+        For :meth:`Task.load_state_dict`.
+    """
+
+    notes: Sequence[str] = ()
+    source: ShardSource | None = None
+    step: int = 0
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Task(Protocol):
     """Data, model, loss and scores of one training."""
 
@@ -176,8 +199,8 @@ class Task(Protocol):
             Data-parallel ranks (or groups of ranks that share a sample), for ``training.lr.scale_with``.
         """
 
-    def load_initial(self, module: Any) -> list[str]:
-        """Load weights that a new run begins with into the result of :meth:`create_module`; return notes."""
+    def load_initial(self, module: Any) -> Start:
+        """Load weights that a new run begins with into the result of :meth:`create_module`, or return them."""
 
     def begin_step(self, step: int) -> None:
         """Prepare for optimizer step ``step`` (from 0); called before every step, with ever larger numbers."""

@@ -27,7 +27,7 @@ from anemoi_dist.run.attempt import end_state
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.versions import installed_versions
 from anemoi_dist.tasks import create_task
-from anemoi_dist.tasks.base import Task
+from anemoi_dist.tasks.base import Start, Task
 from anemoi_dist.telemetry.heartbeat import beat
 from anemoi_dist.telemetry.progress import format_bytes
 from anemoi_dist.training.recorder import Recorder
@@ -60,17 +60,17 @@ def train(config: Config, *, run: RunDirectory, world: World, attempt: int) -> N
             recorder.message("building model and optimizer")
             origin = _origin(config)
             saver = Saver(store, world=world, config=config.checkpoint, origin=origin, broken=selection.passed_over)
+            engine, start = _create_engine(task, config, world, is_new=selection.checkpoint is None)
             trainer = Trainer(
                 config=config,
                 world=world,
-                engine=_create_engine(task, config, world, recorder if selection.checkpoint is None else None),
+                engine=engine,
                 task=task,
                 saver=saver,
                 recorder=recorder,
                 stop=stop,
             )
-            if selection.checkpoint is not None:
-                _resume(trainer, selection.checkpoint)
+            _set_out(trainer, start, selection.checkpoint)
             _announce(trainer, run=run, attempt=attempt, selection=selection, plan=plan, origin=origin)
             # Last: its workers read ahead from the step that the trainer continues with.
             loader = _start_loader(trainer, plan)
@@ -122,20 +122,28 @@ def _open_task(config: Config, recorder: Recorder) -> Task:
     return task
 
 
-def _create_engine(task: Task, config: Config, world: World, new: Recorder | None) -> Engine:
-    """Build module and engine; ``new`` is told what a run that is not resumed begins with."""
+def _create_engine(task: Task, config: Config, world: World, *, is_new: bool) -> tuple[Engine, Start]:
+    """Build module and engine; return with it what a run that ``is_new`` begins with."""
     torch.manual_seed(config.run.seed)  # the same initial parameters on every rank
     # Each of these may take long for a large model; the watchdog must not take them together for a hang.
     beat()
     module = task.create_module(world_size=world.world_size // config.task.groups.sample)
-    if new is not None:
-        for note in task.load_initial(module):
-            new.message(note)
+    start = task.load_initial(module) if is_new else Start()
     beat()
     engine = create_engine(module, config=config, world=world)
     beat()
     world.extend_collective_timeouts(config.watchdog.longest_s)  # again: engines create process groups of their own
-    return engine
+    return engine, start
+
+
+def _set_out(trainer: Trainer, start: Start, checkpoint: Checkpoint | None) -> None:
+    if checkpoint is not None:
+        _resume(trainer, checkpoint)
+        return
+    for note in start.notes:
+        trainer.recorder.message(note)
+    if start.source is not None:
+        trainer.begin(start, start.source)
 
 
 def _resume(trainer: Trainer, checkpoint: Checkpoint) -> None:

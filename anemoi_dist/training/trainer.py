@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.saver import Outcome, Saver
+from anemoi_dist.checkpoint.shard import ShardSource
 from anemoi_dist.config.schema import Config
 from anemoi_dist.distributed.control_word import ControlWord, StopRequest
 from anemoi_dist.distributed.world import World, seed_step
 from anemoi_dist.engines.base import Engine, StepReport
 from anemoi_dist.errors import CheckpointError, ConfigError, DivergedError, StopRequestedError
-from anemoi_dist.tasks.base import Batch, Task
+from anemoi_dist.tasks.base import Batch, Start, Task
 from anemoi_dist.training.recorder import Recorder
 
 
@@ -96,19 +98,39 @@ class Trainer:
         ConfigError
             The checkpoint is beyond ``training.max_steps``.
         """
-        saved, training = checkpoint.trainer(), self.config.training
+        saved = checkpoint.trainer()
         # What was read is counted on, and not computed from today's batch size. Importers know of no samples.
-        seen = checkpoint.manifest.samples_seen or checkpoint.manifest.step * training.global_batch_size
-        self.progress = Progress(
-            **{"step": checkpoint.manifest.step, "samples_seen": seen, **saved.get("progress", {})}
+        step, seen = (
+            checkpoint.manifest.step,
+            checkpoint.manifest.samples_seen or self._samples_of(checkpoint.manifest.step),
         )
-        if self.progress.step > training.max_steps:
-            rule = f"the newest checkpoint is of step {self.progress.step} already"
-            fix = f"training.max_steps={self.progress.step} or more, or another run.id"
-            raise ConfigError("training.max_steps", training.max_steps, rule, fix=fix)
-        self.task.load_state_dict(saved.get("task", {}))  # 0.1.0 saved none
-        self.engine.load(checkpoint, num_updates=self.progress.step)
+        progress = Progress(**{"step": step, "samples_seen": seen, **saved.get("progress", {})})
+        self._continue(progress, saved.get("task", {}), checkpoint, what="the newest checkpoint")  # 0.1.0 saved no task
         self._saved_step = self.progress.step
+
+    def begin(self, start: Start, source: ShardSource) -> None:
+        """Begin a run with the weights and states of another program's, at its step. Collective.
+
+        Raises
+        ------
+        ConfigError
+            It is beyond ``training.max_steps``.
+        """
+        progress = Progress(step=start.step, samples_seen=self._samples_of(start.step))
+        self._continue(progress, start.task, source, what="what the run begins with")
+
+    def _samples_of(self, step: int) -> int:
+        return step * self.config.training.global_batch_size
+
+    def _continue(self, progress: Progress, task: Mapping[str, Any], source: ShardSource, *, what: str) -> None:
+        max_steps = self.config.training.max_steps
+        if progress.step > max_steps:
+            rule = f"{what} is of step {progress.step} already"
+            fix = f"training.max_steps={progress.step} or more, or another run.id"
+            raise ConfigError("training.max_steps", max_steps, rule, fix=fix)
+        self.progress = progress
+        self.task.load_state_dict(task)
+        self.engine.load(source, num_updates=progress.step)
 
     def fit(self, batches: Iterator[list[Batch]]) -> None:
         """Train to the end on ``batches``, one list of micro-batches for each optimizer step.

@@ -15,6 +15,7 @@ from support import toy
 from support.saving import ORIGIN
 
 from anemoi_dist.checkpoint import saver as saver_module
+from anemoi_dist.checkpoint.importers.foreign import WholeTensors
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.saver import Saver
 from anemoi_dist.checkpoint.shard import Shard
@@ -24,7 +25,7 @@ from anemoi_dist.distributed.world import seed_step
 from anemoi_dist.engines.base import StepReport
 from anemoi_dist.errors import CheckpointError, ConfigError, DivergedError, StopRequestedError
 from anemoi_dist.run.directory import RunDirectory
-from anemoi_dist.tasks.base import Evaluate, Evaluation
+from anemoi_dist.tasks.base import Evaluate, Evaluation, Start
 from anemoi_dist.training.trainer import SaveClock, Trainer
 
 
@@ -239,6 +240,18 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(world, tmp_path: Path) -> 
     again.config.training.max_steps = 9
     with pytest.raises(ConfigError, match=r"training\.max_steps=9: the newest checkpoint is of step 10"):
         again.resume(Checkpoint(tmp_path / "step-00000010"))
+
+
+def test_a_run_begins_where_another_program_has_left_off(world, tmp_path: Path) -> None:
+    trainer, recorder, _ = make(world, tmp_path, global_batch_size=4)
+    source = WholeTensors({("count", "param"): torch.tensor([6])})
+    trainer.begin(Start(step=6, task={"num_evaluated": 3}), source)
+    assert trainer.progress.samples_seen == 24 and trainer.task.num_evaluated == 3
+    trainer.fit(batches())
+    assert recorder.steps == [7, 8, 9, 10] and LocalStore(tmp_path).steps() == [10, 8]
+    trainer, *_ = make(world, tmp_path)
+    with pytest.raises(ConfigError, match=r"training\.max_steps=10: what the run begins with is of step 11"):
+        trainer.begin(Start(step=11), source)
 
 
 def test_a_stop_is_saved_one_step_after_the_wish(world, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def read_torch_file(source: Path, *, trust: bool, weights_only: bool) -> Foreign
     weights = _weights(source, content)
     states: dict[str, dict[str, torch.Tensor]] = {}
     if not weights_only and (optimizer := _optimizer(source, content)) is not None:
-        states = _named_states(source, optimizer, weights)
+        states = named_states(source, optimizer, weights)
     shards = [whole(name, kind_of(name, t, trained=states), t) for name, t in weights.items()]
     shards += [whole(name, kind, t) for name, held in states.items() for kind, t in held.items()]
     step = next((content[key] for key in _STEP_KEYS if isinstance(content.get(key), int)), None)
@@ -79,17 +79,44 @@ def _optimizer(source: Path, content: Mapping[str, Any]) -> Mapping[str, Any] | 
     return next((content[key] for key in _OPTIMIZER_KEYS if isinstance(content.get(key), Mapping)), None)
 
 
-def _named_states(
-    source: Path, optimizer: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+def named_states(
+    source: Path,
+    optimizer: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    *,
+    trained: Sequence[str] | None = None,
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the optimizer's states by the names of the parameters."""
+    """Return the optimizer's states by the names of the parameters.
+
+    Parameters
+    ----------
+    source : Path
+        For errors.
+    optimizer : Mapping[str, Any]
+        State dictionary of an optimizer.
+    weights : Mapping[str, torch.Tensor]
+        The model's tensors in their order.
+    trained : Sequence[str], optional
+        Names of the parameters that the optimizer has, in its order. By default they follow from names in the file, or
+        from the shapes.
+
+    Raises
+    ------
+    ConfigError
+        The states do not fit the parameters, or it cannot be told whose they are.
+    """
     states, groups = optimizer.get("state", optimizer), optimizer.get("param_groups", [])
     held = {key: state_tensors(state) for key, state in states.items() if isinstance(state, Mapping)}
     held = {key: state for key, state in held.items() if state}
-    if all(isinstance(key, str) for key in held):
+    if all(isinstance(key, str) for key in held) and (held or trained is None):
         return held
     order = [index for group in groups for index in group["params"]]
-    if all("param_names" in group for group in groups):
+    if trained is not None:
+        names = list(trained)
+        if len(names) != len(order):
+            rule = f"has an optimizer of {len(order)} parameters, and {len(names)} are trained"
+            raise ConfigError("SOURCE", str(source), rule, fix="freeze the same, or take the weights alone")
+    elif all("param_names" in group for group in groups):
         names = [name for group in groups for name in group["param_names"]]
     else:
         shapes = [next((tuple(t.shape) for t in held.get(i, {}).values() if t.dim()), None) for i in order]

@@ -108,9 +108,15 @@ FIXED = {
     ),
     "training.strategy.broadcast_buffers": Fixed((False, None), "is not done: buffers are the same on all ranks"),
     "training.run_id": Fixed(
-        (None,), "is a run of anemoi-training", "run.id=NAME names or continues a run here, with "
+        (None,),
+        "is a run of anemoi-training",
+        "system.input.warm_start=ITS_LAST_CKPT goes on from it, run.id=NAME names or continues a run here, with ",
     ),
-    "training.fork_run_id": Fixed((None,), "is a run of anemoi-training", "run.id=NEW starts another run here, with "),
+    "training.fork_run_id": Fixed(
+        (None,),
+        "is a run of anemoi-training",
+        "system.input.warm_start=ITS_LAST_CKPT goes on from it, in run.id=NEW, with ",
+    ),
     "dataloader.multiprocessing_context": Fixed((None,), "is not done"),
     "diagnostics.debug.anomaly_detection": Fixed((False, None), "is not done"),
     "diagnostics.log.wandb.enabled": Fixed((False, None), "is not done", "telemetry=mlflow or tensorboard, with "),

@@ -17,13 +17,13 @@ from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.checkpoint.weights import load_weights
 from anemoi_dist.config.schema import Config
 from anemoi_dist.config.secrets import redact_values
+from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.tasks.anemoi.build import create_builder
+from anemoi_dist.tasks.anemoi.module import PREFIX
 
 #: ``training.precision`` -> its name in anemoi-inference, which computes in it.
 _PRECISIONS = {"fp32": "32", "bf16": "bf16-mixed"}
-#: Names in our checkpoints begin with it; see :class:`~anemoi_dist.tasks.anemoi.module.AnemoiModule`.
-_PREFIX = "method."
 
 
 def export_inference(
@@ -56,11 +56,11 @@ def export_inference(
     check_out(out, force=force)
     builder = create_builder(config)
     method = builder.model
-    load_weights(method, checkpoint, averaged=averaged, prefix=_PREFIX)
+    load_weights(method, checkpoint, averaged=averaged, prefix=PREFIX)
     _write(method.model, out, metadata=_metadata(builder.metadata, config, checkpoint.manifest))
 
 
-def _metadata(metadata: dict[str, Any], config: Config, manifest: Manifest) -> dict[str, Any]:
+def _metadata(metadata: Tree, config: Config, manifest: Manifest) -> Tree:
     """Return anemoi-training's metadata with what has really run, and without secrets."""
     assert config.task.steps_per_epoch is not None
     metadata = redact_values(metadata)

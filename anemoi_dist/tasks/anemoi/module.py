@@ -14,6 +14,9 @@ from anemoi_dist.tasks.anemoi.groups import undivided_parameters
 from anemoi_dist.tasks.anemoi.samples import AnemoiBatch
 from anemoi_dist.tasks.base import KeepsBufferTypes, TaskModule
 
+#: Names of parameters in our checkpoints begin with it: what follows is anemoi-training's name.
+PREFIX = "method."
+
 
 class AnemoiModule(KeepsBufferTypes, TaskModule):
     """A training method of anemoi-training (a LightningModule) without Lightning's trainer.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from anemoi_dist.checkpoint.store import open_store
 from anemoi_dist.config.schema import Config
+from anemoi_dist.config.tree import Tree
 from anemoi_dist.data.fields import evenly_spaced
 from anemoi_dist.distributed.world import World
 from anemoi_dist.run.directory import RunDirectory
@@ -22,7 +23,7 @@ from anemoi_dist.tasks.anemoi.kept import KeptFiles, write_inference
 from anemoi_dist.tasks.anemoi.module import AnemoiModule
 from anemoi_dist.tasks.anemoi.samples import AnemoiBatch, AnemoiSamples, collate
 from anemoi_dist.tasks.anemoi.weights import check_frozen, load_start
-from anemoi_dist.tasks.base import Evaluate, Evaluation
+from anemoi_dist.tasks.base import Evaluate, Evaluation, Start
 from anemoi_dist.telemetry.heartbeat import beat
 
 _SPLITS = {"train": ("ds_train", "training"), "validation": ("ds_valid", "validation"), "test": ("ds_test", "test")}
@@ -79,9 +80,11 @@ class AnemoiTask:
         self._module = AnemoiModule(method, self._config, world_size=world_size)
         return self._module
 
-    def load_initial(self, module: AnemoiModule) -> list[str]:
-        """Load the weights of ``system.input.warm_start``."""
-        return load_start(module.method, self._config.task.settings, metadata=self._builder.datamodule.metadata)
+    def load_initial(self, module: AnemoiModule) -> Start:
+        """Load the weights of ``system.input.warm_start``, or return where its run has left off."""
+        metadata, steps_per_epoch = self._builder.datamodule.metadata, self._config.task.steps_per_epoch
+        assert steps_per_epoch is not None, "composition fills it in"
+        return load_start(module.method, self._config.task.settings, metadata=metadata, steps_per_epoch=steps_per_epoch)
 
     def begin_step(self, step: int) -> None:
         """Advance the rollout at the ends of epochs."""
@@ -146,7 +149,7 @@ class AnemoiTask:
             self._kept = KeptFiles(run, self._config)
         return self._kept
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Tree:
         """Return the epochs done and the task's own runtime state (rollout)."""
         return self._curriculum.state_dict()
 

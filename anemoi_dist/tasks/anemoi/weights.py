@@ -1,4 +1,4 @@
-"""Weights that a new run of ``task=anemoi`` begins with: ``system.input.warm_start`` and what goes with it."""
+"""The checkpoint of anemoi-training that a new run of ``task=anemoi`` begins with: ``system.input.warm_start``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 
+from anemoi_dist.checkpoint.importers.foreign import WholeTensors
 from anemoi_dist.checkpoint.importers.pickles import load_tensors
+from anemoi_dist.checkpoint.importers.torch_file import named_states
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import ConfigError
+from anemoi_dist.tasks.anemoi.module import PREFIX
+from anemoi_dist.tasks.base import Start
 
 _KEY = "system.input.warm_start"
 
@@ -30,11 +34,9 @@ def check_start(settings: Tree) -> Path | None:
             raise ConfigError(f"training.{key}", True, "needs a file to load", fix=f"{_KEY}=/path/to/last.ckpt")
     if not path:
         return None
-    if not training.get("load_weights_only"):
-        fix = (
-            f"training.load_weights_only=true; or anemoi-dist checkpoint import {path} RUN --rename model=method.model"
-        )
-        raise ConfigError(_KEY, path, "begins with the weights alone", fix=fix)
+    if training.get("transfer_learning") and not training.get("load_weights_only"):
+        rule = "has no effect without training.load_weights_only: an optimizer goes on with the model that it has"
+        raise ConfigError("training.transfer_learning", True, rule, fix="training.load_weights_only=true")
     if not Path(path).is_file():
         raise ConfigError(_KEY, path, "is no file")
     return Path(path)
@@ -59,11 +61,11 @@ class StartFile:
 
     Attributes
     ----------
-    content : dict[str, Any]
+    content : Tree
         Its parts, in which objects are placeholders.
     variables : dict[str, dict[str, int]]
         Dataset -> variable -> its place among the variables of the data.
-    units : dict[str, dict[str, Any]]
+    units : dict[str, Tree]
         Dataset -> variable -> what the dataset says of it; only those that say something.
 
     Raises
@@ -179,34 +181,44 @@ def _difference(saved: Mapping[str, int], own: Mapping[str, int]) -> str:
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
 
 
-def load_start(method: Any, settings: Tree, *, metadata: Mapping[str, Any]) -> list[str]:
-    """Load the weights of ``system.input.warm_start`` as anemoi-training does; nothing in the file is run.
+def load_start(method: Any, settings: Tree, *, metadata: Mapping[str, Any], steps_per_epoch: int) -> Start:
+    """Begin with the file of ``system.input.warm_start`` as anemoi-training does; nothing in it is run.
 
     Parameters
     ----------
     method : anemoi.training.train.methods.base.BaseTrainingModule
-        Its parameters and buffers are changed in place.
+        With ``training.load_weights_only``, its parameters and buffers are changed in place.
     settings : Tree
         The composed configuration.
     metadata : Mapping[str, Any]
         What each dataset says of itself.
+    steps_per_epoch : int
+        Optimizer steps of an epoch.
 
     Returns
     -------
-    list[str]
-        Notes on what the file and the model do not share.
+    Start
+        Without ``training.load_weights_only``, weights, states of the optimizer, step and rollout of the file.
 
     Raises
     ------
     ConfigError
         The file holds no weights, those of other variables, or those of another size and
-        ``training.transfer_learning`` is not set.
+        ``training.transfer_learning`` is not set; or it lacks the states to go on with.
     """
     path = check_start(settings)
     if path is None:
-        return []
+        return Start()
     file = StartFile(path)
-    variables = file.check_variables(method.data_indices, metadata, settings)
+    notes = file.check_variables(method.data_indices, metadata, settings)
+    if settings["training"].get("load_weights_only"):
+        return Start([*_load_weights(method, file, settings), *notes])
+    return _continued(method, file, notes, steps_per_epoch=steps_per_epoch)
+
+
+def _load_weights(method: Any, file: StartFile, settings: Tree) -> list[str]:
+    """Load what the file and the model share; return notes on what they do not."""
+    path = file.path
     saved, own = file.migrate(method), method.state_dict()
     changed = [name for name in saved if name in own and saved[name].shape != own[name].shape]
     if changed and not settings["training"].get("transfer_learning"):
@@ -220,4 +232,41 @@ def load_start(method: Any, settings: Tree, *, metadata: Mapping[str, Any]) -> l
         notes.append(f"not in the file, or of another shape: {', '.join(result.missing_keys)}")
     if result.unexpected_keys:
         notes.append(f"not in the model: {', '.join(result.unexpected_keys)}")
-    return notes + variables
+    return notes
+
+
+def _continued(method: Any, file: StartFile, notes: list[str], *, steps_per_epoch: int) -> Start:
+    """Return where anemoi-training's trainer has left off."""
+    step, states = file.content.get("global_step"), file.content.get("optimizer_states")
+    # With an average of the weights, theirs takes the place of the weights.
+    current = file.content.get("current_model_state")
+    weights_only = "training.load_weights_only=true begins with the weights, at step 0"
+    if not isinstance(step, int) or not isinstance(states, list) or len(states) != 1 or current is not None:
+        rule = "holds no global_step with the states of one optimizer"
+        rule = rule if current is None else "holds an average of the weights, which is not continued"
+        raise ConfigError(_KEY, str(file.path), rule, fix=weights_only)
+    saved = file.migrate(method)
+    parameters = dict(method.named_parameters())
+    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    named = named_states(file.path, states[0], saved, trained=trained)
+    tied = method.state_dict().keys() - parameters.keys() - dict(method.named_buffers()).keys()
+    tensors = {
+        (f"{PREFIX}{name}", "param" if name in parameters else "buffer"): tensor
+        for name, tensor in saved.items()
+        if name not in tied
+    }
+    tensors |= {(f"{PREFIX}{name}", kind): t for name, held in named.items() for kind, t in held.items()}
+    epochs, more = _epochs(file, step, steps_per_epoch=steps_per_epoch)
+    notes = [f"goes on at step {step} of {file.path}, with the states of its optimizer", *notes, *more]
+    runtime = method.task.training_runtime_state_dict()
+    return Start(notes, WholeTensors(tensors), step, {"epochs": epochs, "runtime": runtime})
+
+
+def _epochs(file: StartFile, step: int, *, steps_per_epoch: int) -> tuple[int, list[str]]:
+    """Return the number of epochs whose end the rollout has seen, and a note where epochs have another length here."""
+    progress = _below(file.content, "loops", "fit_loop", "epoch_progress", "current") or {}
+    ended, expected = progress.get("processed"), step // steps_per_epoch
+    if ended == expected or (ended == expected - 1 and step % steps_per_epoch == 0):
+        return ended, []
+    note = f"step {step} ends {ended} epochs in the file, and {expected} here: epochs count on from there, and"
+    return expected, [f"{note} the rollout is the file's"]

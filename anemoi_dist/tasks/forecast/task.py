@@ -19,7 +19,7 @@ from anemoi_dist.evaluation.summary import format_table, metrics, summarise
 from anemoi_dist.evaluation.validator import Validator, save_forecast_maps
 from anemoi_dist.process.output import LOSSES
 from anemoi_dist.run.directory import RunDirectory
-from anemoi_dist.tasks.base import Evaluate, Evaluation
+from anemoi_dist.tasks.base import Evaluate, Evaluation, Start
 from anemoi_dist.tasks.forecast.module import BaseGraphModule
 
 #: Splits that are scored, opened with the rollout of the longest lead time.
@@ -67,9 +67,9 @@ class ForecastTask:
         """Build model, loss and normalisation from the statistics of the training split."""
         return BaseGraphModule(self._config, spec=self._train.spec(), world_size=world_size)
 
-    def load_initial(self, module: BaseGraphModule) -> list[str]:
+    def load_initial(self, module: BaseGraphModule) -> Start:
         """Load nothing: a new run begins with random weights."""
-        return []
+        return Start()
 
     def begin_step(self, step: int) -> None:
         """Do nothing: every step is alike."""

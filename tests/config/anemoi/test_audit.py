@@ -39,7 +39,7 @@ def test_what_is_left_out_is_named_once():
         ("training.preferred_blas_backend", "cublaslt", "training.preferred_blas_backend=null"),
         ("training.strategy._target_", "pytorch_lightning.strategies.FSDPStrategy", "engine=ddp"),
         ("training.strategy.broadcast_buffers", True, "broadcast_buffers=false"),
-        ("training.run_id", "abc", "run.id=NAME"),
+        ("training.run_id", "abc", "system.input.warm_start=ITS_LAST_CKPT goes on from it, run.id=NAME"),
         ("training.fork_run_id", "abc", "run.id=NEW"),
         ("dataloader.multiprocessing_context", "spawn", "default is null"),
         ("diagnostics.debug.anomaly_detection", True, "default is false"),

@@ -26,8 +26,9 @@ from anemoi_dist.engines.registry import create_engine
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.tasks import create_task
-from anemoi_dist.tasks.anemoi.inference import _PREFIX, _metadata, _write, export_inference
+from anemoi_dist.tasks.anemoi.inference import _metadata, _write, export_inference
 from anemoi_dist.tasks.anemoi.kept import KeptFiles
+from anemoi_dist.tasks.anemoi.module import PREFIX
 
 LEADS = 4
 #: anemoi-inference computes these itself, and those of the small dataset are made up.
@@ -54,7 +55,7 @@ def own_forecast(config: Config, checkpoint: SavedCheckpoint) -> tuple[np.dateti
     """The first validation sample, and the trained module's forecast of it by variable: shape (lead, grid)."""
     task = create_task(config)
     method = task.create_module(world_size=1).method
-    load_weights(method, checkpoint, averaged=False, prefix=_PREFIX)
+    load_weights(method, checkpoint, averaged=False, prefix=PREFIX)
     method.eval()
     samples = task.samples("validation")
     fields = method.on_after_batch_transfer(dict(task.collate([samples.read(0, step=0)]).fields), 0)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from anemoi.models.data_indices.collection import IndexCollection
 from hypothesis import given
 from hypothesis import strategies as st
-from support.anemoi import SMALL_GAPS, compose_small, train_theirs
+from support.anemoi import SMALL_GAPS, compose_small, steps_of, train_theirs
 
 from anemoi_dist.checkpoint.importers.pickles import load_tensors
 from anemoi_dist.config.schema import Config
 from anemoi_dist.distributed.world import World
+from anemoi_dist.engines.registry import create_engine
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.tasks import create_task
 from anemoi_dist.tasks.anemoi.inspect import _count
-from anemoi_dist.tasks.anemoi.weights import StartFile, are_mixed_up, check_start
+from anemoi_dist.tasks.anemoi.weights import StartFile, are_mixed_up, check_start, load_start
+from anemoi_dist.tasks.base import Start
 
 NAME = ("config", SMALL_GAPS, "graph.nodes.hidden.node_builder.resolution=1")
 
@@ -27,7 +31,7 @@ NAME = ("config", SMALL_GAPS, "graph.nodes.hidden.node_builder.resolution=1")
 def begin(world: World, config: Config) -> tuple[list[str], dict[str, torch.Tensor], list[str]]:
     task = create_task(config)
     module = task.create_module(world_size=1)
-    notes = task.load_initial(module)
+    notes = list(task.load_initial(module).notes)
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     return notes, {name: p.detach().clone() for name, p in module.named_parameters()}, frozen
 
@@ -58,6 +62,102 @@ def test_weights_of_their_checkpoint_are_loaded_without_running_it(ranks, tmp_pa
         ranks(1).run(begin, other)
     with pytest.raises(ConfigError, match="only in the file: q_850"):  # and before any rank starts
         _count(other.task.settings, allowed=[])
+
+
+#: Epochs of two steps, at whose ends the rollout grows.
+EPOCHS = (
+    "dataloader.limit_batches.training=2",
+    "training.optimization.lr_scheduler.t_initial=8",
+    "task.rollout={start:1,epoch_increment:1,maximum:3}",
+)
+
+
+def go_on(world: World, config: Config) -> dict[str, Any]:
+    """Train from where the file has left off."""
+    task = create_task(config)
+    module = task.create_module(world_size=world.world_size)
+    start = task.load_initial(module)
+    engine = create_engine(module, config=config, world=world)
+    task.load_state_dict(start.task)
+    engine.load(start.source, num_updates=start.step)
+    steps = steps_of(task, config, world, start=start.step)
+    losses = [engine.train_step(micro_batches).loss for _, micro_batches in steps]
+    parameters = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    rollout = task.state_dict()
+    engine.close()
+    return {"notes": start.notes, "losses": losses, "parameters": parameters, "rollout": rollout}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "ademamix"])
+def test_a_run_of_theirs_goes_on_here_with_the_same_numbers(ranks, tmp_path: Path, optimizer: str) -> None:
+    given = (*NAME, *EPOCHS, f"training/optimization/optimizer={optimizer}")
+    straight = ranks(2).run(train_theirs, compose_small(*given, "training.max_steps=8", root=tmp_path, ranks=2))
+    half = compose_small(*given, "training.max_steps=4", root=tmp_path, ranks=2)
+    ranks(2).run(train_theirs, half, None, tmp_path / "last.ckpt")
+    start = ("training.max_steps=8", f"system.input.warm_start={tmp_path / 'last.ckpt'}")
+    config = compose_small(*given, *start, root=tmp_path, ranks=2)
+    results = ranks(2).run(go_on, config)
+    assert results[0]["notes"] == [f"goes on at step 4 of {tmp_path / 'last.ckpt'}, with the states of its optimizer"]
+    expected = np.mean([rank["losses"] for rank in straight], axis=0)[4:]
+    assert results[0]["losses"] == pytest.approx(expected.tolist(), rel=1e-6)
+    for name, value in straight[0]["parameters"].items():
+        torch.testing.assert_close(results[0]["parameters"][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    assert results[0]["rollout"]["runtime"]["rollout"]["step"] == 3
+
+
+class Method(torch.nn.Module):
+    """Of a training method what going on needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(3))
+        self.data_indices = {"data": Collection(t=0)}
+        self.task = SimpleNamespace(training_runtime_state_dict=lambda: {"rollout": 2})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        pass
+
+
+def begun(folder: Path, *, ended: int = 2, **parts: Any) -> Start:
+    """Go on from a file of step 4 in a configuration with epochs of two steps."""
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"params": [0]}]}
+    saved = {
+        "state_dict": {"w": torch.arange(3.0)},
+        "global_step": 4,
+        "optimizer_states": [optimizer],
+        "loops": {"fit_loop": {"epoch_progress": {"current": {"processed": ended}}}},
+        "hyper_parameters": {"data_indices": {"data": Collection(t=0)}},
+        **parts,
+    }
+    torch.save(saved, folder / "last.ckpt")
+    settings = {"system": {"input": {"warm_start": str(folder / "last.ckpt")}}, "training": {}}
+    return load_start(Method(), settings, metadata={}, steps_per_epoch=2)
+
+
+@pytest.mark.parametrize(("ended", "counted", "num_notes"), [(2, 2, 1), (1, 1, 1), (3, 2, 2), (0, 2, 2)])
+def test_epochs_count_on_from_the_file(tmp_path: Path, ended: int, counted: int, num_notes: int) -> None:
+    start = begun(tmp_path, ended=ended)
+    assert (start.step, start.task) == (4, {"epochs": counted, "runtime": {"rollout": 2}})
+    assert len(start.notes) == num_notes and start.source is not None
+    assert {key: info.global_shape for key, info in start.source.tensors().items()} == {
+        ("method.w", "param"): (3,),
+        ("method.w", "exp_avg"): (3,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("parts", "rule"),
+    [
+        ({"optimizer_states": []}, "holds no global_step with the states of one optimizer"),
+        ({"global_step": None}, "holds no global_step with the states of one optimizer"),
+        ({"current_model_state": {}}, "holds an average of the weights, which is not continued"),
+        ({"optimizer_states": [{"state": {}, "param_groups": [{"params": [0, 1]}]}]}, "of 2 parameters, and 1 are"),
+    ],
+)
+def test_a_file_that_cannot_be_continued_is_one_error(tmp_path: Path, parts: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        begun(tmp_path, **parts)
 
 
 places = st.dictionaries(st.sampled_from("abcde"), st.integers(0, 5))
@@ -146,7 +246,8 @@ def test_whatever_else_is_in_the_file_is_not_built(tmp_path: Path) -> None:
     [
         (None, {"load_weights_only": True}, "needs a file"),
         (None, {"transfer_learning": True}, "needs a file"),
-        (__file__, {}, "(?s)the weights alone.*checkpoint import"),
+        (__file__, {"transfer_learning": True}, "has no effect without training.load_weights_only"),
+        ("/nowhere.ckpt", {}, "is no file"),
         ("/nowhere.ckpt", {"load_weights_only": True}, "is no file"),
     ],
 )

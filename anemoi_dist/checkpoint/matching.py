@@ -278,3 +278,18 @@ def _short(dtype: torch.dtype) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+class WeightsOnly:
+    """A source without the optimizer's states, and without the average of its weights."""
+
+    def __init__(self, source: ShardSource) -> None:
+        self._source = source
+
+    def tensors(self) -> Mapping[Key, TensorInfo]:
+        """Return parameters and buffers."""
+        return {key: info for key, info in self._source.tensors().items() if key[1] in _KINDS}
+
+    def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
+        """Fill the 1-D ``out`` with the elements from ``start`` on."""
+        self._source.read(fqn, kind, start=start, out=out)

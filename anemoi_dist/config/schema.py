@@ -113,6 +113,8 @@ class TrainingConfig:
     #: Largest absolute value of an element of the gradient, instead of ``clip_grad_norm``; null: no clipping.
     clip_grad_value: float | None = positive(None, fix="null switches clipping off", added=True)
     weight_averaging: WeightAveragingConfig = field(default_factory=WeightAveragingConfig, metadata=ADDED)
+    #: Patterns of parameters that keep their values (``model.encoder.*``).
+    freeze: list[str] = field(default_factory=list, metadata=ADDED)
     precision: str = one_of("fp32", valid=("fp32", "bf16"))
     #: Consecutive updates that may be skipped because loss or gradient is not finite; one more ends the run (code 5).
     max_skipped: int = bounded(10, minimum=0)
@@ -235,6 +237,10 @@ class CheckpointConfig:
     url: str | None = None
     #: Refuse to resume if the newest checkpoint is damaged, instead of taking the one before.
     strict: bool = False
+    #: Weights that a new run begins with: ``RUN``, ``RUN@STEP`` or the directory of a checkpoint; null: random ones.
+    init_from: str | None = field(default=None, metadata=ADDED)
+    #: Take the optimizer's states of ``init_from``, too.
+    init_optimizer: bool = field(default=False, metadata=ADDED)
     #: Old name, or prefix before a dot, of parameters and buffers in the checkpoint -> name in the model.
     rename: dict[str, str] = field(default_factory=dict)
     #: Patterns of parameters and buffers that may be in the model or the checkpoint only, or have changed their shape.

@@ -59,8 +59,10 @@ def measure(config: Config) -> ModelSize:
         Its ``data`` determines the fields of the model.
     """
     from anemoi_dist.tasks import create_task
+    from anemoi_dist.tasks.base import freeze
 
     module = _build(create_task(config))
+    freeze(module, config.training.freeze)
     _check_optimizer(module)
     own = {
         name: sum(parameter.numel() for parameter in layer.parameters(recurse=False))

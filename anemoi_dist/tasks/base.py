@@ -6,6 +6,8 @@ they move parameters, gradients and states of a :class:`TaskModule`, and pass ba
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from anemoi_dist.checkpoint.shard import ShardSource
 from anemoi_dist.config.schema import Config
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.distributed.world import World
+from anemoi_dist.errors import ConfigError
 from anemoi_dist.optimizers.factory import create_optimizer
 from anemoi_dist.optimizers.learning_rate import create_scheduler, scaled_rate
 from anemoi_dist.run.directory import RunDirectory
@@ -176,6 +179,26 @@ class Start:
     source: ShardSource | None = None
     step: int = 0
     task: Mapping[str, Any] = field(default_factory=dict)
+
+
+def freeze(module: TaskModule, patterns: Sequence[str]) -> None:
+    """Let the parameters whose names fit a pattern keep their values.
+
+    Raises
+    ------
+    ConfigError
+        A pattern fits no parameter, or nothing is left to train.
+    """
+    parameters = dict(module.named_parameters())
+    for pattern in patterns:
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            near = difflib.get_close_matches(pattern, parameters, n=10, cutoff=0.3)
+            raise ConfigError("training.freeze", pattern, "fits no parameter of the model", valid=near)
+        for name in names:
+            parameters[name].requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ConfigError("training.freeze", list(patterns), "leaves nothing to train", fix="narrower patterns")
 
 
 class Task(Protocol):

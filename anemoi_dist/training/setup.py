@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
+from anemoi_dist.checkpoint.initial import find_initial
 from anemoi_dist.checkpoint.manifest import Origin
+from anemoi_dist.checkpoint.matching import WeightsOnly
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.saver import Saver
 from anemoi_dist.checkpoint.select import Selection, select
@@ -27,7 +30,7 @@ from anemoi_dist.run.attempt import end_state
 from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.versions import installed_versions
 from anemoi_dist.tasks import create_task
-from anemoi_dist.tasks.base import Start, Task
+from anemoi_dist.tasks.base import Start, Task, freeze
 from anemoi_dist.telemetry.heartbeat import beat
 from anemoi_dist.telemetry.progress import format_bytes
 from anemoi_dist.training.recorder import Recorder
@@ -128,6 +131,7 @@ def _create_engine(task: Task, config: Config, world: World, *, is_new: bool) ->
     # Each of these may take long for a large model; the watchdog must not take them together for a hang.
     beat()
     module = task.create_module(world_size=world.world_size // config.task.groups.sample)
+    freeze(module, config.training.freeze)
     start = task.load_initial(module) if is_new else Start()
     beat()
     engine = create_engine(module, config=config, world=world)
@@ -137,6 +141,7 @@ def _create_engine(task: Task, config: Config, world: World, *, is_new: bool) ->
 
 
 def _set_out(trainer: Trainer, start: Start, checkpoint: Checkpoint | None) -> None:
+    """Continue from the run's own checkpoint, or begin with what task and configuration name. Collective."""
     if checkpoint is not None:
         _resume(trainer, checkpoint)
         return
@@ -144,6 +149,8 @@ def _set_out(trainer: Trainer, start: Start, checkpoint: Checkpoint | None) -> N
         trainer.recorder.message(note)
     if start.source is not None:
         trainer.begin(start, start.source)
+    if (name := trainer.config.checkpoint.init_from) is not None:
+        _begin_from(trainer, name)
 
 
 def _resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -152,6 +159,18 @@ def _resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
     _note_scaled_rate(trainer.config, trainer.recorder, step=step, was=was, now=now)
     trainer.resume(checkpoint)
     checkpoint.close()
+
+
+def _begin_from(trainer: Trainer, name: str) -> None:
+    config, world = trainer.config, trainer.world
+    # Rank 0 looks: a run that is training meanwhile has another newest checkpoint at every moment.
+    found = str(find_initial(name, root=config.run.root)) if world.is_main else None
+    checkpoint = Checkpoint(Path(world.broadcast_text(found)))
+    source = checkpoint if config.checkpoint.init_optimizer else WeightsOnly(checkpoint)
+    trainer.engine.load(source, num_updates=0)
+    checkpoint.close()
+    what = "weights and optimizer states" if config.checkpoint.init_optimizer else "weights"
+    trainer.recorder.message(f"begins with the {what} of {checkpoint.folder}")
 
 
 def _start_loader(trainer: Trainer, plan: BatchPlan) -> BatchLoader:

@@ -33,6 +33,10 @@ def compose_arguments(
     composed = compose(overrides, config_file=config_file, config_dir=config_dir)
     for message in composed.messages:
         print_message(f"note: {message}")
+    if (name := composed.config.checkpoint.init_from) is not None:
+        from anemoi_dist.checkpoint.initial import find_initial
+
+        find_initial(name, root=composed.config.run.root)  # before ranks start, or a job waits in a queue
     return composed
 
 

@@ -24,6 +24,8 @@ from support.runs import (
     wait_for_step,
 )
 
+from anemoi_dist.checkpoint.compare import differences
+from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.run.events import read_events
 
 
@@ -162,3 +164,19 @@ def test_divergence_ends_with_5_and_keeps_the_checkpoint(tmp_path: Path) -> None
     events = read_events(tmp_path / "e" / "events.jsonl")
     assert sum(e["event"] == "skipped_update" for e in events) == 3
     assert (tmp_path / "e" / "checkpoints" / "step-00000001" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_the_weights_of_another_and_keeps_what_is_frozen(tmp_path: Path) -> None:
+    code, output = finish(start(command(tmp_path, "a", "training.max_steps=6", "engine=zero3")))
+    assert code == 0, output
+    frozen, tuned = "training.freeze=[model.blocks.*]", ["training.max_steps=4", "engine=fsdp2", "launcher.ranks=1"]
+    wrong = finish(start(command(tmp_path, "b", "checkpoint.init_from=c", *tuned)))
+    assert wrong[0] == 2 and "is neither a run" in wrong[1] and not (tmp_path / "b").exists()
+    code, output = finish(start(command(tmp_path, "b", "checkpoint.init_from=a@5", frozen, *tuned)))
+    assert code == 0 and "begins with the weights of" in output and "step-00000005" in output, output
+    saved = SavedCheckpoint(tmp_path / "a" / "checkpoints" / "step-00000005")
+    tuned_to = SavedCheckpoint(tmp_path / "b" / "checkpoints" / "step-00000004")
+    weights = {name for name, kind in saved.records if kind == "param"}
+    changed = {each.fqn for each in differences(saved, tuned_to) if each.kind == "param"}
+    assert changed == {name for name in weights if not name.startswith("model.blocks.")} != weights

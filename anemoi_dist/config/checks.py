@@ -124,6 +124,9 @@ def _check_engine(engine: EngineConfig) -> None:
 
 
 def _check_checkpoint(config: Config) -> None:
+    if config.checkpoint.init_optimizer and config.checkpoint.init_from is None:
+        key = "checkpoint.init_optimizer"
+        raise ConfigError(key, True, "has no effect without checkpoint.init_from", fix="checkpoint.init_from=RUN")
     checkpoint = config.checkpoint
     if checkpoint.url is not None and not re.match(r"[a-z0-9+.-]+://.", checkpoint.url):
         raise ConfigError(

@@ -134,6 +134,7 @@ def ademamix(state_dtype, **more):
         ({"engine": {"kind": "megatron"}}, "is not a valid name"),
         ({"training": {"clip_grad_norm": 0}}, "must be positive"),
         ({"training": {"clip_grad_value": -1}}, "must be positive"),
+        ({"checkpoint": {"init_optimizer": True}}, "without checkpoint.init_from"),
         ({"training": {"weight_averaging": {"decay": 1.0}}}, "at least 0 and below 1"),
         ({"training": {"clip_grad_norm": 1.0, "clip_grad_value": 1.0}}, "choose one"),
         ({"training": {"clip_grad_norm": float("nan")}}, "must be positive"),

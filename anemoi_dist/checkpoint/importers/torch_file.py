@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from anemoi_dist.checkpoint.importers.foreign import ForeignCheckpoint, checked, kind_of, state_tensors, whole
-from anemoi_dist.checkpoint.importers.pickles import load_torch_file
+from anemoi_dist.checkpoint.importers.pickles import Placeholder, load_tensors, load_torch_file
 from anemoi_dist.errors import ConfigError
 
+_LIGHTNING = "pytorch-lightning_version"
 _MODEL_KEYS = ("state_dict", "model", "model_state_dict", "module")
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim")
 _STEP_KEYS = ("global_step", "step", "iteration")
@@ -35,10 +36,10 @@ def read_torch_file(source: Path, *, trust: bool, weights_only: bool) -> Foreign
     ForeignCheckpoint
         Whole tensors. Parameters are those with an optimizer state and other floating tensors; the rest are buffers.
     """
-    content = load_torch_file(source, trust=trust)
+    content = _open(source, trust=trust)
     if not isinstance(content, Mapping):
         raise ConfigError("SOURCE", str(source), f"holds a {type(content).__name__}, not a dictionary")
-    is_lightning = "pytorch-lightning_version" in content
+    is_lightning = _LIGHTNING in content
     weights = _weights(source, content)
     states: dict[str, dict[str, torch.Tensor]] = {}
     if not weights_only and (optimizer := _optimizer(source, content)) is not None:
@@ -47,6 +48,41 @@ def read_torch_file(source: Path, *, trust: bool, weights_only: bool) -> Foreign
     shards += [whole(name, kind, t) for name, held in states.items() for kind, t in held.items()]
     step = next((content[key] for key in _STEP_KEYS if isinstance(content.get(key), int)), None)
     return ForeignCheckpoint("lightning" if is_lightning else "torch", step, shards)
+
+
+def _open(source: Path, *, trust: bool) -> Any:
+    """Open the file; one of Lightning's also where it has objects, as anemoi-training's hyperparameters do."""
+    try:
+        return load_torch_file(source, trust=trust)
+    except ConfigError:
+        # What else is in a file of an unknown layout may matter: of Lightning's it is known which parts do not.
+        content = None if trust else _lightning_parts(source)
+        if content is None:
+            raise
+        return content
+
+
+def _lightning_parts(source: Path) -> dict[str, Any] | None:
+    """Return the parts of Lightning's file that an import needs, or None where one of them holds an object."""
+    try:
+        content = load_tensors(source)
+    except ConfigError:
+        return None
+    if not isinstance(content, dict) or _LIGHTNING not in content:
+        return None
+    parts = {
+        key: content[key] for key in (_LIGHTNING, "state_dict", "optimizer_states", "global_step") if key in content
+    }
+    return None if _has_placeholder(parts) else parts
+
+
+def _has_placeholder(node: Any) -> bool:
+    """Whether an object was left out of a tree of dictionaries and lists: a weight of an unknown type, for one."""
+    if isinstance(node, Mapping):
+        return any(map(_has_placeholder, [*node, *node.values()]))
+    if isinstance(node, list | tuple):
+        return any(map(_has_placeholder, node))
+    return isinstance(node, Placeholder) or (isinstance(node, type) and issubclass(node, Placeholder))
 
 
 def _weights(source: Path, content: Mapping[str, Any]) -> dict[str, torch.Tensor]:

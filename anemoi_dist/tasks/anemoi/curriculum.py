@@ -44,6 +44,8 @@ class Curriculum:
         return {"epochs": self._epochs, "runtime": self.task.training_runtime_state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the result of :meth:`state_dict`."""
+        """Restore the result of :meth:`state_dict`; without it, of an imported checkpoint, begin with epoch 0."""
+        if not state:
+            return
         self._epochs = state["epochs"]
         self.task.load_training_runtime_state_dict(state["runtime"])

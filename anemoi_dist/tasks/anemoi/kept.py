@@ -40,11 +40,11 @@ class KeptFiles:
     run : RunDirectory
         The run; its configuration is frozen.
     config : Config
-        ``checkpoint.url`` and ``watchdog.timeout_s``, which bounds the writing of one file, are used.
+        ``checkpoint.url`` and ``watchdog``, whose longer limit bounds the writing of one file, are used.
     """
 
     def __init__(self, run: RunDirectory, config: Config) -> None:
-        self._run, self._url, self._timeout_s = run, config.checkpoint.url, config.watchdog.timeout_s
+        self._run, self._url, self._timeout_s = run, config.checkpoint.url, config.watchdog.longest_s
         self._worker = Worker()
         self._jobs: list[Job] = []
         self._failed: set[int] = set()

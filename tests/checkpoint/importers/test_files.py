@@ -156,6 +156,31 @@ class Bomb:
         return os.mkdir, (str(self.mark),)
 
 
+def lightning_file(path: Path, mark: Path, **parts: Any) -> Path:
+    hyper_parameters = {"task": Bomb(mark), "data_indices": [Bomb(mark)]}
+    content = {"state_dict": TiedModel().state_dict(), "global_step": 3, "hyper_parameters": hyper_parameters, **parts}
+    torch.save({"pytorch-lightning_version": "2.6.0", **content}, path)
+    return path
+
+
+def test_objects_among_the_hyperparameters_of_lightning_are_left_where_they_are(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    weights = TiedModel().state_dict()
+    result, tensors = imported(lightning_file(tmp_path / "last.ckpt", mark, state_dict=weights), tmp_path)
+    assert (result.format, result.step) == ("lightning", 3) and not mark.exists()
+    name, weight = next(iter(weights.items()))
+    assert torch.equal(tensors[f"{name}:param"], weight)
+
+
+@pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
+def test_but_not_among_weights_and_states(tmp_path: Path, part: str) -> None:
+    mark = tmp_path / "ran"
+    held = {"state_dict": {"w": torch.ones(2), "v": Bomb(mark)}, "optimizer_states": [{"state": {0: Bomb(mark)}}]}
+    with pytest.raises(ConfigError, match=r"it would run \w+\.mkdir(.|\n)*--trust-pickle"):
+        imported(lightning_file(tmp_path / "last.ckpt", mark, **{part: held[part]}), tmp_path)
+    assert not mark.exists()
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_planted_pickle_is_refused_and_does_not_run(tmp_path: Path, legacy: bool) -> None:
     mark = tmp_path / "ran"

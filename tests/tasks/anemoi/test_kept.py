@@ -120,7 +120,7 @@ def test_what_the_process_says_is_shown_and_a_hanging_one_is_killed(tmp_path: Pa
     run.config_file.write_text(to_yaml(config))
     (message,) = brought_up_to_date(KeptFiles(run, config), saved=2)
     assert "step-00000002.ckpt was not written: " in message and "needs a run of task=anemoi" in message
-    config.watchdog.timeout_s = 0.5
+    config.watchdog.timeout_s = config.watchdog.startup_timeout_s = 0.5
     os.mkfifo(tmp_path / "fifo")
     run.config_file.unlink()
     run.config_file.symlink_to(tmp_path / "fifo")  # whoever reads it waits for ever

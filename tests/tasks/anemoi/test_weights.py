@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from support.anemoi import SMALL_GAPS, compose_small, steps_of, train_theirs
 
 from anemoi_dist.checkpoint.importers.pickles import load_tensors
+from anemoi_dist.checkpoint.importers.run import import_checkpoint
+from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.config.schema import Config
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.registry import create_engine
 from anemoi_dist.errors import ConfigError
+from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.tasks import create_task
 from anemoi_dist.tasks.anemoi.inspect import _count
 from anemoi_dist.tasks.anemoi.weights import StartFile, are_mixed_up, check_start, load_start
@@ -48,6 +51,13 @@ def test_weights_of_their_checkpoint_are_loaded_without_running_it(ranks, tmp_pa
         assert torch.equal(parameters[name], value), name
     assert "tensors of the model are loaded" in notes[0] and len(notes) <= 2
     assert frozen and all(name.startswith("method.model.model.processor.") for name in frozen)
+    result = import_checkpoint(tmp_path / "last.ckpt", RunDirectory(tmp_path / "run"), rename={"": "method"})
+    source = Checkpoint(result.folder)
+    assert result.step == 2 and {kind for _, kind in source.tensors()} >= {"exp_avg_fast", "exp_avg_sq", "step"}
+    for name, value in trained["parameters"].items():
+        read = torch.empty(value.numel())
+        source.read(name, "param", start=0, out=read)
+        assert torch.equal(read, value.reshape(-1)), name
     wider = compose_small(*NAME, *start, "model.num_channels=16", root=tmp_path)
     with pytest.raises(AssertionError, match="transfer_learning=true leaves out"):
         ranks(1).run(begin, wider)

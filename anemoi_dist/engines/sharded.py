@@ -32,6 +32,7 @@ from anemoi_dist.optimizers.capabilities import Capabilities, capabilities
 from anemoi_dist.optimizers.learning_rate import set_num_updates
 from anemoi_dist.optimizers.rounding import ElementRange
 from anemoi_dist.tasks.base import Batch, TaskModule
+from anemoi_dist.tasks.rehearsal import check_buffers
 from anemoi_dist.telemetry.heartbeat import beat
 
 
@@ -195,6 +196,7 @@ class ShardedEngine(ABC):
 
     def shards(self) -> Iterator[Shard]:
         """Yield the shards that this rank has to save; over all ranks each element comes once. Collective."""
+        self._check_buffers()
         self._agree_on_buffers()
         for shard in self.local_shards():
             low, high = self._share(shard)
@@ -460,6 +462,11 @@ class ShardedEngine(ABC):
             raise CheckpointError(
                 f"{shard.fqn} has shape {tuple(shape)} in the checkpoint and {shard.global_shape} in the model"
             )
+
+    def _check_buffers(self) -> None:
+        """Refuse buffers that are no longer what they were: what is saved of them could not be loaded."""
+        declared = {name: info.global_shape for (name, kind), info in self._declared.items() if kind == "buffer"}
+        check_buffers(declared, {name: tuple(buffer.shape) for name, buffer in self._persistent_buffers()})
 
     def _agree_on_buffers(self) -> None:
         """Broadcast rank 0's buffers: running statistics of each rank's own samples differ, and one copy is saved."""

@@ -58,11 +58,19 @@ def measure(config: Config) -> ModelSize:
     config : Config
         Its ``data`` determines the fields of the model.
     """
+    import torch
+
+    from anemoi_dist.engines.registry import check_state
     from anemoi_dist.tasks import create_task
     from anemoi_dist.tasks.base import freeze
+    from anemoi_dist.tasks.rehearsal import rehearse
 
-    module = _build(create_task(config))
+    task = create_task(config)
+    module = _build(task)
     freeze(module, config.training.freeze)
+    check_state(module)
+    if all(parameter.is_meta for parameter in module.parameters()):
+        rehearse(task, module, config, device=torch.device("meta"))
     _check_optimizer(module)
     own = {
         name: sum(parameter.numel() for parameter in layer.parameters(recurse=False))

@@ -81,6 +81,9 @@ class TaskModule(nn.Module, ABC):
         Name of a parameter -> factor for its gradient, for those whose mean over the ranks is not their gradient.
     """
 
+    #: Whether a copy of the module may be run by itself before an engine has it.
+    rehearses = True
+
     def __init__(self, config: Config, *, world_size: int) -> None:
         super().__init__()
         self.config, self.world_size = config, world_size

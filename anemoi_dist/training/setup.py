@@ -23,7 +23,7 @@ from anemoi_dist.data.sampler import GlobalSampleOrder, MicroBatchSampler
 from anemoi_dist.distributed.control_word import StopRequest
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import Engine, MemoryReport
-from anemoi_dist.engines.registry import create_engine
+from anemoi_dist.engines.registry import check_state, create_engine
 from anemoi_dist.errors import AnemoiDistError, ExitCode
 from anemoi_dist.optimizers.learning_rate import scaled_rate
 from anemoi_dist.run.attempt import end_state
@@ -31,6 +31,7 @@ from anemoi_dist.run.directory import RunDirectory
 from anemoi_dist.run.versions import installed_versions
 from anemoi_dist.tasks import create_task
 from anemoi_dist.tasks.base import Start, Task, freeze
+from anemoi_dist.tasks.rehearsal import rehearse
 from anemoi_dist.telemetry.heartbeat import beat
 from anemoi_dist.telemetry.progress import format_bytes
 from anemoi_dist.training.recorder import Recorder
@@ -133,6 +134,8 @@ def _create_engine(task: Task, config: Config, world: World, *, is_new: bool) ->
     module = task.create_module(world_size=world.world_size // config.task.groups.sample)
     freeze(module, config.training.freeze)
     start = task.load_initial(module) if is_new else Start()
+    check_state(module)
+    rehearse(task, module, config, device=world.device)
     beat()
     engine = create_engine(module, config=config, world=world)
     beat()

@@ -36,6 +36,9 @@ class AnemoiModule(KeepsBufferTypes, TaskModule):
         Names of what ``forward(batch, validation=True)`` returned last.
     """
 
+    #: Its ranks may share the model, and then it communicates.
+    rehearses = False
+
     def __init__(self, method: Any, config: Config, *, world_size: int) -> None:
         super().__init__(config, world_size=world_size)
         self.method = method

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,8 +161,29 @@ class BaseGraphModule(TaskModule):
     def _tendency(self, window: Tensor) -> Tensor:
         """Run the model in the precision that the engine chose; float32 in, float32 out."""
         # The model alone: normalisation and loss stay outside of autocast, in float32.
-        with torch.autocast(window.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.model(window.to(self.compute_dtype)).float()
+        if window.is_meta:  # shapes alone, for which there is no autocast
+            autocast: AbstractContextManager[Any] = nullcontext()
+        else:
+            enabled = self.autocast_dtype is not None
+            autocast = torch.autocast(window.device.type, dtype=self.autocast_dtype, enabled=enabled)
+        with autocast:
+            # A copy: a model that changes its input in place would change the states that its output is added to.
+            output = self.model(window.to(self.compute_dtype, copy=True))
+        self._check_output(output, window)
+        return output.float()
+
+    def _check_output(self, output: Any, window: Tensor) -> None:
+        """Refuse what would be broadcast to the shape of a state, or is no tensor."""
+        batch, _, ensemble, grid, _ = window.shape
+        needed = (batch, ensemble, grid, len(self.spec.prognostic))
+        given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if given != needed:
+            raise ConfigError(
+                "model._target_",
+                self.config.model["_target_"],
+                f"returns {given} for an input of shape {tuple(window.shape)}",
+                fix=f"return a tensor of shape {needed}: (batch, ensemble, grid, prognostic variable)",
+            )
 
     def _state(self, prognostic: Tensor, given: Tensor) -> Tensor:
         """Join a forecast and the true forcings of its date into one state (..., variable)."""

@@ -100,10 +100,11 @@ def _train(run: RunDirectory | None, meeting: Meeting) -> ExitCode:
     # Imported here: these load torch, which takes seconds; until now a wrong key cost none of them.
     from anemoi_dist.distributed.world import World
     from anemoi_dist.preflight.ranks import run_preflight
-    from anemoi_dist.telemetry.console import keep_log, redirect_to_log
+    from anemoi_dist.telemetry.console import keep_log, print_warnings_plainly, redirect_to_log
     from anemoi_dist.telemetry.watchdog import watch
     from anemoi_dist.training.setup import train
 
+    print_warnings_plainly()
     attempt, number, error_text = None, 0, None
     try:
         with meeting:

@@ -1,10 +1,11 @@
-"""Copies of standard output and standard error of rank 0 in its log file."""
+"""What a rank prints: copies in its log file, and its warnings."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TextIO
 
@@ -54,6 +55,20 @@ class LoggedStream(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         """Encoding of the original stream."""
         return self._stream.encoding
+
+
+def print_warnings_plainly() -> None:
+    """Print warnings of this package, which are the user's to read, without the line of code that they come from."""
+    package, python_format = Path(__file__).parents[1], warnings.formatwarning
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if Path(filename).is_relative_to(package):
+            return f"warning: {message}\n"
+        return python_format(message, category, filename, lineno, line)
+
+    warnings.formatwarning = format_warning
 
 
 def keep_log(path: Path) -> None:

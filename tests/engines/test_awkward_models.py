@@ -122,3 +122,21 @@ def refused(world: World, engine: str, target: str) -> str:
 def test_an_optimizer_that_cannot_be_right_is_refused(ranks, engine: str, optimizer: str) -> None:
     (text,) = ranks(1).run(refused, engine, f"torch.optim.{optimizer}")
     assert optimizer in text and f"engine={engine}" in text
+
+
+def saved_with_a_late_buffer(world: World, engine: str) -> str:
+    built = toy.build(world, toy.make_config(engine))
+    built.module.register_buffer("late", torch.zeros(2))
+    try:
+        list(built.shards())
+    except ConfigError as error:
+        return str(error)
+    finally:
+        built.close()
+    return ""
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+def test_a_buffer_that_could_not_be_loaded_is_refused_at_the_save(ranks, engine: str) -> None:
+    (text,) = ranks(1).run(saved_with_a_late_buffer, engine)
+    assert "'late'" in text and "of shape None" in text and "(2,) after it" in text

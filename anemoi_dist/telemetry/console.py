@@ -1,4 +1,4 @@
-"""What a rank prints: copies in its log file, and its warnings."""
+"""Output of a rank: copies in its log file, and its warnings."""
 
 from __future__ import annotations
 

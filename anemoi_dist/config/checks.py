@@ -13,7 +13,7 @@ from anemoi_dist.config.launcher_checks import check_launcher
 from anemoi_dist.config.optimizer_states import checked_state_dtype, is_ademamix
 from anemoi_dist.config.schema import GUARDED, SAVE_METRICS, Config, EngineConfig, MlflowConfig, TrainingConfig
 from anemoi_dist.config.secrets import redact
-from anemoi_dist.config.tree import Tree, is_below
+from anemoi_dist.config.tree import Tree, find, is_below
 from anemoi_dist.errors import ConfigError
 
 
@@ -127,6 +127,9 @@ def _check_checkpoint(config: Config) -> None:
     if config.checkpoint.init_optimizer and config.checkpoint.init_from is None:
         key = "checkpoint.init_optimizer"
         raise ConfigError(key, True, "has no effect without checkpoint.init_from", fix="checkpoint.init_from=RUN")
+    if config.checkpoint.init_from is not None and find(config.task.settings, "system.input.warm_start")[1]:
+        rule = "is a second thing to begin with, besides system.input.warm_start"
+        raise ConfigError("checkpoint.init_from", config.checkpoint.init_from, rule, fix="leave one of them out")
     checkpoint = config.checkpoint
     if checkpoint.url is not None and not re.match(r"[a-z0-9+.-]+://.", checkpoint.url):
         raise ConfigError(

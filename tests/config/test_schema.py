@@ -135,6 +135,10 @@ def ademamix(state_dtype, **more):
         ({"training": {"clip_grad_norm": 0}}, "must be positive"),
         ({"training": {"clip_grad_value": -1}}, "must be positive"),
         ({"checkpoint": {"init_optimizer": True}}, "without checkpoint.init_from"),
+        (
+            {"checkpoint": {"init_from": "a"}, "task": {"settings": {"system": {"input": {"warm_start": "b"}}}}},
+            "besides system.input.warm_start",
+        ),
         ({"training": {"weight_averaging": {"decay": 1.0}}}, "at least 0 and below 1"),
         ({"training": {"clip_grad_norm": 1.0, "clip_grad_value": 1.0}}, "choose one"),
         ({"training": {"clip_grad_norm": float("nan")}}, "must be positive"),

@@ -148,6 +148,10 @@ def _add_submit(commands: Commands) -> None:
 def _add_watching(commands: Commands) -> None:
     runs = _add(commands, "runs", "list the runs: state, progress, last sign of life")
     _add_root(runs)
+    runs.add_argument("--state", action="append", metavar="STATE", help="these alone; may be given several times")
+    runs.add_argument(
+        "--sort", choices=("started", "loss"), default="started", help="what is last: the newest, or the least"
+    )
     runs.add_argument("--json", action="store_true", help="print JSON")
     status = _add(commands, "status", "say what a run is doing, and why")
     _add_run(status)
@@ -173,6 +177,9 @@ def _add_forecast(commands: Commands) -> None:
 def _add_ending(commands: Commands) -> None:
     _add_run(_add(commands, "stop", "ask a run to save and stop"))
     _add_run(_add(commands, "cancel", "end a run now, whether it has saved or not"))
+    remove = _add(commands, "remove", "delete a run and everything that it has saved")
+    _add_run(remove)
+    remove.add_argument("--yes", action="store_true", help="do not ask")
     resume = _add(commands, "resume", "resume a run, optionally with changed settings")
     _add_run(resume)
     resume.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")

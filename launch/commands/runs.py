@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from anemoi_dist.telemetry.progress import format_duration, format_number
 from ..status import journal
 from ..status.files import Facts, gather
 from ..status.inspection import all_runs, inspect_runs
-from ..status.run_status import RunStatus, format_ago
+from ..status.run_status import STATES, RunStatus, format_ago
 
 _COLUMNS = ("run", "state", "attempt", "job", "step", "samples/s", "loss", "last seen", "time left")
 #: States whose reason is shown below the table.
@@ -29,17 +30,26 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--root", options.root, "is no directory", fix="--root DIR, where run.root of the runs is")
     # Heartbeats that are a few seconds old need no reading: hundreds of runs may have thousands of ranks.
     facts = sorted((gather(run, every_rank=False) for run in all_runs(root)), key=_since)
-    statuses = inspect_runs(facts)
+    statuses = _chosen(inspect_runs(facts), options.state)
+    if options.sort == "loss":  # the best at the end, as the newest otherwise
+        statuses.sort(key=lambda status: math.inf if status.loss is None else status.loss, reverse=True)
     if options.json:
         print(json.dumps([asdict(status) for status in statuses], indent=1))
         return ExitCode.FINISHED
     if not statuses:
         place = Path(options.root)
-        print(f"no runs in {place if place.is_absolute() else f'./{place}'} yet")
+        print(f"no {'such ' if options.state else ''}runs in {place if place.is_absolute() else f'./{place}'} yet")
         return ExitCode.FINISHED
     for line in table(statuses):
         print(line)
     return ExitCode.FINISHED
+
+
+def _chosen(statuses: Sequence[RunStatus], states: Sequence[str] | None) -> list[RunStatus]:
+    for state in states or ():
+        if state not in STATES:
+            raise ConfigError("--state", state, "is no state of a run", valid=list(STATES))
+    return [status for status in statuses if not states or status.state in states]
 
 
 def _since(facts: Facts) -> tuple[float, str]:

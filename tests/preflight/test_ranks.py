@@ -44,15 +44,14 @@ def test_partners_are_mutual_and_every_rank_has_two(size: int) -> None:
 def faulty_report(world: World, fault: str) -> RankReport:
     is_bad = world.rank == 2
 
+    # Done, and not timed: on a busy machine ranks differ by more than a fault makes.
     def exchange(world: World, peer: int) -> float:
-        return rank_checks._exchange(world, peer) + (10.0 if 2 in (world.rank, peer) and fault == "link" else 0.0)
+        rank_checks._exchange(world, peer)
+        return 1.0 if 2 in (world.rank, peer) and fault == "link" else 0.01
 
     def work(device: Any) -> float:
-        begun = time.perf_counter()
         rank_checks._work(device)
-        if is_bad and fault == "work":
-            time.sleep(10 * (time.perf_counter() - begun))
-        return time.perf_counter() - begun
+        return 1.0 if is_bad and fault == "work" else 0.01
 
     return rank_checks.measure_rank(
         world,
@@ -82,7 +81,7 @@ def test_what_is_wrong_with_one_rank_is_found(
         f for f in [*compare_nodes(reports), *find_slow_ranks(reports)] if f.level == "failed" and f.check == check
     ]
     assert any(said in finding.text for finding in failed), failed
-    if fault == "link":  # the others differ by noise
+    if fault == "link":
         assert len(failed) == 1 and "exchanges data" in failed[0].text
 
 

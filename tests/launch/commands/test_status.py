@@ -178,6 +178,19 @@ def test_runs_are_listed_with_the_newest_last(root, slurm, capsys):
     assert (listed["busy"]["step"], listed["old"]["state"], listed["old"]["step"]) == (40, "finished", 20)
 
 
+def test_runs_by_state_and_by_loss(root, slurm, capsys):
+    for name, loss in (("a", 0.5), ("b", None), ("c", 0.25)):
+        run = make_run(root, name, state={"state": "running", "owner": None, "attempts": [attempt(started=300)]})
+        write_beat(run, 0, loss=loss)
+    make_run(root, "d", state={"state": "finished", "attempts": [attempt(started=300, code=0)]})
+    assert main(["runs", "--root", str(root), "--sort", "loss", "--state", "running"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:4]] == ["run", "b", "a", "c"]
+    assert main(["runs", "--root", str(root), "--state", "lost"]) == 0
+    assert "no such runs in" in capsys.readouterr().out
+    assert main(["runs", "--root", str(root), "--state", "over"]) == 2
+    assert "is no state of a run" in capsys.readouterr().err
+
+
 def test_slurm_is_not_asked_about_finished_runs(root, slurm):
     run = make_run(root, "r", state={"state": "finished", "attempts": [attempt(started=99, code=0)]})
     write_launch(run, {"event": "launch", "kind": "slurm", "job_id": "12"}, {"event": "end", "code": 0})

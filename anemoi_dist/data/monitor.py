@@ -16,6 +16,8 @@ from anemoi_dist.errors import PreflightError
 
 #: Seconds after which a trainer that waits for a batch looks at its workers.
 POLL_S = 1.0
+#: Seconds that a busy machine may take to end a process that has lost its connections already.
+DEATH_S = 60.0
 #: Looks in a row at which a worker is stopped: one that a scheduler suspended together with its rank continues at once.
 _MAX_STOPPED = 3
 #: A write of at most PIPE_BUF bytes is never mixed with another's.
@@ -80,9 +82,10 @@ class Monitor:
         PreflightError
             One of them will not deliver.
         """
-        if not isinstance(error, RuntimeError):
+        # What a worker has caught is the data set's; torch raises its own errors as RuntimeError.
+        if not (isinstance(error, RuntimeError) or str(error).startswith("Caught ")):
             # A connection that broke: the kernel closes it before it lets anybody see that the worker is dead.
-            multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=POLL_S)
+            multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=DEATH_S)
         if report := self._read():
             raise PreflightError(
                 f"a data worker cannot send its batch: {report}\n  fix: a shorter TMPDIR (a socket's path has at most "
@@ -93,8 +96,10 @@ class Monitor:
                 f"data worker {self._stopped} was stopped (SIGSTOP), and its batches did not come\n"
                 "  fix: start again, and stop either a whole job or nothing of it"
             )
+        dead = multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=0)
         for worker in self._workers:
-            if not worker.is_alive():
+            if worker.sentinel in dead or not worker.is_alive():
+                worker.join(DEATH_S)  # for its exit code
                 raise PreflightError(
                     f"data worker {worker.pid} {_how_it_ended(worker.exitcode)}\n"
                     f"  fix: less memory in workers (data.num_workers, data.prefetch_factor), {MORE_SHARED}, or "
@@ -120,7 +125,9 @@ class Monitor:
         return text.partition("\n")[0]
 
 
-def _how_it_ended(code: int) -> str:
+def _how_it_ended(code: int | None) -> str:
+    if code is None:  # somebody else has asked the system for it
+        return "is dead"
     if code >= 0:
         return f"ended with code {code}"
     reasons = {signal.SIGKILL: " (out of memory? dmesg says)", signal.SIGBUS: " (/dev/shm is full)"}

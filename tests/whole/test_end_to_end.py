@@ -133,7 +133,8 @@ def test_nothing_is_left_whoever_gets_which_signal(undisturbed: Path, tmp_path: 
         processes_of(process, run)[victim].send_signal(number)
         code, output = finish(process)
         assert not left_of(everybody), output
-        expected = {70} if number == signal.SIGKILL else {75, 0}
+        # A data worker that is gone may have had too little memory: another try would not help.
+        expected = {75, 0} if number != signal.SIGKILL else {3} if victim == "data worker" else {70}
         assert code in expected | ({-9} if victim == "launcher" else set()), (victim, number, output)
     code, output = finish(start(command(tmp_path, "n")))
     assert code == 0, output

@@ -69,6 +69,7 @@ def _composed_by_hydra(directory: Path, name: str, overrides: list[str]) -> Tree
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    _check_search_path(directory / f"{name}.yaml", overrides)
     try:
         # Their search path plugin, which Hydra finds, adds the working directory and the packaged configuration.
         with initialize_config_dir(str(directory.absolute()), version_base=None):
@@ -86,6 +87,16 @@ def _composed_by_hydra(directory: Path, name: str, overrides: list[str]) -> Tree
     assert isinstance(tree, dict)
     tree.pop("hydra", None)
     return tree  # type: ignore[return-value]
+
+
+def _check_search_path(file: Path, overrides: list[str]) -> None:
+    """Refuse packages in Hydra's search path: it imports them to find their files."""
+    own = find(read_yaml(file), "hydra.searchpath")[1] if file.is_file() else None
+    given = [text for text in overrides if text.lstrip("+").startswith("hydra.searchpath")]
+    for package in re.findall(r"pkg://([\w.]+)", f"{own} {given}"):
+        if not is_below(package, ("anemoi.training",)):
+            fix = "file://DIRECTORY, or the directory that task.config names"
+            raise ConfigError("hydra.searchpath", f"pkg://{package}", "would be imported", fix=fix)
 
 
 def _apply_overrides(tree: Tree, overrides: list[str]) -> None:

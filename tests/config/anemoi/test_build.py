@@ -250,3 +250,25 @@ def test_theirs_are_swept_too():
     runs = expand(["training.lr.rate=1,2", "task.overrides=[a=1,b=2]", "task.overrides", "model.num_channels=8,16"])
     assert len(runs) == 4
     assert runs[0] == ["training.lr.rate=1", "task.overrides=[a=1,b=2]", "task.overrides", "model.num_channels=8"]
+
+
+@pytest.mark.parametrize("how", ["file", "override"])
+def test_a_search_path_imports_no_package(tmp_path, monkeypatch, how):
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    own = "hydra: {searchpath: ['pkg://planted']}\n" if how == "file" else ""
+    (tmp_path / "theirs" / "mine.yaml").write_text(f"defaults: [_self_]\n{own}data: {{}}\n")
+    overrides = ["hydra.searchpath=[pkg://planted]"] if how == "override" else []
+    with pytest.raises(ConfigError, match=r"hydra\.searchpath='pkg://planted': would be imported"):
+        composed_by_hydra(tmp_path / "theirs", "mine", overrides)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_search_path_of_directories_and_of_anemoi_training_is_theirs(tmp_path):
+    (tmp_path / "more" / "data").mkdir(parents=True)
+    (tmp_path / "more" / "data" / "own.yaml").write_text("own: 1\n")
+    search = f"['file://{tmp_path / 'more'}', 'pkg://anemoi.training/config']"
+    (tmp_path / "mine.yaml").write_text(f"defaults: [data: own, _self_]\nhydra: {{searchpath: {search}}}\n")
+    assert composed_by_hydra(tmp_path, "mine", [])["data"] == {"own": 1}

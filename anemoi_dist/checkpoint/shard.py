@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from anemoi_dist.checkpoint.safetensors_format import TYPES
 
@@ -56,3 +57,30 @@ class ShardSource(Protocol):
 
     def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
         """Fill the 1-D ``out`` with the elements from ``start`` on."""
+
+
+class WholeTensors:
+    """Whole tensors in memory as a source for an engine to load from.
+
+    Parameters
+    ----------
+    tensors : Mapping[tuple[str, str], torch.Tensor]
+        By ``(fqn, kind)``.
+    """
+
+    def __init__(self, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def tensors(self) -> Mapping[tuple[str, str], TensorInfo]:
+        """Return shape and type of every tensor, by ``(fqn, kind)``."""
+        return {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in self._tensors.items()}
+
+    def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
+        """Fill the 1-D ``out`` with the elements from ``start`` on, converted to its type."""
+        out.copy_(self._tensors[fqn, kind].reshape(-1)[start : start + out.numel()])
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers of a module that are saved, by name."""
+    persistent = module.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in persistent}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from anemoi_dist.checkpoint.export import averages
-from anemoi_dist.checkpoint.shard import DTYPES
+from anemoi_dist.checkpoint.shard import DTYPES, persistent_buffers
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import CheckpointError
 
@@ -34,9 +34,8 @@ def load_weights(module: nn.Module, checkpoint: SavedCheckpoint, *, averaged: bo
     """
     records = {(r.fqn, r.kind): r for r in checkpoint.manifest.tensors}
     average = averages(checkpoint.manifest) if averaged else {}
-    persistent = module.state_dict().keys()
     tensors: list[tuple[str, str, torch.Tensor]] = [(name, "param", p) for name, p in module.named_parameters()]
-    tensors += [(name, "buffer", buffer) for name, buffer in module.named_buffers() if name in persistent]
+    tensors += [(name, "buffer", buffer) for name, buffer in persistent_buffers(module).items()]
     for name, kind, tensor in tensors:
         fqn = f"{prefix}{name}"
         record = average.get(fqn) or records.get((fqn, kind))  # frozen weights have no average

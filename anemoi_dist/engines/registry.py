@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from anemoi_dist.checkpoint.shard import DTYPE_NAMES
+from anemoi_dist.checkpoint.shard import DTYPE_NAMES, persistent_buffers
 from anemoi_dist.config.schema import Config
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import Engine
@@ -56,13 +56,11 @@ def check_state(module: nn.Module) -> None:
         if type(layer).get_extra_state is not nn.Module.get_extra_state:
             rule = f"({type(layer).__name__}) keeps state by get_extra_state, which checkpoints do not hold"
             raise ConfigError("model", name, rule, fix="register_buffer(name, tensor) for what must be kept")
-    persistent = module.state_dict(keep_vars=True).keys()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if is_lazy(tensor):
             rule = "has no shape before the first forward pass (a lazy layer)"
             raise ConfigError("model", name, rule, fix="the layer with its sizes, such as Linear for LazyLinear")
-        if isinstance(tensor, nn.Parameter) or name not in persistent:
-            continue
+    for name, tensor in persistent_buffers(module).items():
         if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_quantized:
             rule = f"is a buffer of {tensor.dtype}, {tensor.layout}, which checkpoints do not hold"
             fix = "persistent=False if it follows from the configuration, or torch.view_as_real(tensor) as the buffer"

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from anemoi_dist.checkpoint.manifest import AVERAGE
 from anemoi_dist.checkpoint.matching import FROM_ADAMW, TO_ADAMW, match
-from anemoi_dist.checkpoint.shard import Shard, ShardSource, TensorInfo
+from anemoi_dist.checkpoint.shard import Shard, ShardSource, TensorInfo, persistent_buffers
 from anemoi_dist.config.schema import Config
 from anemoi_dist.distributed.world import World
 from anemoi_dist.engines.base import MemoryReport, StepReport
@@ -32,7 +32,7 @@ from anemoi_dist.optimizers.capabilities import Capabilities, capabilities
 from anemoi_dist.optimizers.learning_rate import set_num_updates
 from anemoi_dist.optimizers.rounding import ElementRange
 from anemoi_dist.tasks.base import Batch, TaskModule
-from anemoi_dist.tasks.rehearsal import check_buffers
+from anemoi_dist.tasks.rehearsal import buffer_shapes, check_buffers
 from anemoi_dist.telemetry.heartbeat import beat
 
 
@@ -100,7 +100,9 @@ class ShardedEngine(ABC):
         self._num_parameters = sum(parameter.numel() for parameter in module.parameters())
         # As declared: engines change types and shapes, and no rank holds them all.
         self._declared = {(n, "param"): TensorInfo(tuple(p.shape), p.dtype) for n, p in module.named_parameters()}
-        self._declared |= {(n, "buffer"): TensorInfo(tuple(b.shape), b.dtype) for n, b in self._persistent_buffers()}
+        self._declared |= {
+            (n, "buffer"): TensorInfo(tuple(b.shape), b.dtype) for n, b in persistent_buffers(module).items()
+        }
         self._trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         self._num_updates = 0
         self._loss = torch.zeros((), device=world.device)
@@ -209,7 +211,7 @@ class ShardedEngine(ABC):
                     own = shard.view(tensor)[low:high]
                     yield Shard(shard.fqn, kind, shard.global_shape, shard.start + low, own)
         if self.world.is_main:
-            for name, buffer in self._persistent_buffers():
+            for name, buffer in persistent_buffers(self.module).items():
                 yield Shard(name, "buffer", tuple(buffer.shape), 0, buffer.detach().reshape(-1))
 
     def load(self, source: ShardSource, *, num_updates: int) -> None:
@@ -249,7 +251,7 @@ class ShardedEngine(ABC):
                     self._load_state(source, shard, kind, is_counter=kind in counters)
                 elif begins:
                     self._begin_state(source, shard, kind, is_counter=kind in counters)
-        for name, buffer in self._persistent_buffers():
+        for name, buffer in persistent_buffers(self.module).items():
             if (name, "buffer") in available:
                 # Through the CPU: a buffer need not be contiguous, and its type need not be the saved one.
                 flat = torch.empty(buffer.numel(), dtype=buffer.dtype)
@@ -466,18 +468,12 @@ class ShardedEngine(ABC):
     def _check_buffers(self) -> None:
         """Refuse buffers that are no longer what they were: what is saved of them could not be loaded."""
         declared = {name: info.global_shape for (name, kind), info in self._declared.items() if kind == "buffer"}
-        check_buffers(declared, {name: tuple(buffer.shape) for name, buffer in self._persistent_buffers()})
+        check_buffers(declared, buffer_shapes(self.module))
 
     def _agree_on_buffers(self) -> None:
         """Broadcast rank 0's buffers: running statistics of each rank's own samples differ, and one copy is saved."""
-        for _, buffer in self._persistent_buffers():
+        for buffer in persistent_buffers(self.module).values():
             dist.broadcast(buffer, src=0)
-
-    def _persistent_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        persistent = self.module.state_dict(keep_vars=True).keys()
-        for name, buffer in self.module.named_buffers():
-            if name in persistent:
-                yield name, buffer
 
 
 def step_only(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:

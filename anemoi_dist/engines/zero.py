@@ -12,14 +12,14 @@ import importlib
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from anemoi_dist.checkpoint.shard import TensorInfo
+from anemoi_dist.checkpoint.shard import WholeTensors
 from anemoi_dist.config.batch import plan_batches
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.engines.memory_estimate import REDUCE_BUCKET
@@ -45,7 +45,9 @@ class _ZeroEngine(ShardedEngine):
         initial = None
         if self.config.training.precision == "bf16" and "bf16" in config:
             self.module.compute_dtype = torch.bfloat16
-            initial = _InitialWeights(self.module)
+            tensors = {(name, "param"): p.detach().clone() for name, p in self.module.named_parameters()}
+            tensors |= {(name, "buffer"): b.detach().clone() for name, b in self.module.named_buffers()}
+            initial = WholeTensors(tensors)
         self._engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=self.optimizer, config=config, dist_init_required=False
         )
@@ -423,20 +425,6 @@ class Zero3Engine(_PartitionedEngine):
         working += sum(parameter.data.nbytes for parameter in parameters if parameter.ds_persist)
         flat = zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_partitioned_groups_flat, strict=True)
         return working, sum(master.nbytes for master, low in flat if master.data_ptr() != low.data_ptr())
-
-
-class _InitialWeights:
-    """A copy of a module's fp32 parameters and buffers, as a source to load from."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._tensors = {(name, "param"): p.detach().clone() for name, p in module.named_parameters()}
-        self._tensors |= {(name, "buffer"): b.detach().clone() for name, b in module.named_buffers()}
-
-    def tensors(self) -> Mapping[tuple[str, str], TensorInfo]:
-        return {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in self._tensors.items()}
-
-    def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
-        out.copy_(self._tensors[fqn, kind].reshape(-1)[start : start + out.numel()])
 
 
 def _import_deepspeed() -> Any:

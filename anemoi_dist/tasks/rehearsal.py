@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from anemoi_dist.checkpoint.shard import persistent_buffers
 from anemoi_dist.config.schema import Config
 from anemoi_dist.errors import AnemoiDistError, ConfigError
 from anemoi_dist.tasks.base import Task, TaskModule
@@ -61,8 +62,7 @@ def rehearse(task: Task, module: TaskModule, config: Config, *, device: torch.de
 
 def buffer_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape of every buffer that is saved."""
-    persistent = module.state_dict(keep_vars=True).keys()
-    return {name: tuple(buffer.shape) for name, buffer in module.named_buffers() if name in persistent}
+    return {name: tuple(buffer.shape) for name, buffer in persistent_buffers(module).items()}
 
 
 def check_buffers(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]) -> None:

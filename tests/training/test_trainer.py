@@ -15,10 +15,9 @@ from support import toy
 from support.saving import ORIGIN
 
 from anemoi_dist.checkpoint import saver as saver_module
-from anemoi_dist.checkpoint.importers.foreign import WholeTensors
 from anemoi_dist.checkpoint.reader import Checkpoint
 from anemoi_dist.checkpoint.saver import Saver
-from anemoi_dist.checkpoint.shard import Shard
+from anemoi_dist.checkpoint.shard import Shard, WholeTensors
 from anemoi_dist.checkpoint.store import LocalStore
 from anemoi_dist.distributed.control_word import REASONS
 from anemoi_dist.distributed.world import seed_step

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from anemoi_dist.checkpoint.safetensors_format import TYPES
-from anemoi_dist.checkpoint.shard import DTYPE_NAMES, Shard, TensorInfo
+from anemoi_dist.checkpoint.shard import DTYPE_NAMES, Shard
 from anemoi_dist.errors import ConfigError
 
 #: Floating buffers of torch's own normalisation layers, which lie among the parameters.
@@ -33,27 +33,6 @@ class ForeignCheckpoint:
     format: str
     step: int | None
     shards: list[Shard]
-
-
-class WholeTensors:
-    """Whole tensors in memory as a source for an engine to load from.
-
-    Parameters
-    ----------
-    tensors : Mapping[tuple[str, str], torch.Tensor]
-        By ``(fqn, kind)``.
-    """
-
-    def __init__(self, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
-        self._tensors = {key: checked(key[0], tensor).detach() for key, tensor in tensors.items()}
-
-    def tensors(self) -> Mapping[tuple[str, str], TensorInfo]:
-        """Return shape and type of every tensor, by ``(fqn, kind)``."""
-        return {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in self._tensors.items()}
-
-    def read(self, fqn: str, kind: str, *, start: int, out: torch.Tensor) -> None:
-        """Fill the 1-D ``out`` with the elements from ``start`` on, converted to its type."""
-        out.copy_(self._tensors[fqn, kind].reshape(-1)[start : start + out.numel()])
 
 
 def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from anemoi_dist.checkpoint.importers.foreign import WholeTensors
+from anemoi_dist.checkpoint.importers.foreign import checked
 from anemoi_dist.checkpoint.importers.pickles import load_tensors
 from anemoi_dist.checkpoint.importers.torch_file import named_states
+from anemoi_dist.checkpoint.shard import WholeTensors
 from anemoi_dist.config.tree import Tree
 from anemoi_dist.errors import ConfigError
 from anemoi_dist.tasks.anemoi.module import PREFIX
@@ -251,7 +252,7 @@ def _continued(method: Any, file: StartFile, notes: list[str], *, steps_per_epoc
     named = named_states(file.path, states[0], saved, trained=trained)
     tied = method.state_dict().keys() - parameters.keys() - dict(method.named_buffers()).keys()
     tensors = {
-        (f"{PREFIX}{name}", "param" if name in parameters else "buffer"): tensor
+        (f"{PREFIX}{name}", "param" if name in parameters else "buffer"): checked(f"{PREFIX}{name}", tensor).detach()
         for name, tensor in saved.items()
         if name not in tied
     }

@@ -108,9 +108,9 @@ def supervise(job: Job, options: LauncherConfig) -> int:
     with _Stopper(job.ask_to_stop, job.on_signal) as stopper:
         for number in list(job.early)[:1]:  # a second one would kill
             stopper.request(number)
-        num_in_vain = 0
+        # All events are read for it: not where nothing is started again.
+        saved, num_in_vain = num_saved(job.run) if options.max_restarts else 0, 0
         for restarts in range(options.max_restarts + 1):
-            saved_before = num_saved(job.run)
             ending = _run_once(job, stopper, restarts)
             if ending.message:
                 print_message(ending.message)
@@ -118,7 +118,8 @@ def supervise(job: Job, options: LauncherConfig) -> int:
                 break
             # A node or file system that is down needs a while; each further crash is waited for twice as long. A start
             # that has saved something shows that it is not down.
-            num_in_vain = 0 if num_saved(job.run) > saved_before else num_in_vain + 1
+            saved_before, saved = saved, num_saved(job.run)
+            num_in_vain = 0 if saved > saved_before else num_in_vain + 1
             wait_s = min(options.backoff_s * 2 ** max(0, num_in_vain - 1), _LONGEST_WAIT_S)
             print_message(f"run {job.run.run_id}: restart {restarts + 1} of {options.max_restarts} in {wait_s:g} s")
             note = {"code": int(ending.code), "reason": ending.reason, "wait_s": wait_s}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from anemoi_dist.checkpoint.store import store_of
+from anemoi_dist.checkpoint.store import parse_name, store_of
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import CheckpointError, ConfigError
 from anemoi_dist.run.directory import RunDirectory
@@ -29,13 +28,9 @@ def find_initial(name: str, *, root: str) -> Path:
     ConfigError
         There is no such run or checkpoint.
     """
-    path = Path(name)
-    if re.fullmatch(r"step-\d{8,}", path.absolute().name) and path.is_dir():
-        folders = [path.absolute()]
-    else:
-        folders = _of_run(name, root)
+    named, run_name, step = parse_name(name)
     reasons = []
-    for folder in folders:
+    for folder in [named] if named is not None else _of_run(name, run_name, step, root=root):
         try:
             SavedCheckpoint(folder)
         except CheckpointError as error:
@@ -45,10 +40,8 @@ def find_initial(name: str, *, root: str) -> Path:
     raise ConfigError(KEY, name, f"holds no whole checkpoint: {'; '.join(reasons) or 'nothing is saved there'}")
 
 
-def _of_run(name: str, root: str) -> list[Path]:
+def _of_run(name: str, run_name: str, step: int | None, *, root: str) -> list[Path]:
     """Return the checkpoints of a run, newest first, or the one of a step."""
-    text, at, number = name.rpartition("@")
-    run_name, step = (text, int(number)) if at and number.isdecimal() else (name, None)
     run = RunDirectory(Path(run_name).absolute()) if "/" in run_name else RunDirectory.locate(root, run_name)
     if not run.path.is_dir():
         known = sorted(path.parent.name for path in run.path.parent.glob("*/config.yaml"))

@@ -190,3 +190,14 @@ def store_of(run: RunDirectory) -> Store:
     """Return the store of a run that exists, by its frozen configuration."""
     frozen = read_yaml(run.config_file) if run.config_file.is_file() else {}
     return open_store(run, (frozen.get("checkpoint") or {}).get("url"))
+
+
+def parse_name(text: str) -> tuple[Path | None, str, int | None]:
+    """Return what ``RUN``, ``RUN@STEP`` or the directory of a checkpoint names: that directory, or run and step."""
+    path = Path(text)
+    if _COMMITTED.fullmatch(path.absolute().name) and path.is_dir():
+        return path.absolute(), "", None
+    name, at, number = text.rpartition("@")
+    if at and number.isdecimal() and not path.is_dir():
+        return None, name, int(number)
+    return None, text, None

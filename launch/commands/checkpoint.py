@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from anemoi_dist.checkpoint.compare import differences
 from anemoi_dist.checkpoint.manifest import Manifest, TensorRecord
-from anemoi_dist.checkpoint.store import Folder, store_of
+from anemoi_dist.checkpoint.store import Folder, parse_name, store_of
 from anemoi_dist.checkpoint.verified import SavedCheckpoint
 from anemoi_dist.errors import CheckpointError, ConfigError, ExitCode, print_message
 from anemoi_dist.telemetry.progress import format_bytes
@@ -282,14 +281,13 @@ def _path_of(folder: Folder) -> str:
 
 def _folders(text: str, root: str, step: int | None = None) -> list[Folder]:
     """Return the checkpoints that a name stands for, newest first."""
-    path = Path(text)
-    if re.fullmatch(r"step-\d{8,}", path.absolute().name) and path.is_dir():
-        return [path.absolute()]
-    name, at, number = text.rpartition("@")
-    if at and number.isdecimal() and not path.is_dir():
-        if step is not None and step != int(number):
+    folder, name, named_step = parse_name(text)
+    if folder is not None:
+        return [folder]
+    if named_step is not None:
+        if step not in (None, named_step):
             raise ConfigError("--step", step, f"is not the step of {text}", fix="give one of the two")
-        text, step = name, int(number)
+        text, step = name, named_step
     store = store_of(locate_run(text, root, content="checkpoints"))
     steps = store.steps()
     if step is not None and step not in steps:

@@ -77,9 +77,8 @@ class TrainedModel:
         states = initial_states(self.fields, self.module.spec, start_s=start_s, num_steps=num_steps)
         batch = Batch(torch.from_numpy(states), torch.tensor([start_s]))
         forecast = self.module(batch, rollout=num_steps)[0].numpy()
-        units = {
-            name: known.get("units", "1") for name, known in getattr(self.fields, "variables_metadata", {}).items()
-        }
+        metadata = getattr(self.fields, "variables_metadata", {})
+        units = {name: known["units"] for name, known in metadata.items() if "units" in known}
         about = f"run {self.config.run.id}, step {self.step}"
         return to_xarray(forecast, spec=self.module.spec, start=date, units=units, source=about)
 

@@ -77,6 +77,9 @@ def test_a_forecast_is_what_validation_scores(trained) -> None:
     hours = np.arange(1, LEADS + 1) * np.timedelta64(6, "h")
     np.testing.assert_array_equal(forecast.time, np.datetime64(date_s, "s") + hours)
     assert forecast.sizes == {"time": LEADS, "latitude": 6, "longitude": 12}
+    object.__setattr__(model.fields, "variables_metadata", {"wave_0": {"units": "K"}, "wave_1": {}})
+    described = model.forecast(start, 1)
+    assert described.wave_0.attrs["units"] == "K" and "units" not in described.wave_1.attrs
     earlier = anemoi_dist.load_run(run.path, step=1)
     assert earlier.step == 1 and not np.allclose(earlier.forecast(start, 1).wave_0, forecast.wave_0[:1], rtol=1e-6)
 
